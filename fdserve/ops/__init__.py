@@ -1,0 +1,43 @@
+"""The operators the models are made of: one function an op over paddle tensors, computed by `kernels/`.
+
+"D" is the compute dtype, bfloat16 or float32: every D argument of a call has the same one. Tensors must be dense and on
+the CPU; a wrong shape or dtype raises ValueError. T (tokens), R (rows) and S (sequences) may be 0.
+
+Every output row is bit-identical whatever other rows are in the call, however a prefill is cut into chunks and whatever
+the number of threads. A call releases the interpreter's lock while it computes.
+
+Importing this package imports neither paddle nor the compiled library: the first call does, and raises `KernelsMissing`
+when the library was never built. `fdserve.ops.reference` has the same functions in NumPy.
+"""
+
+from __future__ import annotations
+
+from fdserve.ops.experts import moe
+from fdserve.ops.layers import add_rms_norm, embedding, linear, rms_norm, swiglu
+from fdserve.ops.library import KernelsMissing, compute_dtype, kernels_path, num_threads, set_num_threads
+from fdserve.ops.paged_attention import attention, kv_bytes_per_token, kv_cache_shape, new_kv_cache
+from fdserve.ops.sampling import sample
+from fdserve.ops.weights import PackedExperts, PackedWeight, pack_experts, pack_weight
+
+__all__ = [
+    "KernelsMissing",
+    "PackedExperts",
+    "PackedWeight",
+    "add_rms_norm",
+    "attention",
+    "compute_dtype",
+    "embedding",
+    "kernels_path",
+    "kv_bytes_per_token",
+    "kv_cache_shape",
+    "linear",
+    "moe",
+    "new_kv_cache",
+    "num_threads",
+    "pack_experts",
+    "pack_weight",
+    "rms_norm",
+    "sample",
+    "set_num_threads",
+    "swiglu",
+]
