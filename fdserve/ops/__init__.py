@@ -1,13 +1,14 @@
 """The operators the models are made of: one function an op over paddle tensors, computed by `kernels/`.
 
-"D" is the compute dtype, bfloat16 or float32: every D argument of a call has the same one. Tensors must be dense and on
-the CPU; a wrong shape or dtype raises ValueError. T (tokens), R (rows) and S (sequences) may be 0.
+"D" is the compute dtype, bfloat16 or float32: every D argument of a call has the same one. Tensors must be
+dense and on the CPU; a wrong shape or dtype raises ValueError. T (tokens), R (rows) and S (sequences) may be
+0.
 
-Every output row is bit-identical whatever other rows are in the call, however a prefill is cut into chunks and whatever
-the number of threads. A call releases the interpreter's lock while it computes.
+Every output row is bit-identical whatever other rows are in the call, however a prefill is cut into chunks
+and whatever the number of threads. A call releases the interpreter's lock while it computes.
 
-Importing this package imports neither paddle nor the compiled library: the first call does, and raises `KernelsMissing`
-when the library was never built. `fdserve.ops.reference` has the same functions in NumPy.
+Importing this package imports neither paddle nor the compiled library: the first call does, and raises
+`KernelsMissing` when the library was never built. `fdserve.ops.reference` has the same functions in NumPy.
 """
 
 from __future__ import annotations

@@ -1,0 +1,44 @@
+"""The mixture-of-experts layer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fdserve.ops.library import run
+from fdserve.ops.weights import PackedExperts
+
+if TYPE_CHECKING:
+    from paddle import Tensor
+
+
+def moe(
+    x: Tensor,
+    gate: Tensor,
+    correction_bias: Tensor,
+    up_gate: PackedExperts,
+    down: PackedExperts,
+    *,
+    top_k: int,
+    norm_min: float,
+    shared: Tensor | None = None,
+) -> Tensor:
+    """Route each token to its experts and sum what they answer, weighted, plus `shared`.
+
+    p = softmax(x @ gate.T) in float32; the experts with the top_k largest p + correction_bias (lowest id on
+    ties) are taken; their weights are p / max(sum of the chosen p, norm_min), rounded to D. The answers are
+    summed in ascending expert id in float32, `shared` last. The cost follows the experts touched.
+
+    Args:
+        x: [T, H] D.
+        gate: [E, H] float32.
+        correction_bias: [E] float32.
+        up_gate: E matrices [2I, H], the gate's rows first.
+        down: E matrices [H, I].
+        shared: the shared experts' answer [T, H] D, or None.
+
+    Returns:
+        [T, H] D.
+    """
+    return run(
+        "moe", x, gate, correction_bias, up_gate.data, down.data, shared, down.in_features, top_k, norm_min
+    )

@@ -1,0 +1,39 @@
+"""Linear layers, embedding, norms and activation."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, cast
+
+from fdserve.ops.library import run
+from fdserve.ops.weights import PackedWeight
+
+if TYPE_CHECKING:
+    from paddle import Tensor
+
+
+def linear(x: Tensor, w: PackedWeight, *, out_dtype: str | None = None) -> Tensor:
+    """x [T, K] D times the matrix -> [T, N], D or `out_dtype` ("float32"). Accumulates in float32."""
+    return run("linear", x, w.data, w.out_features, w.in_features, out_dtype == "float32")
+
+
+def embedding(ids: Tensor, w: PackedWeight) -> Tensor:
+    """Rows `ids` (int32 [T], each in [0, V)) of a packed table [V, H] -> [T, H] D.
+
+    The table is packed like a linear layer's matrix, so an output head tied to it needs no memory of its own.
+    """
+    return run("embedding", ids, w.data, w.out_features, w.in_features)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x [T, H] D / sqrt(mean(x^2) + eps), rounded to D, times weight [H] D -> [T, H] D."""
+    return run("rms_norm", x, weight, eps)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(rms_norm(total), total) with total = residual + x rounded to D; all [T, H] D."""
+    return cast("tuple[Tensor, Tensor]", run("add_rms_norm", x, residual, weight, eps))
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """x [T, 2I] D -> silu(x[:, :I]) * x[:, I:], [T, I] D, rounded once."""
+    return run("swiglu", x)

@@ -1,0 +1,86 @@
+"""Finding and loading the compiled kernels."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+from typing import Any
+
+ISAS = ("baseline", "avx2", "avx512", "avx512bf16")
+"""Instruction sets the kernels are compiled for, weakest first."""
+
+
+class KernelsMissing(RuntimeError):
+    """The compiled library is not there."""
+
+
+def kernels_path() -> Path | None:
+    """Where the compiled library is, or None. Imports no paddle."""
+    return next(iter(sorted(Path(__file__).parent.glob("_kernels*.so"))), None)
+
+
+class _Library:
+    """`run(op, *inputs, *attributes)` calls a custom op; `c` holds the plain C functions."""
+
+    def __init__(self) -> None:
+        path = kernels_path()
+        if path is None:
+            raise KernelsMissing(
+                "fdserve's kernels are not compiled: install fdserve with pip, or run "
+                "`python setup.py build_ext --inplace` in a checkout."
+            )
+        import paddle
+        from paddle.utils.cpp_extension.extension_utils import load_op_meta_info_and_register_op
+
+        load_op_meta_info_and_register_op(str(path))
+        # Straight to Paddle's entry: the Python wrappers it generates cost several microseconds a call.
+        self.run: Any = paddle._C_ops._run_custom_op
+        self.c = ctypes.CDLL(str(path))
+
+
+_library: _Library | None = None
+
+
+def library() -> _Library:
+    """The library, loaded at the first call.
+
+    Raises:
+        KernelsMissing: it was never built.
+    """
+    global _library
+    if _library is None:
+        _library = _Library()
+    return _library
+
+
+def run(op: str, *args: Any) -> Any:
+    """Call the custom op `fdserve_<op>` with its inputs, then its attributes."""
+    return (_library or library()).run("fdserve_" + op, *args)
+
+
+def compute_dtype() -> str:
+    """The dtype to compute in on this CPU: "bfloat16" with AVX512-BF16, otherwise "float32"."""
+    return "bfloat16" if library().c.fdserve_isa() >= ISAS.index("avx512bf16") else "float32"
+
+
+def set_num_threads(count: int) -> None:
+    """Compute with `count` threads (the calling one included) from now on. Results do not depend on it."""
+    if count < 1:
+        raise ValueError(f"the number of threads must be at least 1, not {count}")
+    library().c.fdserve_set_num_threads(count)
+
+
+def num_threads() -> int:
+    """How many threads an op may use; at first as many as the process may run on cores."""
+    return int(library().c.fdserve_num_threads())
+
+
+def force_isa(isa: str | None) -> None:
+    """Use at most this instruction set (see `ISAS`), or all the CPU has (None). For tests.
+
+    Raises:
+        ValueError: the CPU lacks it.
+    """
+    level = len(ISAS) - 1 if isa is None else ISAS.index(isa)
+    if library().c.fdserve_force_isa(level) < level and isa is not None:
+        raise ValueError(f"this CPU has no {isa}")

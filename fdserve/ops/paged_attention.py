@@ -1,0 +1,78 @@
+"""Attention over a paged key/value cache."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fdserve.ops.library import run
+
+if TYPE_CHECKING:
+    from paddle import Tensor
+
+BLOCK_MULTIPLE = 16
+"""A block holds a multiple of this many tokens."""
+
+
+def kv_cache_shape(num_blocks: int, num_kv_heads: int, block_size: int, head_dim: int) -> list[int]:
+    """The shape of a layer's key cache and of its value cache; the order within a block is opaque."""
+    if block_size <= 0 or block_size % BLOCK_MULTIPLE:
+        raise ValueError(f"block_size must be a multiple of {BLOCK_MULTIPLE}, not {block_size}")
+    return [num_blocks, num_kv_heads, block_size, head_dim]
+
+
+def new_kv_cache(
+    num_blocks: int, num_kv_heads: int, block_size: int, head_dim: int, dtype: str
+) -> tuple[Tensor, Tensor]:
+    """Zeroed (keys, values) of one layer."""
+    import paddle
+
+    shape = kv_cache_shape(num_blocks, num_kv_heads, block_size, head_dim)
+    return paddle.zeros(shape, dtype), paddle.zeros(shape, dtype)
+
+
+def kv_bytes_per_token(num_kv_heads: int, head_dim: int, dtype: str) -> int:
+    """Bytes one token takes in the two caches of one layer."""
+    return 2 * num_kv_heads * head_dim * (2 if dtype == "bfloat16" else 4)
+
+
+def attention(
+    qkv: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    rope: Tensor,
+    block_tables: Tensor,
+    query_starts: Tensor,
+    context_lens: Tensor,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    block_size: int,
+) -> Tensor:
+    """Rotate queries and keys, store keys and values, attend causally: any mix of prefill chunks and decodes.
+
+    The keys and values of all new tokens of the call are stored before any query is answered, so a sequence
+    may read blocks that another sequence of the same call fills. Softmax in float32, scaled by
+    head_dim**-0.5.
+
+    Args:
+        qkv: [T, (num_heads + 2 * num_kv_heads) * head_dim] D, columns [all Q | all K | all V]; head_dim even,
+        at most 256.
+        k_cache, v_cache: one layer's cache from `new_kv_cache`, changed in place.
+        rope: [T, head_dim] float32, the cosines of each token's position in the first half of the columns,
+        the sines
+            in the second; the pairs rotated are adjacent, (x[2i], x[2i+1]).
+        block_tables: int32 [S, B]; position p of sequence s is in slot p % block_size of block
+            block_tables[s][p // block_size]. Entries past a sequence's end are not read.
+        query_starts: int32 [S + 1]; the new tokens of sequence s are rows query_starts[s] to query_starts[s +
+        1].
+        context_lens: int32 [S], how many tokens of the sequence were in the cache before.
+
+    Returns:
+        [T, num_heads * head_dim] D.
+    """
+    return run(
+        "attention",
+        qkv, k_cache, v_cache, rope, block_tables, query_starts, context_lens,
+        num_heads, num_kv_heads, head_dim, block_size,
+    )  # fmt: skip
