@@ -1,0 +1,172 @@
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+import fdserve
+from fdserve.config import Config, parse_bytes
+from fdserve.errors import StartupError
+
+
+def test_defaults() -> None:
+    assert Config.load(None, {}) == Config.load([], {}) == Config()
+    assert (Config().host, Config().port) == ("127.0.0.1", 8188)
+
+
+def test_flags_win_over_variables_over_the_file_over_defaults(tmp_path: Path) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_text("port: 1\nmax-num-seqs: 2\nblock_size: 3\nenable_logprob: true\n")
+    environ = {"FDSERVE_PORT": "10", "FDSERVE_MAX_NUM_SEQS": "20", "OTHER": "x"}
+    config = Config.load(["--config", str(file), "--port", "100"], environ)
+    assert (config.port, config.max_num_seqs, config.block_size) == (100, 20, 3)
+    assert config.enable_logprob is True
+    assert config.max_concurrency == Config().max_concurrency
+
+
+def test_the_file_may_be_named_by_a_variable_and_the_flag_wins(tmp_path: Path) -> None:
+    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
+    first.write_text("port: 1")
+    second.write_text("port: 2")
+    environ = {"FDSERVE_CONFIG": str(first)}
+    assert Config.load(None, environ).port == 1
+    assert Config.load(["--config", str(second)], environ).port == 2
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["--enable-prefix-caching"], True),
+        (["--enable-prefix-caching", "false"], False),
+        (["--enable-prefix-caching=True"], True),
+        (["--no-enable-prefix-caching"], False),
+        (["--no-enable-prefix-caching", "--enable-prefix-caching"], True),
+    ],
+)
+def test_booleans_on_the_command_line(argv: list[str], expected: bool) -> None:
+    assert Config.load(argv, {}).enable_prefix_caching is expected
+
+
+@pytest.mark.parametrize(("text", "expected"), [("1", True), ("on", True), ("FALSE", False), ("no", False)])
+def test_booleans_in_variables(text: str, expected: bool) -> None:
+    assert Config.load(None, {"FDSERVE_ENABLE_LOGPROB": text}).enable_logprob is expected
+
+
+def test_an_empty_variable_is_not_set() -> None:
+    assert Config.load(None, {"FDSERVE_PORT": "", "FDSERVE_MODEL": ""}) == Config()
+
+
+def test_every_setting_has_a_flag_a_variable_a_key_and_help(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        Config.load(["--help"], {})
+    assert exit.value.code == 0
+    help = capsys.readouterr().out
+    samples = {"int": "8", "float": "8", "bool": "true", "str": "8"}
+    special = {"dtype": "float32", "tokenizer_backend": "native", "log_level": "debug"}
+    for field in dataclasses.fields(Config):
+        flag = "--" + field.name.replace("_", "-")
+        assert f"  {flag} " in help
+        text = special.get(field.name, samples[str(field.type)])
+        if field.name == "max_request_bytes":
+            text = "4096"
+        file = tmp_path / "one.yaml"
+        file.write_text(f"{field.name}: {text}\n")
+        by_flag = Config.load([flag, text], {})
+        assert by_flag == Config.load(None, {"FDSERVE_" + field.name.upper(): text})
+        assert by_flag == Config.load(["--config", str(file)], {})
+        assert type(getattr(by_flag, field.name)).__name__ == field.type
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        Config.load(["--version"], {})
+    assert capsys.readouterr().out == f"fdserve {fdserve.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("argv", "environ", "message"),
+    [
+        (["--prot", "1"], {}, "the flag --prot is unknown: did you mean --port?"),
+        (["--enable-prefix-cachin"], {}, "did you mean --enable-prefix-caching?"),
+        (["--max-model", "5"], {}, "the flag --max-model is unknown"),  # no abbreviations
+        (["model"], {}, "'model' belongs to no flag"),
+        (["--port"], {}, "argument --port: expected one argument."),
+        (["--port", "http"], {}, "--port is 'http': expected an integer."),
+        (["--port", "1.5"], {}, "--port is '1.5': expected an integer."),
+        (["--port", "70000"], {}, "port is 70000: it must be at most 65535."),
+        (["--step-timeout", "nan"], {}, "step_timeout is nan: it must be at least"),
+        (["--dtype", "int4"], {}, "dtype is 'int4': choose one of auto, bfloat16, float32."),
+        (["--enable-logprob", "maybe"], {}, "--enable-logprob is 'maybe': expected true or false."),
+        (["--kv-cache-memory", "lots"], {}, "kv_cache_memory is 'lots': expected a number of bytes"),
+        (["--host", ""], {}, "host is empty"),
+        (["--api-key", "a,,b"], {}, "api_key holds an empty key"),
+        (["--config", "/nowhere.yaml"], {}, "/nowhere.yaml cannot be read"),
+        ([], {"FDSERVE_PORTS": "1"}, "FDSERVE_PORTS is unknown: did you mean FDSERVE_PORT?"),
+        ([], {"FDSERVE_ZZZ": "1"}, "the environment variable FDSERVE_ZZZ is unknown."),
+        ([], {"FDSERVE_PORT": "x"}, "FDSERVE_PORT is 'x': expected an integer."),
+        (
+            ["--kv-cache-memory", "1G", "--num-gpu-blocks-override", "5"],
+            {},
+            "kv_cache_memory and num_gpu_blocks_override both size the KV cache",
+        ),
+        (
+            ["--no-enable-chunked-prefill", "--max-model-len", "4096"],
+            {},
+            "enable_chunked_prefill is off, so max_num_batched_tokens (512) must be at least max_model_len (4096)",
+        ),
+    ],
+)
+def test_bad_settings_stop_the_start(argv: list[str], environ: dict[str, str], message: str) -> None:
+    with pytest.raises(StartupError) as error:
+        Config.load(argv, environ)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("ports: 1", "the setting ports is unknown: did you mean port?"),
+        ("port: [1]", "is [1]: expected an integer."),
+        ("port: true", "is True: expected an integer."),
+        ("port: 1.5", "is 1.5: expected an integer."),
+        ("enable_logprob: 2", "is 2: expected true or false."),
+        ("model: {a: b}", "expected text."),
+        ("- port", "must hold settings"),
+        ("port: [", "is not valid YAML"),
+        ("config: other.yaml", "the setting config is unknown"),
+    ],
+)
+def test_bad_files_stop_the_start(tmp_path: Path, content: str, message: str) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_text(content)
+    with pytest.raises(StartupError) as error:
+        Config.load(["--config", str(file)], {})
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_an_empty_file_says_nothing(tmp_path: Path) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_text("# port: 1\nport:\n")
+    assert Config.load(["--config", str(file)], {}) == Config()
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("1", 1), ("2k", 2048), ("1.5M", 3 << 19), ("4GiB", 4 << 30), ("4 GB", 4 << 30)]
+)
+def test_sizes(text: str, size: int) -> None:
+    assert parse_bytes("kv_cache_memory", text) == size
+    assert Config(kv_cache_memory=text).kv_cache_bytes == size
+
+
+def test_the_request_limit_takes_a_unit() -> None:
+    assert Config.load(["--max-request-bytes", "2M"], {}).max_request_bytes == 2 << 20
+
+
+def test_keys_are_split_and_never_shown() -> None:
+    config = Config(api_key="alpha, beta")
+    assert config.api_keys == ("alpha", "beta")
+    assert "alpha" not in repr(config)
+    assert Config().api_keys == ()
