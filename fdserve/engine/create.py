@@ -1,0 +1,98 @@
+"""Put an engine together from the settings: how many ranks, how large a cache, which limits."""
+
+from __future__ import annotations
+
+import logging
+import os
+from contextlib import AbstractAsyncContextManager
+from pathlib import Path
+
+from fdserve.config import Config
+from fdserve.engine.engine import Engine, Ranks
+from fdserve.engine.scheduler import Scheduler
+from fdserve.errors import StartupError
+from fdserve.executor.executor import open_executor
+from fdserve.executor.wire import Load, Loading, Ready
+from fdserve.models.config import ModelConfig
+
+logger = logging.getLogger("fdserve")
+
+MAX_DEFAULT_CACHE_BYTES = 4 << 30
+
+
+def create_engine(config: Config, directory: Path, model: ModelConfig) -> Engine:
+    """An engine for the checkpoint in `directory`; `Engine.run` starts it. Raises StartupError for what cannot work."""
+    if config.tensor_parallel_size > 1:
+        raise StartupError(
+            f"--tensor-parallel-size {config.tensor_parallel_size}: this version runs a model on one rank only; "
+            "leave the setting out or give 1."
+        )
+    if config.max_model_len > model.max_position_embeddings:
+        raise StartupError(
+            f"--max-model-len {config.max_model_len} is more than the {model.max_position_embeddings} positions "
+            "the model has."
+        )
+    load = Load(
+        directory=str(directory),
+        rank=0,
+        world_size=1,
+        dtype=config.dtype,
+        block_size=config.block_size,
+        num_blocks=config.num_gpu_blocks_override,
+        kv_cache_bytes=config.kv_cache_bytes or default_cache_bytes(),
+        max_num_seqs=config.max_num_seqs,
+        max_model_len=config.max_model_len,
+        num_threads=config.num_threads,
+        parent=os.getpid(),
+    )
+
+    def open_ranks() -> AbstractAsyncContextManager[Ranks]:
+        return open_executor([load], LoadingLog())
+
+    def make_scheduler(ready: Ready) -> Scheduler:
+        capacity = ready.num_blocks * config.block_size
+        max_model_len = min(config.max_model_len or model.max_position_embeddings, capacity)
+        config.check_prefill(max_model_len)
+        logger.info(
+            "KV cache: %d blocks of %d tokens, %s tokens in %.0f MiB (%s); longest sequence %s tokens",
+            ready.num_blocks, config.block_size, f"{capacity:,}", ready.kv_cache_bytes / 2**20, ready.dtype,
+            f"{max_model_len:,}",
+        )  # fmt: skip
+        return Scheduler(
+            num_blocks=ready.num_blocks,
+            block_size=config.block_size,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_model_len=max_model_len,
+            enable_prefix_caching=config.enable_prefix_caching,
+            enable_chunked_prefill=config.enable_chunked_prefill,
+        )
+
+    return Engine(open_ranks, make_scheduler, max_requests=config.max_concurrency, step_timeout=config.step_timeout)
+
+
+def default_cache_bytes() -> int:
+    """A quarter of the memory that is available now, 4 GiB at most."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        available = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration, ValueError):
+        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min(available // 4, MAX_DEFAULT_CACHE_BYTES)
+
+
+class LoadingLog:
+    """Log the ranks' progress: what is loading, and every quarter of it."""
+
+    def __init__(self) -> None:
+        self._what = ""
+        self._quarter = 0
+
+    def __call__(self, progress: Loading) -> None:
+        quarter = 4 * progress.done // max(progress.total, 1)
+        if progress.what != self._what:
+            self._what, self._quarter = progress.what, 0
+            logger.info("loading %s", progress.what)
+        if quarter > self._quarter and progress.total > 1:
+            self._quarter = quarter
+            logger.info("loading %s: %d of %d", progress.what, progress.done, progress.total)

@@ -1,0 +1,254 @@
+"""The engine: one loop that plans a step, has the ranks execute it, and hands the tokens out.
+
+The next plan is sent before the last result is fanned out, so the ranks compute while the API process is busy with
+its clients. A request that fails ends alone; a rank that is lost ends what was running, is started again, and what
+was waiting then runs.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+from typing import Literal, Protocol
+
+import anyio
+import msgspec
+
+from fdserve.engine.output import Generation
+from fdserve.engine.request import Request, TokenDelta
+from fdserve.engine.results import Sampled
+from fdserve.engine.scheduler import Scheduler
+from fdserve.engine.sequence import Sequence
+from fdserve.errors import InternalError, Overloaded, RankError, StartupError, Unavailable
+from fdserve.executor.wire import Plan, Ready, StepResult
+
+logger = logging.getLogger("fdserve.engine")
+
+Status = Literal["loading", "ready", "restarting", "failed", "draining"]
+MAX_BACKOFF_SECONDS = 30.0
+GIVE_UP_WAITING_AFTER = 3
+"""Failed restarts in a row after which the waiting requests are told."""
+
+
+class Ranks(Protocol):
+    """What the engine needs of an executor."""
+
+    @property
+    def ready(self) -> Ready: ...
+    async def send(self, plan: Plan) -> None: ...
+    async def receive(self) -> StepResult: ...
+
+
+class EngineStats(msgspec.Struct, frozen=True):
+    """Gauges and totals."""
+
+    running: int = 0
+    waiting: int = 0
+    kv_blocks_total: int = 0
+    kv_blocks_used: int = 0
+    kv_blocks_cached: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    preemptions: int = 0
+    steps: int = 0
+    rank_restarts: int = 0
+    step_seconds: float = 0.0
+    """Time that the ranks spent computing."""
+
+
+class Engine:
+    """Takes requests, gives back their tokens. Everything but `run` and `wait_ready` is synchronous and does not wait.
+
+    `open_ranks` starts the ranks and stops them on exit; `make_scheduler` makes the scheduler once they are ready.
+    """
+
+    def __init__(
+        self,
+        open_ranks: Callable[[], AbstractAsyncContextManager[Ranks]],
+        make_scheduler: Callable[[Ready], Scheduler],
+        *,
+        max_requests: int,
+        step_timeout: float,
+    ) -> None:
+        self.status: Status = "loading"
+        self.reason = "the model is loading"
+        self.max_model_len = 0
+        """The longest sequence, prompt and output, in tokens; 0 until the engine was ready once."""
+        self._open_ranks = open_ranks
+        self._make_scheduler = make_scheduler
+        self._max_requests = max_requests
+        self._step_timeout = step_timeout
+        self._scheduler: Scheduler | None = None
+        self._generations: dict[Sequence, Generation] = {}
+        self._work = anyio.Event()
+        self._was_ready = anyio.Event()
+        self._restarts = 0
+        self._step_seconds = 0.0
+
+    async def run(self) -> None:
+        """Serve until cancelled; then everything in flight ends with an error and the ranks are stopped.
+
+        Raises StartupError if the first start fails. A rank that is lost later is started again.
+        """
+        failures = 0
+        try:
+            while True:
+                try:
+                    async with self._open_ranks() as ranks:
+                        self._begin(ranks.ready)
+                        failures = 0
+                        await self._serve(ranks)
+                except RankError as error:
+                    if self._scheduler is None:
+                        raise StartupError(str(error)) from error
+                    failures += 1
+                    await self._recover(error, failures)
+        finally:
+            self._fail_all(Unavailable("the server is shutting down"))
+
+    async def wait_ready(self) -> None:
+        """Wait until the engine was ready for the first time."""
+        await self._was_ready.wait()
+
+    def drain(self) -> None:
+        """Refuse new requests from now on; what runs goes on."""
+        self.status, self.reason = "draining", "the server is shutting down"
+
+    def submit(self, request: Request) -> Generation:
+        """Queue a request. Raises Unavailable while there is no model, Overloaded if the queue is full."""
+        if self._scheduler is None or self.status != "ready":
+            raise Unavailable(self.reason)
+        if len(self._generations) >= self._max_requests:
+            raise Overloaded(f"{self._max_requests} requests are already queued or running; try again later")
+        sequence = self._scheduler.add(request)
+        generation = Generation(lambda: self._cancel(sequence))
+        self._generations[sequence] = generation
+        self._work.set()
+        return generation
+
+    def stats(self) -> EngineStats:
+        """The state now."""
+        scheduler = self._scheduler
+        if scheduler is None:
+            return EngineStats()
+        totals, pool = scheduler.stats, scheduler.pool
+        return EngineStats(
+            running=len(scheduler.running),
+            waiting=scheduler.num_waiting,
+            kv_blocks_total=pool.num_blocks,
+            kv_blocks_used=pool.num_blocks - pool.num_free,
+            kv_blocks_cached=pool.num_cached,
+            prompt_tokens=totals.prompt_tokens,
+            cached_tokens=totals.cached_tokens,
+            generated_tokens=totals.generated_tokens,
+            preemptions=totals.preemptions,
+            steps=totals.steps,
+            rank_restarts=self._restarts,
+            step_seconds=self._step_seconds,
+        )
+
+    # -- the loop ------------------------------------------------------------------------------------------------
+
+    def _begin(self, ready: Ready) -> None:
+        if self._scheduler is None:
+            self._scheduler = self._make_scheduler(ready)
+            self.max_model_len = self._scheduler.max_model_len
+        if self.status != "draining":
+            self.status, self.reason = "ready", ""
+        self._was_ready.set()
+
+    async def _serve(self, ranks: Ranks) -> None:
+        """Step for ever; RankError ends it."""
+        scheduler = self._scheduler
+        assert scheduler is not None
+        outputs: list[tuple[Sequence, TokenDelta]] = []
+        while True:
+            plan = scheduler.schedule()
+            if plan is not None:
+                await ranks.send(plan)
+                self._mark_started(scheduler)
+            self._fan_out(outputs)
+            outputs = []
+            if plan is None:
+                await self._wait_for_work(scheduler)
+            else:
+                outputs = scheduler.update(await self._result(ranks, plan))
+
+    async def _result(self, ranks: Ranks, plan: Plan) -> Sampled:
+        try:
+            with anyio.fail_after(self._step_timeout):
+                result = await ranks.receive()
+        except TimeoutError:
+            raise RankError(f"a step took longer than {self._step_timeout:g} s") from None
+        if result.step != plan.step:
+            raise RankError(f"the ranks answered step {result.step} where {plan.step} was due")
+        self._step_seconds += result.seconds
+        return Sampled(result)
+
+    async def _wait_for_work(self, scheduler: Scheduler) -> None:
+        """Nothing to do: look the bookkeeping over, and sleep until a request comes."""
+        if not scheduler.running:
+            try:
+                scheduler.check_integrity()
+            except AssertionError as error:
+                logger.critical("the KV cache's books do not agree (%s): starting with an empty cache", error)
+                scheduler.forget_cache()
+        self._work = anyio.Event()
+        await self._work.wait()
+
+    def _mark_started(self, scheduler: Scheduler) -> None:
+        now = time.monotonic()
+        for sequence in scheduler.admitted:
+            self._generations[sequence].started = now
+
+    def _fan_out(self, outputs: list[tuple[Sequence, TokenDelta]]) -> None:
+        for sequence, delta in outputs:
+            generation = self._generations.get(sequence)
+            if generation is None:
+                continue  # cancelled while the step ran
+            if delta.finish_reason == "error":
+                delta.error = InternalError("the model's output for this request was not a number")
+            if delta.finish_reason is not None:
+                del self._generations[sequence]
+            if not generation.deliver(delta):
+                self._cancel(sequence)
+
+    # -- ends ----------------------------------------------------------------------------------------------------
+
+    def _cancel(self, sequence: Sequence) -> None:
+        generation = self._generations.pop(sequence, None)
+        if generation is not None and self._scheduler is not None:
+            self._scheduler.finish(sequence, "cancelled")
+            generation.end(TokenDelta([], finish_reason="cancelled"))
+            self._work.set()
+
+    def _fail(self, sequence: Sequence, error: Unavailable) -> None:
+        assert self._scheduler is not None
+        self._scheduler.finish(sequence, "error")
+        self._generations.pop(sequence).end(TokenDelta([], finish_reason="error", error=error))
+
+    def _fail_all(self, error: Unavailable) -> None:
+        for sequence in list(self._generations):
+            self._fail(sequence, error)
+
+    async def _recover(self, error: RankError, failures: int) -> None:
+        """End what ran, keep what waits (not for ever), and pause before the next start."""
+        scheduler = self._scheduler
+        assert scheduler is not None
+        if self.status != "draining":
+            self.status, self.reason = "restarting", f"restarting after a failure: {error}"
+        lost = Unavailable(f"the request was lost: {error}")
+        for sequence in list(self._generations):
+            # Those that ended with the last result but were not told lose their last tokens with it.
+            if sequence.row >= 0 or sequence.finish_reason is not None:
+                self._fail(sequence, lost)
+        scheduler.forget_cache()
+        if failures >= GIVE_UP_WAITING_AFTER:
+            self._fail_all(lost)
+        self._restarts += 1
+        pause = min(MAX_BACKOFF_SECONDS, 0.5 * 2 ** (failures - 1))
+        logger.error("%s; restarting the ranks in %.1f s", error, pause)
+        await anyio.sleep(pause)

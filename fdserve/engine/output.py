@@ -1,0 +1,92 @@
+"""Fan-out: the channel between the engine's loop and the one who waits for a request's tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import TracebackType
+
+import anyio
+
+from fdserve.engine.request import TokenDelta
+from fdserve.errors import ServerError, Unavailable
+
+MAX_PENDING_DELTAS = 4096
+
+
+class SlowReader(ServerError):
+    """The reader fell so far behind that its request was ended."""
+
+    status = 503
+    type = "server_error"
+    code = "slow_reader"
+
+
+class Generation:
+    """The tokens of one request, as they come.
+
+    A context manager: leaving it cancels the request unless it has ended, which frees its row and blocks at once.
+    The engine never waits for the reader; a reader that falls `MAX_PENDING_DELTAS` steps behind loses its request.
+    """
+
+    def __init__(self, on_cancel: Callable[[], None]) -> None:
+        self.started = 0.0
+        """`time.monotonic()` when the first step of the request was planned; 0 while it waits."""
+        self._on_cancel = on_cancel
+        self._send, self._receive = anyio.create_memory_object_stream[TokenDelta](MAX_PENDING_DELTAS)
+        self._last: TokenDelta | None = None  # an end that found the channel full
+
+    async def receive(self) -> list[TokenDelta]:
+        """At least one delta, and all that wait. Nothing follows the one with a `finish_reason`.
+
+        Cancellation loses nothing: what was not returned is there at the next call.
+        """
+        try:
+            deltas = [await self._receive.receive()]
+        except anyio.EndOfStream:
+            return [self._end()]
+        try:
+            while True:
+                deltas.append(self._receive.receive_nowait())
+        except anyio.WouldBlock:
+            return deltas
+        except anyio.EndOfStream:
+            if deltas[-1].finish_reason is None:
+                deltas.append(self._end())
+            return deltas
+
+    def cancel(self) -> None:
+        """End the request. Idempotent; a reader that still waits gets a last delta."""
+        self._on_cancel()
+
+    def deliver(self, delta: TokenDelta) -> bool:
+        """The engine's side: hand over a delta. False if the reader is too far behind, and the request is to end."""
+        delta.started = self.started
+        try:
+            self._send.send_nowait(delta)
+        except anyio.WouldBlock:
+            error = SlowReader(f"the client fell more than {MAX_PENDING_DELTAS} tokens behind")
+            self.end(TokenDelta([], finish_reason="error", error=error))
+            return False
+        except (anyio.BrokenResourceError, anyio.ClosedResourceError):
+            return True  # the reader left, and says so itself by `cancel`
+        if delta.finish_reason is not None:
+            self._send.close()
+        return True
+
+    def end(self, last: TokenDelta) -> None:
+        """The engine's side: end it with `last`, also when the channel is full."""
+        self._last = last
+        self._send.close()
+
+    def __enter__(self) -> Generation:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.cancel()
+        self._send.close()
+        self._receive.close()
+
+    def _end(self) -> TokenDelta:
+        return self._last or TokenDelta([], finish_reason="error", error=Unavailable("the request was ended"))

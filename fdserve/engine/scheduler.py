@@ -1,0 +1,310 @@
+"""The scheduler: which sequences compute how many tokens in the next step.
+
+A pure, synchronous data structure: no I/O, no clock, no text, no tensors. One step is
+
+    plan = scheduler.schedule()          # None: nothing to do
+    …the ranks execute the plan…
+    outputs = scheduler.update(result)
+
+Every running sequence holds a row and blocks for all of its tokens. `schedule` spends one token budget: first on
+sequences with one token left to compute (decodes), then on running prefills, then it admits waiting sequences, in the
+order of priority and arrival. A sequence enters with blocks for all the tokens it has, so only a decode can run out of
+blocks; then the last running sequence is preempted: it gives up its row and blocks, waits at its old place and is
+computed again, mostly from the prefix cache.
+
+Full blocks are made findable when a plan computes them, before it is executed. That is sound because every plan is
+executed, in order, and within a step the ranks write all keys and values before they read any: even a sequence of the
+same step may share them.
+"""
+
+from __future__ import annotations
+
+import heapq
+from array import array
+from bisect import insort
+from dataclasses import dataclass
+
+from fdserve.engine.kv_cache import BlockPool
+from fdserve.engine.request import FinishReason, Request, TokenDelta
+from fdserve.engine.results import Sampled
+from fdserve.engine.sequence import Sequence
+from fdserve.executor.wire import NewRow, Plan
+
+
+@dataclass
+class SchedulerStats:
+    """Totals since the start."""
+
+    steps: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    preemptions: int = 0
+
+
+class Scheduler:
+    """Chooses the work of each step; see the module's docstring.
+
+    `max_model_len` tokens must fit into `num_blocks`, so that a sequence that runs alone always can go on. Without
+    chunked prefill a sequence's whole prefill must fit into `max_num_batched_tokens`.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_blocks: int,
+        block_size: int,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_model_len: int,
+        enable_prefix_caching: bool = True,
+        enable_chunked_prefill: bool = True,
+    ) -> None:
+        if max_model_len > num_blocks * block_size:
+            raise ValueError(f"{num_blocks} blocks of {block_size} cannot hold {max_model_len} tokens")
+        if not enable_chunked_prefill and max_num_batched_tokens < max_model_len:
+            raise ValueError("without chunked prefill a step must be able to hold the longest sequence")
+        self.block_size = block_size
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.max_model_len = max_model_len
+        self.enable_chunked_prefill = enable_chunked_prefill
+        self.stats = SchedulerStats()
+        self.pool = BlockPool(num_blocks, enable_caching=enable_prefix_caching)
+        self.running: list[Sequence] = []
+        self.admitted: list[Sequence] = []
+        """The sequences that the last plan runs for the first time."""
+        self.num_waiting = 0
+        self._waiting: list[Sequence] = []  # a heap; finished sequences in it are dropped when they come up
+        self._free_rows = list(range(max_num_seqs))
+        self._arrivals = 0
+        self._in_flight: list[tuple[Sequence, bool]] = []  # of the last plan, and whether it samples
+        self._plan = Plan(0, [], [], [], [])
+
+    def add(self, request: Request) -> Sequence:
+        """Queue a request. Its prompt must be shorter than `max_model_len`, and not empty."""
+        if not 0 < len(request.prompt) < self.max_model_len:
+            raise ValueError(f"a prompt of {len(request.prompt)} tokens does not fit {self.max_model_len}")
+        self._arrivals += 1
+        sequence = Sequence(request, self._arrivals)
+        self._enqueue(sequence)
+        return sequence
+
+    def finish(self, sequence: Sequence, reason: FinishReason) -> None:
+        """End a sequence, wherever it is, and free its row and blocks at once. Idempotent.
+
+        What a step in flight still computes for it is ignored; its blocks can be given away now, because whoever gets
+        them writes them in a later step.
+        """
+        if sequence.finish_reason is not None:
+            return
+        sequence.finish_reason = reason
+        if sequence.row >= 0:
+            self._release(sequence)
+        else:
+            self.num_waiting -= 1
+            self._drop_finished_waiting()
+
+    def schedule(self) -> Plan | None:
+        """The next step's plan, or None if no sequence can compute anything.
+
+        Call it only when the result of the last plan went through `update`.
+        """
+        self._in_flight = []
+        self.admitted = []
+        self._plan = Plan(self.stats.steps + 1, [], [], [], [])
+        budget = self.max_num_batched_tokens
+        budget, preempted = self._schedule_decodes(budget)
+        budget = self._schedule_prefills(budget)
+        if not preempted:
+            self._admit_waiting(budget)
+        if not self._in_flight:
+            return None
+        self.stats.steps += 1
+        return self._plan
+
+    def update(self, sampled: Sampled) -> list[tuple[Sequence, TokenDelta]]:
+        """Take in what the last plan sampled, one entry for each sequence that sampled, in the plan's order.
+
+        Returns a delta for each of them that still lives; those that end with it are finished.
+        """
+        outputs = []
+        index = 0
+        for sequence, samples in self._in_flight:
+            if not samples:
+                continue
+            if sequence.finish_reason is None:
+                outputs.append((sequence, self._take(sequence, sampled, index)))
+            index += 1
+        self._in_flight = []
+        return outputs
+
+    def forget_cache(self) -> None:
+        """Start with an empty cache: the ranks' memory is new. Nothing may be running."""
+        if self.running:
+            raise ValueError("sequences are running")
+        self._in_flight = []
+        self.pool = BlockPool(self.pool.num_blocks, enable_caching=self.pool.enable_caching)
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError if a block or a row is lost, or counted wrongly."""
+        self.pool.check_integrity(sequence.blocks for sequence in self.running)
+        rows = sorted(self._free_rows + [sequence.row for sequence in self.running])
+        if rows != list(range(len(rows))):
+            raise AssertionError(f"rows are lost or doubled: {rows}")
+        if self.num_waiting != sum(sequence.finish_reason is None for sequence in self._waiting):
+            raise AssertionError("the number of waiting sequences is wrong")
+
+    # -- one step ------------------------------------------------------------------------------------------------
+
+    def _schedule_decodes(self, budget: int) -> tuple[int, bool]:
+        """Returns the budget left, and whether a sequence was preempted."""
+        preempted = False
+        scheduled = 0
+        for sequence in [sequence for sequence in self.running if sequence.remaining == 1]:
+            if budget == 0:
+                break
+            if sequence.row < 0:
+                continue  # preempted for a sequence before it
+            if len(sequence.tokens) > len(sequence.blocks) * self.block_size:
+                while (blocks := self.pool.allocate(1)) is None:
+                    preempted = True
+                    victim = self.running[-1]
+                    self._preempt(victim)
+                    if victim is sequence:
+                        break
+                if blocks is None:
+                    break  # it was the last in order: those after it were preempted for it
+                sequence.blocks += blocks
+                self._plan.new_blocks.append((sequence.row, blocks[0]))
+            self._compute(sequence, 1)
+            scheduled += 1
+            budget -= 1
+        return budget, preempted
+
+    def _schedule_prefills(self, budget: int) -> int:
+        """Returns the budget left."""
+        for sequence in self.running:
+            if sequence.remaining <= 1 or (sequence.remaining > budget and not self.enable_chunked_prefill):
+                continue
+            if budget == 0:
+                break
+            count = min(sequence.remaining, budget)
+            self._compute(sequence, count)
+            budget -= count
+        return budget
+
+    def _admit_waiting(self, budget: int) -> None:
+        """Admit in order, never past a sequence that does not fit: no later one can starve it."""
+        while budget > 0 and self._free_rows:
+            self._drop_finished_waiting()
+            if not self._waiting or not self._start(self._waiting[0], budget):
+                return
+            sequence = heapq.heappop(self._waiting)
+            self.num_waiting -= 1
+            count = min(sequence.remaining, budget)
+            self._compute(sequence, count)
+            budget -= count
+
+    def _start(self, sequence: Sequence, budget: int) -> bool:
+        """Give a waiting sequence a row and blocks for all its tokens; False, and no change, if it must wait."""
+        cached = self._cached_prefix(sequence)
+        num_computed = len(cached) * self.block_size
+        if len(sequence.tokens) - num_computed > budget and not self.enable_chunked_prefill:
+            return False
+        needed = -(-len(sequence.tokens) // self.block_size) - len(cached)
+        # Every running sequence may soon want one more block: an admission must not cause the next preemption.
+        if self.pool.num_free_without(cached) < needed + len(self.running):
+            return False
+        self.pool.acquire(cached)
+        blocks = self.pool.allocate(needed)
+        assert blocks is not None
+        sequence.blocks = cached + blocks
+        sequence.num_computed = num_computed
+        sequence.num_registered = len(cached)
+        sequence.row = self._free_rows.pop()
+        insort(self.running, sequence)
+        if not sequence.started:
+            sequence.started = True
+            self.admitted.append(sequence)
+            sequence.cached_tokens = num_computed
+            self.stats.prompt_tokens += sequence.num_prompt
+            self.stats.cached_tokens += num_computed
+        self._plan.new_rows.append(
+            NewRow(
+                row=sequence.row,
+                token_ids=array("i", sequence.tokens).tobytes(),
+                num_prompt=sequence.num_prompt,
+                num_computed=num_computed,
+                blocks=tuple(sequence.blocks),
+                params=sequence.request.params,
+            )
+        )
+        return True
+
+    def _cached_prefix(self, sequence: Sequence) -> list[int]:
+        """The cached blocks that a sequence can start with: at least one token is left to compute."""
+        if not self.pool.enable_caching:
+            return []
+        hashes = sequence.block_hashes(self.block_size)
+        return self.pool.match_prefix(hashes[: (len(sequence.tokens) - 1) // self.block_size])
+
+    def _compute(self, sequence: Sequence, count: int) -> None:
+        """Put `count` tokens of a sequence into the plan, and name the blocks that they fill."""
+        self._plan.rows.append(sequence.row)
+        self._plan.num_tokens.append(count)
+        sequence.num_computed += count
+        self._in_flight.append((sequence, sequence.remaining == 0))
+        if not self.pool.enable_caching:
+            return
+        num_full = sequence.num_computed // self.block_size
+        if num_full > sequence.num_registered:
+            hashes = sequence.block_hashes(self.block_size)
+            for index in range(sequence.num_registered, num_full):
+                self.pool.register(sequence.blocks[index], hashes[index])
+            sequence.num_registered = num_full
+
+    def _take(self, sequence: Sequence, sampled: Sampled, index: int) -> TokenDelta:
+        token = sampled.token_ids[index]
+        delta = TokenDelta([], cached_tokens=sequence.cached_tokens)
+        if token < 0:
+            self.finish(sequence, "error")
+            delta.finish_reason = "error"
+            return delta
+        delta.token_ids.append(token)
+        if sequence.request.params.logprobs is not None:
+            delta.logprobs = [sampled.logprobs_at(index, sequence.request.params.logprobs)]
+        self.stats.generated_tokens += 1
+        reason = sequence.ends_with(token, self.max_model_len)
+        if reason is not None:
+            self.finish(sequence, reason)
+            delta.finish_reason = reason
+            delta.stop_token_id = token if reason == "stop" else None
+        return delta
+
+    # -- rows, blocks, queue --------------------------------------------------------------------------------------
+
+    def _release(self, sequence: Sequence) -> None:
+        self.pool.free(sequence.blocks)
+        sequence.blocks = []
+        self._free_rows.append(sequence.row)
+        sequence.row = -1
+        self.running.remove(sequence)
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._release(sequence)
+        sequence.num_computed = 0
+        sequence.num_registered = 0
+        self.stats.preemptions += 1
+        self._enqueue(sequence)
+
+    def _enqueue(self, sequence: Sequence) -> None:
+        heapq.heappush(self._waiting, sequence)
+        self.num_waiting += 1
+
+    def _drop_finished_waiting(self) -> None:
+        """Drop finished sequences from the head of the queue, and from all of it once they are most of it."""
+        while self._waiting and self._waiting[0].finish_reason is not None:
+            heapq.heappop(self._waiting)
+        if len(self._waiting) > 2 * self.num_waiting + 16:
+            self._waiting = [sequence for sequence in self._waiting if sequence.finish_reason is None]
+            heapq.heapify(self._waiting)

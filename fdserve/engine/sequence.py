@@ -1,0 +1,64 @@
+"""A sequence: the scheduler's state of one request."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+
+from fdserve.engine.kv_cache import BlockHash, extend_hashes
+from fdserve.engine.request import FinishReason, Request
+
+
+class Sequence:
+    """Tokens so far, how many of them are computed, and where.
+
+    Prefill, chunked prefill and decode differ only in how many tokens are left to compute. While a sequence runs it
+    has a row in the ranks and blocks for all its tokens; while it waits it has neither.
+    """
+
+    __slots__ = (
+        "arrival", "blocks", "cached_tokens", "ending_ids", "finish_reason", "hashes", "num_computed", "num_prompt",
+        "num_registered", "request", "row", "started", "tokens",
+    )  # fmt: skip
+
+    def __init__(self, request: Request, arrival: int) -> None:
+        self.request = request
+        self.arrival = arrival
+        self.tokens = list(request.prompt)
+        self.num_prompt = len(request.prompt)
+        self.num_computed = 0
+        self.blocks: list[int] = []
+        self.hashes: list[BlockHash] = []
+        self.num_registered = 0
+        self.row = -1
+        self.ending_ids = frozenset(request.params.ending_ids)
+        self.finish_reason: FinishReason | None = None
+        self.cached_tokens = 0
+        self.started = False
+
+    def __lt__(self, other: Sequence) -> bool:
+        """Runs before `other`: by priority, then by arrival."""
+        return (self.request.priority, self.arrival) < (other.request.priority, other.arrival)
+
+    @property
+    def remaining(self) -> int:
+        """Tokens known but not computed: 1 while decoding."""
+        return len(self.tokens) - self.num_computed
+
+    @property
+    def num_generated(self) -> int:
+        """Tokens sampled so far."""
+        return len(self.tokens) - self.num_prompt
+
+    def block_hashes(self, block_size: int) -> SequenceOf[BlockHash]:
+        """Hashes of all full blocks of the tokens so far."""
+        extend_hashes(self.hashes, self.tokens, block_size, self.request.cache_salt)
+        return self.hashes
+
+    def ends_with(self, token: int, max_model_len: int) -> FinishReason | None:
+        """Append a sampled token; why the sequence ends with it, if it does."""
+        self.tokens.append(token)
+        if token in self.ending_ids:
+            return "stop"
+        if self.num_generated >= self.request.params.max_tokens or len(self.tokens) >= max_model_len:
+            return "length"
+        return None

@@ -1,0 +1,164 @@
+"""What travels between the API process and a rank: length-prefixed msgpack frames, nothing pickled.
+
+A frame is a 4-byte little-endian length and that many bytes of msgpack. This module is the seam between the two
+processes, so both sides import it, and it imports nothing of either.
+"""
+
+from __future__ import annotations
+
+import struct
+
+import msgspec
+
+MAX_FRAME_BYTES = 256 << 20
+HEADER = struct.Struct("<I")
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How to choose tokens, and when to stop. Travels to the ranks as it is.
+
+    `seed` is always set (the API draws one where the client gave none): with the position of a token it alone
+    decides the random number for that token.
+    """
+
+    max_tokens: int
+    seed: int
+    min_tokens: int = 0
+    temperature: float = 1.0
+    """Below 1e-5 the likeliest token is taken, the lowest id on ties."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """Keep the k likeliest tokens; 0 keeps all."""
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    eos_token_ids: tuple[int, ...] = ()
+    """Ids that end the sequence: the model's own."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Further ids that end the sequence, as the client asked."""
+    logprobs: int | None = None
+    """None: no logprobs. k >= 0: the sampled token's and the k likeliest tokens' at every position."""
+    thinking_budget: int | None = None
+    """If none of the first `thinking_budget` tokens ends the thinking, the ids of `think_end_ids` are forced next."""
+    think_end_ids: tuple[int, ...] = ()
+    """What is forced; `think_end_id` is among them."""
+    think_end_id: int = -1
+
+    @property
+    def needs_history(self) -> bool:
+        """Whether the sampler must see the tokens so far."""
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+
+    @property
+    def ending_ids(self) -> tuple[int, ...]:
+        """Every id that ends the sequence; banned until `min_tokens` were generated."""
+        return self.eos_token_ids + self.stop_token_ids
+
+
+class Load(msgspec.Struct, frozen=True, tag="load"):
+    """The first frame to a rank: what to load, and how large."""
+
+    directory: str
+    rank: int
+    world_size: int
+    dtype: str
+    """"bfloat16", "float32" or "auto"."""
+    block_size: int
+    num_blocks: int
+    """0: as many as `kv_cache_bytes` hold."""
+    kv_cache_bytes: int
+    max_num_seqs: int
+    max_model_len: int
+    num_threads: int
+    """0: as many as the process may run on cores."""
+    parent: int
+    """The API process: a rank whose parent is another one has lost it already."""
+
+
+class NewRow(msgspec.Struct, frozen=True, array_like=True):
+    """A sequence enters a row, for the first time or after a preemption."""
+
+    row: int
+    token_ids: bytes
+    """All tokens so far, int32."""
+    num_prompt: int
+    num_computed: int
+    blocks: tuple[int, ...]
+    params: SamplingParams
+
+
+class Plan(msgspec.Struct, frozen=True, tag="plan"):
+    """One step. Carries only what changed: the ranks keep every row's tokens, blocks and sampling state."""
+
+    step: int
+    new_rows: list[NewRow]
+    new_blocks: list[tuple[int, int]]
+    """(row, block) to append to the row's block table, in order."""
+    rows: list[int]
+    """The rows of this step."""
+    num_tokens: list[int]
+    """How many tokens each of `rows` computes. A row whose tokens are then all computed samples one more."""
+
+
+class Loading(msgspec.Struct, frozen=True, tag="loading"):
+    """Progress of a rank's start."""
+
+    what: str
+    done: int
+    total: int
+
+
+class Ready(msgspec.Struct, frozen=True, tag="ready"):
+    """A rank has loaded its shard and allocated its blocks."""
+
+    num_blocks: int
+    dtype: str
+    kv_cache_bytes: int
+
+
+class StepResult(msgspec.Struct, frozen=True, tag="result"):
+    """What a step sampled: one entry for each row that sampled, in the plan's order."""
+
+    step: int
+    token_ids: bytes
+    """int32 [R]; -1 where the row's logits held no number."""
+    num_top: int = 0
+    logprobs: bytes = b""
+    """float32 [R]; empty if no row of the step asked."""
+    top_ids: bytes = b""
+    """int32 [R, num_top]"""
+    top_logprobs: bytes = b""
+    """float32 [R, num_top]"""
+    seconds: float = 0.0
+    """What the step took inside the rank."""
+
+
+class Failed(msgspec.Struct, frozen=True, tag="failed"):
+    """The rank cannot go on; it exits after this frame."""
+
+    message: str
+
+
+ToRank = Load | Plan
+FromRank = Loading | Ready | StepResult | Failed
+
+_encoder = msgspec.msgpack.Encoder()
+_to_rank: msgspec.msgpack.Decoder[ToRank] = msgspec.msgpack.Decoder(Load | Plan)
+_from_rank: msgspec.msgpack.Decoder[FromRank] = msgspec.msgpack.Decoder(Loading | Ready | StepResult | Failed)
+
+
+def encode_frame(message: ToRank | FromRank) -> bytes:
+    """The message as one frame, header included."""
+    body = _encoder.encode(message)
+    return HEADER.pack(len(body)) + body
+
+
+def decode_to_rank(body: bytes) -> ToRank:
+    """A frame's body as the rank reads it. Raises msgspec.DecodeError."""
+    return _to_rank.decode(body)
+
+
+def decode_from_rank(body: bytes) -> FromRank:
+    """A frame's body as the API process reads it. Raises msgspec.DecodeError."""
+    return _from_rank.decode(body)

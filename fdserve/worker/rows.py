@@ -1,0 +1,74 @@
+"""Rows: what a rank keeps of each running sequence across steps, as NumPy arrays indexed by row."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from fdserve.executor.wire import NewRow, Plan, SamplingParams
+
+Ints = npt.NDArray[np.int32]
+
+
+class Rows:
+    """Token ids, block tables and sampling parameters of up to `max_num_seqs` sequences.
+
+    The arrays are as wide as the longest sequence, but memory that is never written is never taken.
+    """
+
+    def __init__(self, max_num_seqs: int, max_model_len: int, block_size: int) -> None:
+        self.block_size = block_size
+        self.tokens: Ints = np.zeros((max_num_seqs, max_model_len + 1), np.int32)
+        self.num_tokens: Ints = np.zeros(max_num_seqs, np.int32)
+        self.num_prompt: Ints = np.zeros(max_num_seqs, np.int32)
+        self.num_computed: Ints = np.zeros(max_num_seqs, np.int32)
+        self.blocks: Ints = np.zeros((max_num_seqs, -(-max_model_len // block_size)), np.int32)
+        self.num_blocks: Ints = np.zeros(max_num_seqs, np.int32)
+        self.float_params: npt.NDArray[np.float32] = np.zeros((max_num_seqs, 6), np.float32)
+        """temperature, top_p, min_p, repetition, presence and frequency penalty"""
+        self.int_params: npt.NDArray[np.int64] = np.zeros((max_num_seqs, 2), np.int64)
+        """top_k, seed"""
+        self.num_top: Ints = np.full(max_num_seqs, -1, np.int32)
+        """Top logprobs wanted; -1 for no logprobs at all."""
+        self.needs_history: npt.NDArray[np.bool_] = np.zeros(max_num_seqs, np.bool_)
+        self.is_special: npt.NDArray[np.bool_] = np.zeros(max_num_seqs, np.bool_)
+        """The row bans tokens (min_tokens) or forces some (a thinking budget) at some positions: see its params."""
+        self.params: list[SamplingParams | None] = [None] * max_num_seqs
+
+    def take_changes(self, plan: Plan) -> None:
+        """Apply what a plan says of new rows and new blocks."""
+        for new in plan.new_rows:
+            self._begin(new)
+        for row, block in plan.new_blocks:
+            self.blocks[row, self.num_blocks[row]] = block
+            self.num_blocks[row] += 1
+
+    def append(self, rows: Ints, tokens: Ints) -> None:
+        """Append one sampled token to each of `rows`; -1, no token, stands for a row that is about to end."""
+        self.tokens[rows, self.num_tokens[rows]] = np.maximum(tokens, 0)
+        self.num_tokens[rows] += 1
+
+    def _begin(self, new: NewRow) -> None:
+        row, params = new.row, new.params
+        tokens = np.frombuffer(new.token_ids, np.int32)
+        self.tokens[row, : len(tokens)] = tokens
+        self.num_tokens[row] = len(tokens)
+        self.num_prompt[row] = new.num_prompt
+        self.num_computed[row] = new.num_computed
+        self.blocks[row, : len(new.blocks)] = new.blocks
+        self.num_blocks[row] = len(new.blocks)
+        self.float_params[row] = (
+            params.temperature,
+            params.top_p,
+            params.min_p,
+            params.repetition_penalty,
+            params.presence_penalty,
+            params.frequency_penalty,
+        )
+        self.int_params[row] = (params.top_k, params.seed)
+        self.num_top[row] = -1 if params.logprobs is None else params.logprobs
+        self.needs_history[row] = params.needs_history
+        self.is_special[row] = params.thinking_budget is not None or (
+            params.min_tokens > 0 and len(params.ending_ids) > 0
+        )
+        self.params[row] = params

@@ -1,0 +1,106 @@
+"""The runner: a rank's shard of the model, its KV cache and its rows, stepped by plans."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import paddle
+
+from fdserve import ops
+from fdserve.errors import StartupError
+from fdserve.executor.wire import Load, Plan, Ready, StepResult
+from fdserve.models.config import ModelConfig, read_config
+from fdserve.models.layers import ForwardBatch
+from fdserve.models.loader import load_model
+from fdserve.worker.batch import Batch, assemble
+from fdserve.worker.rows import Rows
+from fdserve.worker.sampler import Sampled, sample
+
+Progress = Callable[[str, int, int], None]
+
+
+class Runner:
+    """Loads on creation, `step` by `step` afterwards. Raises StartupError if the checkpoint or memory does not do."""
+
+    def __init__(self, load: Load, progress: Progress) -> None:
+        directory = Path(load.directory)
+        self.config = read_config(directory)
+        self.dtype = _resolve_dtype(load.dtype, self.config)
+        if load.num_threads > 0:
+            ops.set_num_threads(load.num_threads)
+        self.model = load_model(
+            directory,
+            self.config,
+            rank=load.rank,
+            world_size=load.world_size,
+            dtype=self.dtype,
+            progress=lambda done, total: progress("weights", done, total),
+        )
+        bytes_per_block = self.model.kv_bytes_per_block(load.block_size)
+        num_blocks = _num_blocks(load, self.config, bytes_per_block)
+        self.ready = Ready(num_blocks, self.dtype, num_blocks * bytes_per_block)
+        max_model_len = min(load.max_model_len or self.config.max_position_embeddings, num_blocks * load.block_size)
+        self.caches = self.model.new_caches(num_blocks, load.block_size)
+        self.rows = Rows(load.max_num_seqs, max_model_len, load.block_size)
+
+    def step(self, plan: Plan) -> StepResult:
+        """Execute one plan."""
+        started = time.perf_counter()
+        self.rows.take_changes(plan)
+        batch = assemble(self.rows, plan)
+        logits = self.model.forward(_forward_batch(batch), self.caches)
+        if len(batch.sample_rows) == 0:
+            return StepResult(plan.step, b"", seconds=time.perf_counter() - started)
+        sampled = sample(self.rows, batch.sample_rows, logits, self.config.vocab_size)
+        return _result(plan.step, sampled, time.perf_counter() - started)
+
+
+def _forward_batch(batch: Batch) -> ForwardBatch:
+    return ForwardBatch(
+        token_ids=paddle.to_tensor(batch.token_ids),
+        positions=batch.positions,
+        query_starts=paddle.to_tensor(batch.query_starts),
+        context_lens=paddle.to_tensor(batch.context_lens),
+        block_tables=paddle.to_tensor(batch.block_tables),
+        sample_rows=paddle.to_tensor(batch.sample_indices),
+    )
+
+
+def _result(step: int, sampled: Sampled, seconds: float) -> StepResult:
+    token_ids = sampled.token_ids.tobytes()
+    if sampled.logprobs is None or sampled.top_ids is None or sampled.top_logprobs is None:
+        return StepResult(step, token_ids, seconds=seconds)
+    return StepResult(
+        step,
+        token_ids,
+        num_top=sampled.top_ids.shape[1],
+        logprobs=sampled.logprobs.tobytes(),
+        top_ids=sampled.top_ids.tobytes(),
+        top_logprobs=sampled.top_logprobs.tobytes(),
+        seconds=seconds,
+    )
+
+
+def _resolve_dtype(asked: str, config: ModelConfig) -> str:
+    if asked == "auto":
+        return "float32" if config.dtype == "float32" else ops.compute_dtype()
+    if asked == "bfloat16" and ops.compute_dtype() != "bfloat16":
+        raise StartupError("--dtype bfloat16 needs a processor with AVX512-BF16; use float32 or auto here.")
+    return asked
+
+
+def _num_blocks(load: Load, config: ModelConfig, bytes_per_block: int) -> int:
+    """As asked, or as many as the memory holds, but no more than all rows at full length could use."""
+    longest = load.max_model_len or config.max_position_embeddings
+    blocks_per_row = -(-longest // load.block_size)
+    num_blocks = load.num_blocks or min(load.kv_cache_bytes // bytes_per_block, load.max_num_seqs * blocks_per_row)
+    if load.max_model_len > num_blocks * load.block_size:
+        raise StartupError(
+            f"The KV cache holds {num_blocks * load.block_size} tokens, fewer than --max-model-len "
+            f"{load.max_model_len}: give it more with --kv-cache-memory, or lower --max-model-len."
+        )
+    if num_blocks < 2:
+        raise StartupError("The KV cache would hold less than two blocks: give it more with --kv-cache-memory.")
+    return num_blocks

@@ -1,0 +1,266 @@
+"""The engine's loop over simulated ranks, on both event loops."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+import anyio
+import pytest
+
+from fdserve.engine.engine import Engine
+from fdserve.engine.output import MAX_PENDING_DELTAS, Generation, SlowReader
+from fdserve.engine.request import TokenDelta
+from fdserve.engine.scheduler import Scheduler
+from fdserve.errors import Overloaded, RankError, StartupError, Unavailable
+from fdserve.executor.wire import Plan, Ready, StepResult
+from tests.engine.simulation import SimulatedRank, expected_output, make_request
+
+pytestmark = pytest.mark.anyio
+
+
+class FakeRanks:
+    """Ranks in this process. `before_step` may wait, or raise what a lost rank raises."""
+
+    def __init__(self) -> None:
+        self.ready = Ready(64, "float32", 0)
+        self.scheduler: Scheduler | None = None
+        self.rank: SimulatedRank | None = None
+        self.starts = 0
+        self.fail_starts = 0
+        self.step_seconds = 0.0
+        self.before_step: Callable[[Plan], None] = lambda plan: None
+        self.plans: list[Plan] = []
+
+    @asynccontextmanager
+    async def open(self) -> AsyncIterator[FakeRanks]:
+        self.starts += 1
+        if self.fail_starts > 0:
+            self.fail_starts -= 1
+            raise RankError("rank 0: no such model")
+        if self.scheduler is not None:
+            self.rank = SimulatedRank(self.scheduler)
+        yield self
+
+    def make_scheduler(self, ready: Ready) -> Scheduler:
+        self.scheduler = Scheduler(
+            num_blocks=ready.num_blocks, block_size=4, max_num_seqs=4, max_num_batched_tokens=32, max_model_len=64
+        )
+        self.rank = SimulatedRank(self.scheduler)
+        return self.scheduler
+
+    async def send(self, plan: Plan) -> None:
+        self.before_step(plan)
+        self.plans.append(plan)
+
+    async def receive(self) -> StepResult:
+        await anyio.sleep(self.step_seconds)
+        assert self.rank is not None
+        sampled = self.rank.execute(self.plans[-1])
+        return StepResult(self.plans[-1].step, array("i", sampled.token_ids).tobytes())
+
+
+@asynccontextmanager
+async def serving(ranks: FakeRanks, *, max_requests: int = 100, step_timeout: float = 5.0) -> AsyncIterator[Engine]:
+    engine = Engine(ranks.open, ranks.make_scheduler, max_requests=max_requests, step_timeout=step_timeout)
+    async with anyio.create_task_group() as group:
+        group.start_soon(engine.run)
+        with anyio.fail_after(5):
+            await engine.wait_ready()
+        yield engine
+        group.cancel_scope.cancel()
+
+
+async def drain(generation: Generation) -> tuple[list[int], TokenDelta]:
+    tokens: list[int] = []
+    with anyio.fail_after(10):
+        while True:
+            for delta in await generation.receive():
+                tokens += delta.token_ids
+                if delta.finish_reason is not None:
+                    return tokens, delta
+
+
+async def wait_until(condition: Callable[[], bool]) -> None:
+    with anyio.fail_after(5):
+        while not condition():
+            await anyio.sleep(0.001)
+
+
+async def test_concurrent_requests_get_their_own_tokens() -> None:
+    async with serving(FakeRanks()) as engine:
+        requests = [make_request([index, 1, 2], name=str(index), max_tokens=5 + index) for index in range(12)]
+
+        async def check(index: int) -> None:
+            with engine.submit(requests[index]) as generation:
+                tokens, last = await drain(generation)
+            assert tokens == expected_output(requests[index], 64)
+            assert last.finish_reason == "length"
+            assert last.started > 0
+
+        async with anyio.create_task_group() as group:
+            for index in range(12):
+                group.start_soon(check, index)
+        assert engine.stats().running == engine.stats().waiting == engine.stats().kv_blocks_used == 0
+        assert engine.stats().generated_tokens == sum(range(5, 17))
+
+
+async def test_leaving_a_generation_frees_its_blocks_within_a_step() -> None:
+    ranks = FakeRanks()
+    ranks.step_seconds = 0.002
+    async with serving(ranks) as engine:
+        with engine.submit(make_request([1] * 20, max_tokens=40)) as generation:
+            await generation.receive()
+            assert engine.stats().kv_blocks_used > 0
+        assert engine.stats().kv_blocks_used == 0
+        steps = engine.stats().steps
+        await anyio.sleep(0.03)
+        assert engine.stats().steps <= steps + 1
+
+
+async def test_a_cancelled_reader_is_told() -> None:
+    ranks = FakeRanks()
+    ranks.step_seconds = 0.002
+    async with serving(ranks) as engine:
+        with engine.submit(make_request([1], max_tokens=60)) as generation:
+            generation.cancel()
+            generation.cancel()
+            _, last = await drain(generation)
+        assert last.finish_reason == "cancelled"
+
+
+async def test_cancelling_a_receive_loses_nothing() -> None:
+    ranks = FakeRanks()
+    ranks.step_seconds = 0.004
+    request = make_request([3], max_tokens=20)
+    async with serving(ranks) as engine:
+        with engine.submit(request) as generation:
+            tokens: list[int] = []
+            last = None
+            for _ in range(500):
+                with anyio.move_on_after(0.001):
+                    for delta in await generation.receive():
+                        tokens += delta.token_ids
+                        last = delta
+                if last is not None and last.finish_reason is not None:
+                    break
+        assert tokens == expected_output(request, 64)
+
+
+async def test_a_full_queue_refuses() -> None:
+    ranks = FakeRanks()
+    ranks.step_seconds = 0.01
+    async with serving(ranks, max_requests=2) as engine:
+        with engine.submit(make_request([1])), engine.submit(make_request([2])):
+            with pytest.raises(Overloaded):
+                engine.submit(make_request([3]))
+        with engine.submit(make_request([3])) as generation:
+            await drain(generation)
+
+
+async def test_a_reader_too_far_behind_loses_its_own_request_only() -> None:
+    cancelled = []
+    generation = Generation(lambda: cancelled.append(True))
+    for index in range(MAX_PENDING_DELTAS):
+        assert generation.deliver(TokenDelta([index]))
+    assert not generation.deliver(TokenDelta([7]))
+    deltas = await generation.receive()
+    assert len(deltas) == MAX_PENDING_DELTAS + 1
+    assert isinstance(deltas[-1].error, SlowReader)
+
+
+async def test_a_lost_rank_ends_what_ran_and_what_waited_then_runs() -> None:
+    ranks = FakeRanks()
+    ranks.step_seconds = 0.002
+
+    def die_once(plan: Plan) -> None:
+        if plan.step == 5 and ranks.starts == 1:
+            raise RankError("rank 0 was killed by SIGKILL")
+
+    ranks.before_step = die_once
+    async with serving(ranks) as engine:
+        requests = [make_request([index] * 4, name=str(index), max_tokens=20) for index in range(6)]
+        generations = [engine.submit(request) for request in requests]
+        results = [await drain(generation) for generation in generations]
+        for generation in generations:
+            generation.__exit__(None, None, None)
+        for tokens, last in results[:4]:
+            assert last.finish_reason == "error"
+            assert isinstance(last.error, Unavailable)
+            assert "SIGKILL" in str(last.error)
+            assert len(tokens) < 20
+        for request, (tokens, last) in zip(requests[4:], results[4:], strict=True):
+            assert tokens == expected_output(request, 64)
+            assert last.finish_reason == "length"
+        assert engine.status == "ready"
+        assert engine.stats().rank_restarts == 1
+        assert engine.stats().kv_blocks_used == 0
+
+
+async def test_while_ranks_restart_health_tells_and_new_requests_are_refused() -> None:
+    ranks = FakeRanks()
+
+    def die_once(plan: Plan) -> None:
+        if ranks.starts == 1:
+            ranks.fail_starts = 1
+            raise RankError("rank 0 hung")
+
+    ranks.before_step = die_once
+    async with serving(ranks) as engine:
+        with engine.submit(make_request([1])) as generation:
+            _, last = await drain(generation)
+        assert last.finish_reason == "error"
+        assert engine.status == "restarting"
+        assert "rank 0 hung" in engine.reason
+        with pytest.raises(Unavailable, match="rank 0 hung"):
+            engine.submit(make_request([1]))
+        await wait_until(lambda: engine.status == "ready")
+        with engine.submit(make_request([1])) as generation:
+            _, last = await drain(generation)
+        assert last.finish_reason == "length"
+
+
+async def test_a_step_that_takes_too_long_counts_as_a_lost_rank() -> None:
+    ranks = FakeRanks()
+    ranks.step_seconds = 10
+    async with serving(ranks, step_timeout=0.05) as engine:
+        with engine.submit(make_request([1])) as generation:
+            _, last = await drain(generation)
+        assert "longer than 0.05 s" in str(last.error)
+        ranks.step_seconds = 0
+        await wait_until(lambda: engine.status == "ready")
+
+
+async def test_a_first_start_that_fails_is_a_startup_error() -> None:
+    ranks = FakeRanks()
+    ranks.fail_starts = 1
+    engine = Engine(ranks.open, ranks.make_scheduler, max_requests=1, step_timeout=1)
+    with pytest.raises(Unavailable, match="loading"):
+        engine.submit(make_request([1]))
+    with pytest.raises(StartupError, match="no such model"):
+        await engine.run()
+
+
+async def test_shutting_down_ends_every_request() -> None:
+    ranks = FakeRanks()
+    ranks.step_seconds = 0.002
+    async with serving(ranks) as engine:
+        generation = engine.submit(make_request([1], max_tokens=50))
+        engine.drain()
+        with pytest.raises(Unavailable, match="shutting down"):
+            engine.submit(make_request([2]))
+    _, last = await drain(generation)
+    assert isinstance(last.error, Unavailable)
+
+
+async def test_the_books_are_looked_over_when_idle(caplog: pytest.LogCaptureFixture) -> None:
+    """A block that is lost, by a bug, costs the cache and not the server."""
+    ranks = FakeRanks()
+    async with serving(ranks) as engine:
+        assert ranks.scheduler is not None
+        ranks.scheduler.pool.allocate(1)
+        with engine.submit(make_request([1])) as generation:
+            await drain(generation)
+        await wait_until(lambda: engine.stats().kv_blocks_used == 0)
+        assert "books do not agree" in caplog.text

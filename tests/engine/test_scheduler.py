@@ -1,0 +1,303 @@
+from __future__ import annotations
+
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fdserve.engine.request import Request
+from fdserve.engine.scheduler import Scheduler
+from fdserve.engine.sequence import Sequence
+from tests.engine.simulation import SimulatedRank, expected_output, make_request
+
+
+def make_scheduler(
+    *,
+    num_blocks: int = 64,
+    block_size: int = 4,
+    seqs: int = 8,
+    budget: int = 32,
+    model_len: int = 64,
+    prefix_caching: bool = True,
+    chunked_prefill: bool = True,
+) -> Scheduler:
+    return Scheduler(
+        num_blocks=num_blocks,
+        block_size=block_size,
+        max_num_seqs=seqs,
+        max_num_batched_tokens=budget,
+        max_model_len=model_len,
+        enable_prefix_caching=prefix_caching,
+        enable_chunked_prefill=chunked_prefill,
+    )
+
+
+def run(scheduler: Scheduler, rank: SimulatedRank, *, max_steps: int = 2000) -> dict[str, list[int]]:
+    """Run until nothing is left; every invariant holds after every step."""
+    outputs: dict[str, list[int]] = {}
+    for _ in range(max_steps):
+        plan = scheduler.schedule()
+        scheduler.check_integrity()
+        if plan is None:
+            assert scheduler.num_waiting == 0
+            assert not scheduler.running
+            return outputs
+        assert len(scheduler.running) <= 8
+        for sequence, delta in scheduler.update(rank.execute(plan)):
+            outputs.setdefault(sequence.request.id, []).extend(delta.token_ids)
+        scheduler.check_integrity()
+    raise AssertionError("the scheduler does not come to an end")
+
+
+PROMPTS = st.lists(st.integers(0, 2), min_size=1, max_size=40)
+REQUESTS = st.lists(
+    st.tuples(PROMPTS, st.integers(1, 30), st.integers(0, 2), st.sampled_from(["", "salt"]), st.integers(0, 20)),
+    min_size=1,
+    max_size=14,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    requests=REQUESTS,
+    num_blocks=st.integers(16, 40),
+    budget=st.integers(1, 48),
+    prefix_caching=st.booleans(),
+    cancellations=st.dictionaries(st.integers(0, 13), st.integers(0, 30), max_size=4),
+)
+def test_every_request_ends_with_its_own_tokens(
+    requests: list[tuple[list[int], int, int, str, int]],
+    num_blocks: int,
+    budget: int,
+    prefix_caching: bool,
+    cancellations: dict[int, int],
+) -> None:
+    """Whatever arrives when, in whatever order, with however few blocks: the text is that of the request alone."""
+    scheduler = make_scheduler(num_blocks=num_blocks, budget=budget, prefix_caching=prefix_caching)
+    rank = SimulatedRank(scheduler)
+    arriving = [
+        (step, make_request(prompt, max_tokens=count, name=str(index), priority=priority, salt=salt))
+        for index, (prompt, count, priority, salt, step) in enumerate(requests)
+    ]
+    live: dict[str, Sequence] = {}
+    outputs: dict[str, list[int]] = {request.id: [] for _, request in arriving}
+    for step in range(3000):
+        for when, request in arriving:
+            if when == step:
+                live[request.id] = scheduler.add(request)
+        for index, when in cancellations.items():
+            if when == step and str(index) in live:
+                scheduler.finish(live[str(index)], "cancelled")
+        plan = scheduler.schedule()
+        scheduler.check_integrity()
+        if plan is None:
+            if step > 30:
+                break
+            continue
+        assert len(scheduler.running) <= 8
+        result = rank.execute(plan)
+        for index, when in cancellations.items():  # also while a step is in flight
+            if when + 1 == step and str(index) in live:
+                scheduler.finish(live[str(index)], "cancelled")
+        for sequence, delta in scheduler.update(result):
+            outputs[sequence.request.id] += delta.token_ids
+            assert (delta.finish_reason is not None) == (sequence.finish_reason is not None)
+    else:
+        raise AssertionError("a request never ended")
+    scheduler.check_integrity()
+    assert scheduler.pool.num_free == num_blocks
+    for _, request in arriving:
+        expected = expected_output(request, scheduler.max_model_len)
+        if live[request.id].finish_reason == "cancelled":
+            assert outputs[request.id] == expected[: len(outputs[request.id])]
+        else:
+            assert outputs[request.id] == expected
+
+
+def test_decodes_run_first_and_a_long_prefill_shares_the_step() -> None:
+    scheduler = make_scheduler(budget=8)
+    rank = SimulatedRank(scheduler)
+    scheduler.add(make_request([1, 2, 3], name="short"))
+    plan = scheduler.schedule()
+    assert plan is not None
+    scheduler.update(rank.execute(plan))
+    scheduler.add(make_request(list(range(20)), name="long"))
+    plan = scheduler.schedule()
+    assert plan is not None
+    assert plan.num_tokens == [1, 7]
+
+
+def test_without_chunked_prefill_a_prompt_is_computed_in_one_step() -> None:
+    scheduler = make_scheduler(budget=64, chunked_prefill=False)
+    rank = SimulatedRank(scheduler)
+    for index in range(3):
+        scheduler.add(make_request([index] * 30, name=str(index), max_tokens=2))
+    plan = scheduler.schedule()
+    assert plan is not None
+    assert plan.num_tokens == [30, 30]
+    scheduler.update(rank.execute(plan))
+    assert len(run(scheduler, rank)) == 3
+
+
+def test_prefix_hits_are_exact() -> None:
+    scheduler = make_scheduler(budget=64)
+    rank = SimulatedRank(scheduler)
+    prompt = list(range(17))
+    scheduler.add(make_request(prompt, name="first", max_tokens=1))
+    run(scheduler, rank)
+    second = scheduler.add(make_request(prompt, name="second", max_tokens=1))
+    third = scheduler.add(make_request([*prompt[:9], 99, *prompt[10:]], name="third", max_tokens=1))
+    salted = scheduler.add(make_request(prompt, name="salted", max_tokens=1, salt="x"))
+    run(scheduler, rank)
+    assert (second.cached_tokens, third.cached_tokens, salted.cached_tokens) == (16, 8, 0)
+
+
+def test_at_least_one_token_is_computed_of_a_fully_cached_prompt() -> None:
+    scheduler = make_scheduler()
+    rank = SimulatedRank(scheduler)
+    for name in ("cold", "warm"):
+        sequence = scheduler.add(make_request(list(range(16)), name=name, max_tokens=1))
+        run(scheduler, rank)
+    assert sequence.cached_tokens == 12
+
+
+def test_choices_of_one_prompt_share_its_blocks_within_a_step() -> None:
+    scheduler = make_scheduler(budget=64)
+    rank = SimulatedRank(scheduler)
+    for index in range(4):
+        scheduler.add(make_request(list(range(17)), name=str(index), max_tokens=3))
+    plan = scheduler.schedule()
+    assert plan is not None
+    assert plan.num_tokens == [17, 1, 1, 1]
+    scheduler.update(rank.execute(plan))
+    assert len({tuple(output) for output in run(scheduler, rank).values()}) == 1
+
+
+def test_out_of_blocks_preempts_the_newest_of_the_lowest_priority() -> None:
+    scheduler = make_scheduler(num_blocks=16, model_len=64)
+    rank = SimulatedRank(scheduler)
+    low_old = scheduler.add(make_request([1] * 15, name="low old", priority=1, max_tokens=30))
+    low_new = scheduler.add(make_request([2] * 15, name="low new", priority=1, max_tokens=30))
+    high = scheduler.add(make_request([3] * 15, name="high", priority=0, max_tokens=30))
+    order = []
+    for _ in range(500):
+        plan = scheduler.schedule()
+        if plan is None:
+            break
+        scheduler.check_integrity()
+        if scheduler.stats.preemptions > len(order):
+            order.append(next(s for s in (low_old, low_new, high) if s.row < 0 and s.finish_reason is None))
+        scheduler.update(rank.execute(plan))
+    assert order[0] is low_new
+    assert high not in order
+    for sequence in (low_old, low_new, high):
+        assert sequence.tokens[15:] == expected_output(sequence.request, 64)
+
+
+def test_a_finished_sequence_frees_its_blocks_at_once_wherever_it_is() -> None:
+    scheduler = make_scheduler(seqs=1)
+    running = scheduler.add(make_request([1] * 10, name="running"))
+    waiting = scheduler.add(make_request([2] * 10, name="waiting"))
+    assert scheduler.schedule() is not None
+    scheduler.finish(running, "cancelled")
+    scheduler.finish(running, "error")
+    scheduler.finish(waiting, "cancelled")
+    assert running.finish_reason == "cancelled"
+    scheduler.check_integrity()
+    assert scheduler.pool.num_free == 64
+    assert scheduler.num_waiting == 0
+
+
+def test_a_row_without_a_number_fails_alone() -> None:
+    from fdserve.engine.results import Sampled
+    from fdserve.executor.wire import StepResult
+
+    scheduler = make_scheduler()
+    bad = scheduler.add(make_request([1], name="bad"))
+    good = scheduler.add(make_request([2], name="good"))
+    assert scheduler.schedule() is not None
+    outputs = scheduler.update(Sampled(StepResult(1, b"\xff\xff\xff\xff\x07\x00\x00\x00")))
+    assert [(s.request.id, d.finish_reason, d.token_ids) for s, d in outputs] == [
+        ("bad", "error", []),
+        ("good", None, [7]),
+    ]
+    assert bad.finish_reason == "error"
+    assert good.finish_reason is None
+    scheduler.check_integrity()
+
+
+def test_finish_reasons_tell_what_happened() -> None:
+    scheduler = make_scheduler()
+    rank = SimulatedRank(scheduler)
+    first = expected_output(make_request([5], max_tokens=1), 64)[0]
+    eos_on_last = scheduler.add(make_request([5], name="eos", max_tokens=1, eos=(first,)))
+    length = scheduler.add(make_request([6], name="length", max_tokens=3))
+    context = scheduler.add(make_request([7] * 60, name="context", max_tokens=100))
+    run(scheduler, rank)
+    assert (eos_on_last.finish_reason, length.finish_reason, context.finish_reason) == ("stop", "length", "length")
+    assert len(context.tokens) == 64
+
+
+def test_a_stream_of_short_requests_does_not_starve_a_long_one() -> None:
+    scheduler = make_scheduler(num_blocks=16, seqs=4, budget=16)
+    rank = SimulatedRank(scheduler)
+    for index in range(4):
+        scheduler.add(make_request([index] * 8, name=f"early {index}", max_tokens=4))
+    big = scheduler.add(make_request(list(range(60)), name="big", max_tokens=2))
+    for step in range(200):
+        scheduler.add(make_request([step % 7], name=f"late {step}", max_tokens=2))
+        plan = scheduler.schedule()
+        assert plan is not None
+        scheduler.update(rank.execute(plan))
+        if big.finish_reason is not None:
+            break
+    assert big.finish_reason == "length"
+    assert step < 60
+
+
+@pytest.mark.parametrize("prompt", [[], [1] * 64])
+def test_a_prompt_that_cannot_run_is_refused(prompt: list[int]) -> None:
+    with pytest.raises(ValueError, match="does not fit"):
+        make_scheduler().add(make_request(prompt))
+
+
+def test_settings_that_could_hang_are_refused() -> None:
+    with pytest.raises(ValueError, match="cannot hold"):
+        make_scheduler(num_blocks=4, model_len=64)
+    with pytest.raises(ValueError, match="chunked prefill"):
+        make_scheduler(budget=32, model_len=64, chunked_prefill=False)
+
+
+def test_waiting_requests_cost_a_step_nothing() -> None:
+    """A plan takes as long with ten thousand requests waiting as with ten."""
+
+    def seconds_a_step(waiting: int) -> float:
+        scheduler = make_scheduler(num_blocks=512, model_len=256, budget=64)
+        rank = SimulatedRank(scheduler)
+        requests: list[Request] = [make_request([1] * 200, max_tokens=50) for _ in range(8 + waiting)]
+        for request in requests:
+            scheduler.add(request)
+        times = []
+        for _ in range(60):
+            started = time.perf_counter()
+            plan = scheduler.schedule()
+            times.append(time.perf_counter() - started)
+            assert plan is not None
+            scheduler.update(rank.execute(plan))
+        return sorted(times)[len(times) // 2]
+
+    few = min(seconds_a_step(10) for _ in range(3))
+    many = min(seconds_a_step(10_000) for _ in range(3))
+    assert many < 3 * few + 50e-6
+
+
+def test_cancelled_waiting_requests_leave_the_queue() -> None:
+    scheduler = make_scheduler(seqs=1)
+    scheduler.add(make_request([1]))
+    sequences = [scheduler.add(make_request([2], name=str(index))) for index in range(1000)]
+    for sequence in reversed(sequences):
+        scheduler.finish(sequence, "cancelled")
+    assert scheduler.num_waiting == 1
+    assert len(scheduler._waiting) < 100
+    scheduler.check_integrity()
