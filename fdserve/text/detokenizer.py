@@ -1,0 +1,50 @@
+"""Ids back to text, as they come: exact to the byte, and never half a character."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterable
+
+from fdserve.text.tokenizer import Tokenizer
+
+_UTF8 = codecs.getincrementaldecoder("utf-8")
+
+
+class Detokenizer:
+    """Turns a stream of ids into text.
+
+    All that `push` and the closing `flush` return, joined, is the UTF-8 text of the tokens' bytes, joined,
+    with U+FFFD for what is not UTF-8. No space is added or removed. An id outside the vocabulary is empty.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
+        self._token_bytes = tokenizer.token_bytes
+        self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset[int]()
+        self._decoder = _UTF8("replace")
+
+    def push(self, token_ids: Iterable[int]) -> str:
+        """The text that is certain now; the beginning of an unfinished character stays inside."""
+        skipped = self._skipped
+        data = b"".join([self._token_bytes(token) for token in token_ids if token not in skipped])
+        return self._decoder.decode(data)
+
+    def flush(self) -> str:
+        """What an unfinished character leaves: U+FFFD. The detokenizer can be used afresh after it."""
+        text = self._decoder.decode(b"", final=True)
+        self._decoder.reset()
+        return text
+
+
+def decode(tokenizer: Tokenizer, token_ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+    """The text of a whole id list."""
+    detokenizer = Detokenizer(tokenizer, skip_special_tokens)
+    return detokenizer.push(token_ids) + detokenizer.flush()
+
+
+def token_text(tokenizer: Tokenizer, token_id: int) -> tuple[str, list[int]]:
+    """The text of one token by itself and its bytes, as logprobs report them.
+
+    A token that holds part of a character reads U+FFFD; its bytes are the true ones.
+    """
+    data = tokenizer.token_bytes(token_id)
+    return data.decode("utf-8", "replace"), list(data)

@@ -1,0 +1,171 @@
+"""Telling a model's thoughts from its answer, by the tags' ids: each tag is one token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fdserve.errors import StartupError
+from fdserve.text.detokenizer import Detokenizer
+from fdserve.text.tokenizer import Tokenizer
+
+# What a parser may be called -> the format. The names are FastDeploy's and vLLM's; "-" reads as "_".
+_FORMAT_OF = {
+    "ernie_x1": "ernie_x1",
+    "ernie_45_vl": "ernie_45_vl",
+    "ernie_45_vl_thinking": "ernie_45_vl",
+    "deepseek_r1": "think",
+    "qwen3": "think",
+    "think": "think",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ReasoningFormat:
+    """The ids of a format's tags.
+
+    "ernie_x1" writes `<think>…</think><response>…</response>`, "ernie_45_vl" and "think" write
+    `<think>…</think>…` and have no response tags.
+    """
+
+    name: str
+    think_start: int
+    think_end: int
+    response_start: int | None = None
+    response_end: int | None = None
+
+
+def resolve_reasoning(name: str | None, tokenizer: Tokenizer, template_source: str) -> ReasoningFormat | None:
+    """The format that a parser's name stands for; None switches reasoning off.
+
+    "none" is off. A `name` of None looks for itself: a template that writes `<think>` and a vocabulary in
+    which the tags are single tokens mean "think", and "ernie_x1" where the same holds for `<response>`.
+    Raises StartupError for an unknown name, or when a named format's tags are not in the vocabulary.
+    """
+    if name is None:
+        kind = _detect(tokenizer, template_source)
+    elif name.lower() == "none":
+        kind = None
+    else:
+        kind = _FORMAT_OF.get(name.lower().replace("-", "_"))
+        if kind is None:
+            known = ", ".join([*_FORMAT_OF, "none"])
+            raise StartupError(f"unknown reasoning parser {name!r}: choose one of {known}")
+    if kind is None:
+        return None
+    tags = ["<think>", "</think>"] + (["<response>", "</response>"] if kind == "ernie_x1" else [])
+    ids = [tokenizer.token_id(tag) for tag in tags]
+    if missing := [tag for tag, token_id in zip(tags, ids, strict=True) if token_id is None]:
+        raise StartupError(f"reasoning parser {name!r} needs {', '.join(missing)} as single tokens")
+    return ReasoningFormat(kind, *[token_id for token_id in ids if token_id is not None])
+
+
+def _detect(tokenizer: Tokenizer, template_source: str) -> str | None:
+    def written(tag: str) -> bool:
+        return tokenizer.token_id(tag) is not None
+
+    if "<think>" not in template_source or not (written("<think>") and written("</think>")):
+        return None
+    if "<response>" in template_source and written("<response>") and written("</response>"):
+        return "ernie_x1"
+    return "think"
+
+
+def starts_in_thinking(format: ReasoningFormat, prompt_ids: Sequence[int]) -> bool:
+    """Whether the model's first token is a thought: the last tag in the prompt decides.
+
+    `<think>` means yes, any other tag no. In a prompt without a tag the formats differ. ernie_x1 models think
+    always and their template opens the thought for them, so what they write is a thought (FastDeploy decides
+    the same). The others may be asked not to think, and where they do they can write `<think>` themselves,
+    which `ReasoningSplitter` sees.
+    """
+    others = {format.think_end, format.response_start, format.response_end}
+    for token_id in reversed(prompt_ids):
+        if token_id == format.think_start:
+            return True
+        if token_id in others:
+            return False
+    return format.name == "ernie_x1"
+
+
+class ReasoningSplitter:
+    """Turns one choice's ids into its reasoning and its content, the tags left out.
+
+    The regions of an output, and what ends each:
+      opening   nothing but white space so far: `<think>` begins a thought, anything else is the answer
+      thought   until the first `</think>`
+      gap       after `</think>` or `</response>`: `<response>` opens the answer; other text is the answer,
+                without the newlines before it (a model may leave the response tags out)
+      response  until `</response>`
+      answer    text with no tags around it; `<response>` may still open, and `</response>` close
+    One newline next to a tag, inside, belongs to the layout and not to the text. White space in a gap is
+    dropped. `<think>` and `</think>` inside an answer are literal text.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, format: ReasoningFormat, thinking: bool, skip_special_tokens: bool = True
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._format = format
+        self._detokenizer = Detokenizer(tokenizer, skip_special_tokens)
+        self._region = "thought" if thinking else "opening"
+        self._at_start = True  # of a thought or a response: no text of it yet
+        self._held = ""  # white space that the next token may turn into layout
+        self.reasoning_tokens = 0  # ids in thoughts, the tags not counted
+
+    def push(self, token_id: int) -> tuple[str, str]:
+        """Take one id; return the (reasoning, content) that is certain now."""
+        after = self._region_after(token_id)
+        if after is None:
+            if self._region == "thought":
+                self.reasoning_tokens += 1
+            return self._take(self._detokenizer.push((token_id,)))
+        texts = self._take(self._detokenizer.flush())
+        self._held = ""
+        self._region = after
+        self._at_start = True
+        return texts
+
+    def _region_after(self, token_id: int) -> str | None:
+        """The region that this tag leads to, or None for a token that is text here."""
+        format = self._format
+        if token_id == format.think_start:
+            begins = self._region == "opening" or (self._region == "thought" and self._at_start)
+            return "thought" if begins else None
+        if self._region == "thought":
+            return "gap" if token_id == format.think_end else None
+        if token_id == format.response_start:
+            return "response"
+        return "gap" if token_id == format.response_end else None
+
+    def _take(self, text: str) -> tuple[str, str]:
+        """Add text to the region; return what of it is certain."""
+        if not text:
+            return "", ""
+        text = self._held + text
+        self._held = ""
+        if self._region in ("opening", "gap"):
+            if text.isspace():
+                self._held = text
+                return "", ""
+            text = text if self._region == "opening" else text.lstrip("\n")
+            self._region = "answer"
+        elif self._region in ("thought", "response") and self._at_start:
+            self._at_start = False
+            text = text.removeprefix("\n")
+        if self._closable() and text.endswith("\n"):
+            text, self._held = text[:-1], "\n"
+        return (text, "") if self._region == "thought" else ("", text)
+
+    def _closable(self) -> bool:
+        """Whether a tag may end the region, so that its last newline is not certain to be text."""
+        return self._region == "thought" or self._format.response_end is not None
+
+    def flush(self) -> tuple[str, str]:
+        """The rest, at the end of the output: what was held back is text after all, save in a gap."""
+        reasoning, content = self._take(self._detokenizer.flush())
+        held = "" if self._region == "gap" else self._held
+        self._held = ""
+        if self._region == "thought":
+            return reasoning + held, content
+        return reasoning, content + held
