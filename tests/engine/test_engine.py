@@ -152,9 +152,8 @@ async def test_a_full_queue_refuses() -> None:
     ranks = FakeRanks()
     ranks.step_seconds = 0.01
     async with serving(ranks, max_requests=2) as engine:
-        with engine.submit(make_request([1])), engine.submit(make_request([2])):
-            with pytest.raises(Overloaded):
-                engine.submit(make_request([3]))
+        with engine.submit(make_request([1])), engine.submit(make_request([2])), pytest.raises(Overloaded):
+            engine.submit(make_request([3]))
         with engine.submit(make_request([3])) as generation:
             await drain(generation)
 

@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import numpy as np
+import paddle
+import pytest
+
+from fdserve.executor.wire import NewRow, Plan, SamplingParams
+from fdserve.worker.rows import Rows
+from fdserve.worker.sampler import Sampled, forced_id, sample
+
+VOCAB = 50
+EOS, END = 2, 9
+
+
+def make_rows(*states: tuple[list[int], list[int], SamplingParams]) -> Rows:
+    """Rows of (prompt, output so far, parameters)."""
+    rows = Rows(8, 64, block_size=16)
+    for row, (prompt, output, params) in enumerate(states):
+        tokens = np.array(prompt + output, np.int32)
+        new = NewRow(row, tokens.tobytes(), len(prompt), len(tokens) - 1, (0,), params)
+        rows.take_changes(Plan(1, [new], [], [], []))
+    return rows
+
+
+def params(**changes: object) -> SamplingParams:
+    return SamplingParams(**{"max_tokens": 20, "seed": 1, "temperature": 0.0, "eos_token_ids": (EOS,), **changes})  # type: ignore[arg-type]
+
+
+def run(rows: Rows, logits: np.ndarray) -> Sampled:
+    row_ids = np.arange(len(logits), dtype=np.int32)
+    return sample(rows, row_ids, paddle.to_tensor(logits.astype(np.float32)), VOCAB)
+
+
+def logits_favouring(*ids: int) -> np.ndarray:
+    """Logits that fall in the order of `ids`, everything else far behind."""
+    logits = np.full(VOCAB, -20.0)
+    for place, token in enumerate(ids):
+        logits[token] = 10.0 - place
+    return logits
+
+
+def test_min_tokens_bans_every_ending_id_until_reached() -> None:
+    asks = params(min_tokens=2, stop_token_ids=(7,))
+    rows = make_rows(([1], [3], asks), ([1], [3, 4], asks))
+    sampled = run(rows, np.stack([logits_favouring(EOS, 7, 5)] * 2))
+    assert sampled.token_ids.tolist() == [5, EOS]
+    assert rows.tokens[0, 2] == 5
+
+
+def test_repetition_penalty_sees_prompt_and_output_others_only_output() -> None:
+    rows = make_rows(
+        ([5], [], params(repetition_penalty=3.0)),
+        ([5], [], params(presence_penalty=2.0)),
+        ([1], [5], params(presence_penalty=2.0)),
+        ([5], [], params()),
+    )
+    sampled = run(rows, np.stack([logits_favouring(5, 6)] * 4))
+    assert sampled.token_ids.tolist() == [6, 5, 6, 5]
+
+
+def test_logprobs_come_only_where_a_row_asks() -> None:
+    assert run(make_rows(([1], [], params())), logits_favouring(5)[None]).logprobs is None
+    rows = make_rows(([1], [], params()), ([1], [], params(logprobs=3)), ([1], [], params(logprobs=0)))
+    logits = np.random.default_rng(0).normal(size=(3, VOCAB))
+    sampled = run(rows, logits)
+    assert sampled.logprobs is not None
+    assert sampled.top_ids is not None
+    assert sampled.top_ids.shape == (3, 3)
+    expected = logits[1] - np.log(np.exp(logits[1]).sum())
+    assert sampled.top_ids[1].tolist() == np.argsort(-expected)[:3].tolist()
+    assert sampled.logprobs[1] == pytest.approx(expected.max(), abs=1e-5)
+
+
+def test_the_same_seed_and_position_give_the_same_token_whatever_the_row() -> None:
+    logits = np.random.default_rng(1).normal(size=VOCAB)
+    asks = params(temperature=1.0, seed=1234)
+    other = params(temperature=1.0, seed=99)
+    alone = run(make_rows(([1], [3, 4], asks)), logits[None]).token_ids[0]
+    rows = make_rows(([2], [], other), ([7, 8], [3, 4], asks), ([2], [], other))
+    assert run(rows, np.stack([logits] * 3)).token_ids[1] == alone
+
+
+def test_a_row_of_nan_gives_no_token_and_leaves_the_others_alone() -> None:
+    rows = make_rows(([1], [], params()), ([1], [], params()))
+    logits = np.stack([np.full(VOCAB, np.nan), logits_favouring(5)])
+    assert run(rows, logits).token_ids.tolist() == [-1, 5]
+
+
+def test_a_thinking_budget_forces_the_end_and_then_lets_go() -> None:
+    asks = params(thinking_budget=2, think_end_ids=(8, END, 8), think_end_id=END)
+    rows = make_rows(([1], [], asks))
+    tokens = [int(run(rows, logits_favouring(5)[None]).token_ids[0]) for _ in range(7)]
+    assert tokens == [5, 5, 8, END, 8, 5, 5]
+
+
+@pytest.mark.parametrize(
+    ("output", "expected"),
+    [([5], -1), ([5, 5], 8), ([5, 5, 8], END), ([5, 5, 8, END], -1), ([5, END], -1), ([END, 5, 5], -1)],
+)
+def test_forced_ids_depend_on_the_output_alone(output: list[int], expected: int) -> None:
+    asks = params(thinking_budget=2, think_end_ids=(8, END), think_end_id=END)
+    assert forced_id(asks, np.array(output, np.int32)) == expected
