@@ -39,6 +39,5 @@ def moe(
     Returns:
         [T, H] D.
     """
-    return run(
-        "moe", x, gate, correction_bias, up_gate.data, down.data, shared, down.in_features, top_k, norm_min
-    )
+    inner = down.in_features
+    return run("moe", x, gate, correction_bias, up_gate.data, down.data, shared, inner, top_k, norm_min)[0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from fdserve.ops.library import run
 from fdserve.ops.weights import PackedWeight
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 def linear(x: Tensor, w: PackedWeight, *, out_dtype: str | None = None) -> Tensor:
     """x [T, K] D times the matrix -> [T, N], D or `out_dtype` ("float32"). Accumulates in float32."""
-    return run("linear", x, w.data, w.out_features, w.in_features, out_dtype == "float32")
+    return run("linear", x, w.data, w.out_features, w.in_features, out_dtype == "float32")[0]
 
 
 def embedding(ids: Tensor, w: PackedWeight) -> Tensor:
@@ -21,19 +21,20 @@ def embedding(ids: Tensor, w: PackedWeight) -> Tensor:
 
     The table is packed like a linear layer's matrix, so an output head tied to it needs no memory of its own.
     """
-    return run("embedding", ids, w.data, w.out_features, w.in_features)
+    return run("embedding", ids, w.data, w.out_features, w.in_features)[0]
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x [T, H] D / sqrt(mean(x^2) + eps), rounded to D, times weight [H] D -> [T, H] D."""
-    return run("rms_norm", x, weight, eps)
+    return run("rms_norm", x, weight, eps)[0]
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """(rms_norm(total), total) with total = residual + x rounded to D; all [T, H] D."""
-    return cast("tuple[Tensor, Tensor]", run("add_rms_norm", x, residual, weight, eps))
+    normed, total = run("add_rms_norm", x, residual, weight, eps)
+    return normed, total
 
 
 def swiglu(x: Tensor) -> Tensor:
     """x [T, 2I] D -> silu(x[:, :I]) * x[:, I:], [T, I] D, rounded once."""
-    return run("swiglu", x)
+    return run("swiglu", x)[0]

@@ -54,7 +54,7 @@ def library() -> _Library:
 
 
 def run(op: str, *args: Any) -> Any:
-    """Call the custom op `fdserve_<op>` with its inputs, then its attributes."""
+    """Call the custom op `fdserve_<op>` with its inputs, then its attributes; returns the list of its outputs."""
     return (_library or library()).run("fdserve_" + op, *args)
 
 

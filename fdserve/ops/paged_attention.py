@@ -75,4 +75,4 @@ def attention(
         "attention",
         qkv, k_cache, v_cache, rope, block_tables, query_starts, context_lens,
         num_heads, num_kv_heads, head_dim, block_size,
-    )  # fmt: skip
+    )[0]  # fmt: skip

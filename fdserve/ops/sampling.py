@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from fdserve.ops.library import run
 
@@ -56,12 +56,10 @@ def sample(
         log-softmax of the logits as given, over ids below `vocab_size`; the top K by (logprob descending, id
         ascending).
     """
-    return cast(
-        "tuple[Tensor, Tensor, Tensor, Tensor]",
-        run(
-            "sample",
-            logits, float_params, int_params, history, history_offsets, prompt_lens,
-            bias_ids, bias_values, bias_offsets,
-            vocab_size, num_top,
-        ),
+    tokens, logprobs, top_ids, top_logprobs = run(
+        "sample",
+        logits, float_params, int_params, history, history_offsets, prompt_lens,
+        bias_ids, bias_values, bias_offsets,
+        vocab_size, num_top,
     )  # fmt: skip
+    return tokens, logprobs, top_ids, top_logprobs

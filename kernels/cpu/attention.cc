@@ -1,0 +1,195 @@
+// Paged causal attention of a batch: store the new keys and values, then answer the queries.
+//
+// A work item is one key/value head of one sequence and a few of its new tokens: its rows are those tokens times the
+// query heads of the group, so that all share each load of the cache. The softmax state starts anew at every KEY_PART
+// keys and is folded into the total in order. When there are too few items for the threads the parts themselves are
+// shared out and folded afterwards: the same sums in the same order.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+#include "kernels.h"
+#include "pool.h"
+
+namespace fdserve {
+namespace {
+
+constexpr int64_t ITEM_ROWS = 48;    // their queries, states and one tile of keys and values fit the L1/L2 caches
+constexpr int64_t STORE_TOKENS = 16;
+
+struct Item {
+  int64_t sequence, kv_head, first_token, tokens;  // tokens as rows of the call
+  int64_t position;                                // of the first
+};
+
+class Attention {
+ public:
+  explicit Attention(const AttentionCall& call)
+      : c(call),
+        kernels(row_kernels(call.dtype)),
+        floats(float_kernels()),
+        element(size_of(call.dtype)),
+        group(call.heads / call.kv_heads),
+        stride((call.head_dim + 63) / 64 * 64),
+        row_elements((call.heads + 2 * call.kv_heads) * call.head_dim) {}
+
+  void run() {
+    store_new();
+    plan();
+    int64_t parts = 0;
+    for (const Item& item : items) parts = std::max(parts, parts_of(item));
+    if (parts > 1 && static_cast<int64_t>(items.size()) < 2 * num_threads()) return run_parts(parts);
+    // The last tokens of a prefill see the most keys: longest first.
+    const int64_t count = static_cast<int64_t>(items.size());
+    parallel(count, [&](int64_t i) { run_item(items[static_cast<size_t>(count - 1 - i)]); });
+  }
+
+ private:
+  const AttentionCall& c;
+  const RowKernels& kernels;
+  const FloatKernels& floats;
+  const int64_t element, group, stride, row_elements;
+  std::vector<Item> items;
+
+  int64_t rows_of(const Item& item) const { return item.tokens * group; }
+  int64_t keys_of(const Item& item) const { return item.position + item.tokens; }
+  int64_t parts_of(const Item& item) const { return (keys_of(item) + KEY_PART - 1) / KEY_PART; }
+
+  const char* token(int64_t t, int64_t head) const {
+    return static_cast<const char*>(c.qkv) + (t * row_elements + head * c.head_dim) * element;
+  }
+
+  // The 16 keys (or values) of a head that hold `position`.
+  char* cache_group(void* cache, int64_t sequence, int64_t position, int64_t kv_head) const {
+    const int64_t block = c.block_tables[sequence * c.blocks_per_sequence + position / c.block_size];
+    const int64_t slot = (block * c.kv_heads + kv_head) * c.block_size + position % c.block_size;
+    return static_cast<char*>(cache) + slot / KEY_GROUP * KEY_GROUP * c.head_dim * element;
+  }
+
+  void store_new() {
+    std::vector<std::pair<int64_t, int64_t>> chunks;  // (sequence, first row of the call)
+    for (int64_t s = 0; s < c.sequences; ++s)
+      for (int64_t t = c.query_starts[s]; t < c.query_starts[s + 1]; t += STORE_TOKENS) chunks.emplace_back(s, t);
+    parallel(static_cast<int64_t>(chunks.size()), [&](int64_t i) {
+      const auto [sequence, first] = chunks[static_cast<size_t>(i)];
+      const int64_t start = c.query_starts[sequence], end = c.query_starts[sequence + 1];
+      char* rotated = scratch<char>(kScratchTile, c.kv_heads * c.head_dim * element);
+      for (int64_t t = first; t < std::min(first + STORE_TOKENS, end); ++t) {
+        const int64_t position = c.context_lens[sequence] + t - start, lane = position % KEY_GROUP;
+        kernels.rotate(token(t, c.heads), c.kv_heads, c.head_dim, c.rope + t * c.head_dim, rotated);
+        for (int64_t h = 0; h < c.kv_heads; ++h) {
+          kernels.store_key(rotated + h * c.head_dim * element, c.head_dim, lane,
+                            cache_group(c.k_cache, sequence, position, h));
+          kernels.store_value(token(t, c.heads + c.kv_heads + h), c.head_dim, lane,
+                              cache_group(c.v_cache, sequence, position, h));
+        }
+      }
+    });
+  }
+
+  void plan() {
+    const int64_t per_item = std::max<int64_t>(1, ITEM_ROWS / group);
+    for (int64_t s = 0; s < c.sequences; ++s)
+      for (int64_t t = c.query_starts[s]; t < c.query_starts[s + 1]; t += per_item)
+        for (int64_t h = 0; h < c.kv_heads; ++h)
+          items.push_back({s, h, t, std::min<int64_t>(per_item, c.query_starts[s + 1] - t),
+                           c.context_lens[s] + t - c.query_starts[s]});
+  }
+
+  char* rotated_queries(const Item& item) const {
+    char* q = scratch<char>(kScratchQuery, rows_of(item) * c.head_dim * element);
+    for (int64_t t = 0; t < item.tokens; ++t)
+      kernels.rotate(token(item.first_token + t, item.kv_head * group), group, c.head_dim,
+                     c.rope + (item.first_token + t) * c.head_dim, q + t * group * c.head_dim * element);
+    return q;
+  }
+
+  KeyTile tile_at(const Item& item, int64_t first) const {
+    KeyTile tile = {};
+    for (int64_t g = 0; g < KEY_TILE / KEY_GROUP && first + g * KEY_GROUP < keys_of(item); ++g) {
+      tile.keys[g] = cache_group(c.k_cache, item.sequence, first + g * KEY_GROUP, item.kv_head);
+      tile.values[g] = cache_group(c.v_cache, item.sequence, first + g * KEY_GROUP, item.kv_head);
+    }
+    return tile;
+  }
+
+  // The state of the item's rows over the keys of one part alone.
+  void run_part(const Item& item, const char* q, int64_t part, AttendState state) const {
+    const int64_t rows = rows_of(item);
+    reset(state, rows);
+    int* seen = scratch<int>(kScratchSeen, rows);
+    const int64_t end = std::min((part + 1) * KEY_PART, keys_of(item));
+    const float scale = 1.0f / std::sqrt(static_cast<float>(c.head_dim));
+    for (int64_t first = part * KEY_PART; first < end; first += KEY_TILE) {
+      const int64_t skipped = std::max<int64_t>(0, first - item.position) * group;  // rows that see none of this tile
+      for (int64_t r = skipped; r < rows; ++r)
+        seen[r] = static_cast<int>(std::min(KEY_TILE, item.position + r / group + 1 - first));
+      kernels.attend(q + skipped * c.head_dim * element, rows - skipped, c.head_dim, tile_at(item, first),
+                     seen + skipped, scale,
+                     {state.peak + skipped, state.mass + skipped, state.values + skipped * stride}, stride);
+    }
+  }
+
+  void reset(AttendState state, int64_t rows) const {
+    std::fill(state.peak, state.peak + rows, -INFINITY);
+    std::fill(state.mass, state.mass + rows, 0.0f);
+    std::memset(state.values, 0, static_cast<size_t>(rows * stride) * sizeof(float));
+  }
+
+  int64_t state_floats(int64_t rows) const { return (rows * (stride + 2) + 15) / 16 * 16; }
+
+  AttendState state_at(float* memory, int64_t rows) const {
+    return {memory + rows * stride, memory + rows * (stride + 1), memory};
+  }
+
+  void write(const Item& item, AttendState state) const {
+    const int64_t rows = rows_of(item);
+    floats.finish(state, rows, c.head_dim, stride);
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t head = item.kv_head * group + r % group, t = item.first_token + r / group;
+      kernels.add(state.values + r * stride, nullptr, c.head_dim,
+                  static_cast<char*>(c.out) + (t * c.heads + head) * c.head_dim * element);
+    }
+  }
+
+  void run_item(const Item& item) const {
+    const int64_t rows = rows_of(item);
+    const char* q = rotated_queries(item);
+    float* memory = scratch<float>(kScratchTile, 2 * state_floats(rows));
+    const AttendState total = state_at(memory, rows), part = state_at(memory + state_floats(rows), rows);
+    reset(total, rows);
+    for (int64_t p = 0; p < parts_of(item); ++p) {
+      run_part(item, q, p, part);
+      floats.merge(total, part, rows, c.head_dim, stride);
+    }
+    write(item, total);
+  }
+
+  void run_parts(int64_t parts) const {
+    const int64_t each = state_floats(std::max<int64_t>(ITEM_ROWS, group)), count = static_cast<int64_t>(items.size());
+    float* memory = scratch<float>(kScratchCall, count * parts * each);
+    parallel(count * parts, [&](int64_t i) {
+      const Item& item = items[static_cast<size_t>(i / parts)];
+      if (i % parts < parts_of(item))
+        run_part(item, rotated_queries(item), i % parts, state_at(memory + i * each, rows_of(item)));
+    });
+    parallel(count, [&](int64_t i) {
+      const Item& item = items[static_cast<size_t>(i)];
+      const int64_t rows = rows_of(item);
+      const AttendState total = state_at(scratch<float>(kScratchTile, state_floats(rows)), rows);
+      reset(total, rows);
+      for (int64_t p = 0; p < parts_of(item); ++p)
+        floats.merge(total, state_at(memory + (i * parts + p) * each, rows), rows, c.head_dim, stride);
+      write(item, total);
+    });
+  }
+};
+
+}  // namespace
+
+void attention(const AttentionCall& call) {
+  if (call.tokens > 0) Attention(call).run();
+}
+
+}  // namespace fdserve

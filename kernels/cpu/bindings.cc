@@ -1,0 +1,234 @@
+// The operators as Paddle custom ops: checks, output tensors, and a call of the framework-free functions in kernels.h.
+// The only file that includes Paddle's headers. Ops are called eagerly, so no shape inference is declared.
+#include <stdexcept>
+#include <string>
+
+#include "kernels.h"
+#include "paddle/phi/api/all.h"
+
+namespace {
+
+using fdserve::Dtype;
+using paddle::DataType;
+using paddle::Tensor;
+
+void require(bool holds, const char* message) {
+  if (!holds) throw std::invalid_argument(message);
+}
+
+Dtype dtype_of(const Tensor& x) {
+  if (x.dtype() == DataType::BFLOAT16) return Dtype::kBfloat16;
+  require(x.dtype() == DataType::FLOAT32, "expected a bfloat16 or float32 tensor");
+  return Dtype::kFloat32;
+}
+
+template <class T>
+const T* data_of(const Tensor& x, DataType dtype, const char* message) {
+  require(x.dtype() == dtype, message);
+  return static_cast<const T*>(x.numel() == 0 ? nullptr : x.data());
+}
+
+const void* data_of(const Tensor& x) { return x.numel() == 0 ? nullptr : x.data(); }
+
+Tensor make(std::initializer_list<int64_t> shape, DataType dtype) {
+  return paddle::empty(std::vector<int64_t>(shape), dtype, paddle::CPUPlace());
+}
+
+std::vector<Tensor> linear(const Tensor& x, const Tensor& panels, int64_t n, int64_t k, bool to_float) {
+  require(x.dims().size() == 2 && x.dims()[1] == k, "linear: x must be [T, in_features]");
+  require(x.dtype() == panels.dtype(), "linear: x and the weight must have the same dtype");
+  Tensor out = make({x.dims()[0], n}, to_float ? DataType::FLOAT32 : x.dtype());
+  if (out.numel() > 0)
+    fdserve::linear(x.data(), x.dims()[0], k, panels.data(), n, dtype_of(x), out.data(), dtype_of(out));
+  return {out};
+}
+
+std::vector<Tensor> embedding(const Tensor& ids, const Tensor& panels, int64_t vocab, int64_t hidden) {
+  const auto* id = data_of<int32_t>(ids, DataType::INT32, "embedding: ids must be int32");
+  for (int64_t t = 0; t < ids.numel(); ++t) require(id[t] >= 0 && id[t] < vocab, "embedding: an id is out of range");
+  Tensor out = make({ids.numel(), hidden}, panels.dtype());
+  if (out.numel() > 0) fdserve::embedding(id, ids.numel(), panels.data(), hidden, dtype_of(panels), out.data());
+  return {out};
+}
+
+std::vector<Tensor> norm(const Tensor& x, const Tensor* residual, const Tensor& weight, float eps) {
+  require(x.dims().size() == 2 && weight.numel() == x.dims()[1], "rms_norm: x must be [T, H] and weight [H]");
+  require(x.dtype() == weight.dtype(), "rms_norm: x and weight must have the same dtype");
+  require(residual == nullptr || (residual->dims() == x.dims() && residual->dtype() == x.dtype()),
+          "add_rms_norm: the residual must be like x");
+  std::vector<Tensor> out = {make({x.dims()[0], x.dims()[1]}, x.dtype())};
+  if (residual != nullptr) out.push_back(make({x.dims()[0], x.dims()[1]}, x.dtype()));
+  if (x.numel() > 0)
+    fdserve::rms_norm(x.data(), residual != nullptr ? residual->data() : nullptr, weight.data(), eps, x.dims()[0],
+                      x.dims()[1], dtype_of(x), out[0].data(), residual != nullptr ? out[1].data() : nullptr);
+  return out;
+}
+
+std::vector<Tensor> rms_norm(const Tensor& x, const Tensor& weight, float eps) { return norm(x, nullptr, weight, eps); }
+
+std::vector<Tensor> add_rms_norm(const Tensor& x, const Tensor& residual, const Tensor& weight, float eps) {
+  return norm(x, &residual, weight, eps);
+}
+
+std::vector<Tensor> swiglu(const Tensor& x) {
+  require(x.dims().size() == 2 && x.dims()[1] % 2 == 0, "swiglu: x must be [T, 2I]");
+  Tensor out = make({x.dims()[0], x.dims()[1] / 2}, x.dtype());
+  if (out.numel() > 0) fdserve::swiglu(x.data(), x.dims()[0], x.dims()[1] / 2, dtype_of(x), out.data());
+  return {out};
+}
+
+// What the kernel reads through: a wrong index would be a wild access.
+void check_sequences(const fdserve::AttentionCall& call, int64_t blocks) {
+  int64_t previous = 0;
+  for (int64_t s = 0; s < call.sequences; ++s) {
+    const int64_t end = call.query_starts[s + 1], length = call.context_lens[s] + end - previous;
+    require(call.query_starts[s] == previous && end >= previous && end <= call.tokens && call.context_lens[s] >= 0,
+            "attention: query_starts must ascend from 0 to T, and context_lens be at least 0");
+    const int64_t used = end == previous ? 0 : (length + call.block_size - 1) / call.block_size;
+    require(used <= call.blocks_per_sequence, "attention: a block table is too short");
+    for (int64_t b = 0; b < used; ++b) {
+      const int64_t block = call.block_tables[s * call.blocks_per_sequence + b];
+      require(block >= 0 && block < blocks, "attention: a block is out of range");
+    }
+    previous = end;
+  }
+  require(previous == call.tokens, "attention: query_starts must end at T");
+}
+
+std::vector<Tensor> attention(const Tensor& qkv, const Tensor& k_cache, const Tensor& v_cache, const Tensor& rope,
+                              const Tensor& block_tables, const Tensor& query_starts, const Tensor& context_lens,
+                              int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t block_size) {
+  const int64_t tokens = qkv.dims()[0], sequences = context_lens.numel();
+  require(head_dim > 0 && head_dim % 2 == 0 && head_dim <= fdserve::MAX_HEAD_DIM,
+          "attention: head_dim must be even and at most 256");
+  require(kv_heads > 0 && heads % kv_heads == 0, "attention: num_heads must be a multiple of num_kv_heads");
+  require(block_size > 0 && block_size % fdserve::KEY_GROUP == 0, "attention: block_size must be a multiple of 16");
+  require(qkv.dims().size() == 2 && qkv.dims()[1] == (heads + 2 * kv_heads) * head_dim,
+          "attention: qkv must be [T, (num_heads + 2 * num_kv_heads) * head_dim]");
+  require(k_cache.dims() == v_cache.dims() && k_cache.dims().size() == 4 && k_cache.dims()[1] == kv_heads &&
+              k_cache.dims()[2] == block_size && k_cache.dims()[3] == head_dim,
+          "attention: the caches are not of this shape");
+  require(k_cache.dtype() == qkv.dtype() && v_cache.dtype() == qkv.dtype(),
+          "attention: the caches and qkv must have the same dtype");
+  require(rope.numel() == tokens * head_dim, "attention: rope must be [T, head_dim]");
+  require(block_tables.dims().size() == 2 && block_tables.dims()[0] == sequences && query_starts.numel() == sequences + 1,
+          "attention: block_tables must be [S, B], query_starts [S + 1] and context_lens [S]");
+  Tensor out = make({tokens, heads * head_dim}, qkv.dtype());
+  const fdserve::AttentionCall call = {
+      dtype_of(qkv), tokens, sequences, block_tables.dims()[1], heads, kv_heads, head_dim, block_size, data_of(qkv),
+      const_cast<void*>(data_of(k_cache)), const_cast<void*>(data_of(v_cache)),
+      data_of<float>(rope, DataType::FLOAT32, "attention: rope must be float32"),
+      data_of<int32_t>(block_tables, DataType::INT32, "attention: block_tables must be int32"),
+      data_of<int32_t>(query_starts, DataType::INT32, "attention: query_starts must be int32"),
+      data_of<int32_t>(context_lens, DataType::INT32, "attention: context_lens must be int32"), data_of(out)
+          == nullptr ? nullptr : out.data()};
+  check_sequences(call, k_cache.dims()[0]);
+  fdserve::attention(call);
+  return {out};
+}
+
+std::vector<Tensor> moe(const Tensor& x, const Tensor& gate, const Tensor& correction_bias, const Tensor& up_gate,
+                        const Tensor& down, const paddle::optional<Tensor>& shared, int64_t inner, int64_t top_k,
+                        float norm_min) {
+  require(x.dims().size() == 2 && gate.dims().size() == 2 && gate.dims()[1] == x.dims()[1],
+          "moe: x must be [T, H] and gate [E, H]");
+  const int64_t experts = gate.dims()[0];
+  require(correction_bias.numel() == experts && up_gate.dims()[0] == experts && down.dims()[0] == experts,
+          "moe: gate, correction_bias, up_gate and down must have as many experts");
+  require(top_k > 0 && top_k <= experts, "moe: top_k must be between 1 and the number of experts");
+  require(up_gate.dtype() == x.dtype() && down.dtype() == x.dtype(), "moe: x and the experts must have the same dtype");
+  require(!shared || (shared->dims() == x.dims() && shared->dtype() == x.dtype()), "moe: shared must be like x");
+  Tensor out = make({x.dims()[0], x.dims()[1]}, x.dtype());
+  if (x.numel() > 0)
+    fdserve::moe({dtype_of(x), x.dims()[0], x.dims()[1], inner, experts, top_k, norm_min, x.data(),
+                  data_of<float>(gate, DataType::FLOAT32, "moe: gate must be float32"),
+                  data_of<float>(correction_bias, DataType::FLOAT32, "moe: correction_bias must be float32"),
+                  up_gate.data(), down.data(), shared ? shared->data() : nullptr, out.data()});
+  return {out};
+}
+
+void check_offsets(const int32_t* offsets, int64_t rows, int64_t total) {
+  require(offsets[0] == 0 && offsets[rows] == total, "sample: offsets must run from 0 to the length of the list");
+  for (int64_t r = 0; r < rows; ++r) require(offsets[r] <= offsets[r + 1], "sample: offsets must ascend");
+}
+
+std::vector<Tensor> sample(const Tensor& logits, const Tensor& float_params, const Tensor& int_params,
+                           const Tensor& history, const Tensor& history_offsets, const Tensor& prompt_lens,
+                           const Tensor& bias_ids, const Tensor& bias_values, const Tensor& bias_offsets,
+                           int64_t vocab_size, int64_t num_top) {
+  require(logits.dims().size() == 2 && vocab_size > 0 && vocab_size <= logits.dims()[1],
+          "sample: logits must be [R, V] with V at least vocab_size");
+  const int64_t rows = logits.dims()[0];
+  require(float_params.numel() == rows * 6 && int_params.numel() == rows * 4, "sample: params must be [R, 6] and [R, 4]");
+  require(history_offsets.numel() == rows + 1 && prompt_lens.numel() == rows && bias_offsets.numel() == rows + 1,
+          "sample: offsets must be [R + 1] and prompt_lens [R]");
+  require(bias_ids.numel() == bias_values.numel(), "sample: bias_ids and bias_values must be as long");
+  require(num_top >= 0 && num_top <= vocab_size, "sample: num_top must be between 0 and vocab_size");
+  std::vector<Tensor> out = {make({rows}, DataType::INT32), make({rows}, DataType::FLOAT32),
+                             make({rows, num_top}, DataType::INT32), make({rows, num_top}, DataType::FLOAT32)};
+  if (rows == 0) return out;
+  const fdserve::SampleCall call = {
+      rows, logits.dims()[1], vocab_size, num_top,
+      data_of<float>(logits, DataType::FLOAT32, "sample: logits must be float32"),
+      data_of<float>(float_params, DataType::FLOAT32, "sample: float_params must be float32"),
+      data_of<int64_t>(int_params, DataType::INT64, "sample: int_params must be int64"),
+      data_of<int32_t>(history, DataType::INT32, "sample: history must be int32"),
+      data_of<int32_t>(history_offsets, DataType::INT32, "sample: history_offsets must be int32"),
+      data_of<int32_t>(prompt_lens, DataType::INT32, "sample: prompt_lens must be int32"),
+      data_of<int32_t>(bias_ids, DataType::INT32, "sample: bias_ids must be int32"),
+      data_of<float>(bias_values, DataType::FLOAT32, "sample: bias_values must be float32"),
+      data_of<int32_t>(bias_offsets, DataType::INT32, "sample: bias_offsets must be int32"),
+      out[0].data<int32_t>(), out[1].data<float>(),
+      num_top > 0 ? out[2].data<int32_t>() : nullptr, num_top > 0 ? out[3].data<float>() : nullptr};
+  check_offsets(call.history_offsets, rows, history.numel());
+  check_offsets(call.bias_offsets, rows, bias_ids.numel());
+  fdserve::sample(call);
+  return out;
+}
+
+}  // namespace
+
+PD_BUILD_OP(fdserve_linear)
+    .Inputs({"x", "panels"})
+    .Outputs({"out"})
+    .Attrs({"n: int64_t", "k: int64_t", "to_float: bool"})
+    .SetKernelFn(PD_KERNEL(linear));
+
+PD_BUILD_OP(fdserve_embedding)
+    .Inputs({"ids", "panels"})
+    .Outputs({"out"})
+    .Attrs({"vocab: int64_t", "hidden: int64_t"})
+    .SetKernelFn(PD_KERNEL(embedding));
+
+PD_BUILD_OP(fdserve_rms_norm)
+    .Inputs({"x", "weight"})
+    .Outputs({"out"})
+    .Attrs({"eps: float"})
+    .SetKernelFn(PD_KERNEL(rms_norm));
+
+PD_BUILD_OP(fdserve_add_rms_norm)
+    .Inputs({"x", "residual", "weight"})
+    .Outputs({"out", "total"})
+    .Attrs({"eps: float"})
+    .SetKernelFn(PD_KERNEL(add_rms_norm));
+
+PD_BUILD_OP(fdserve_swiglu).Inputs({"x"}).Outputs({"out"}).SetKernelFn(PD_KERNEL(swiglu));
+
+PD_BUILD_OP(fdserve_attention)
+    .Inputs({"qkv", "k_cache", "v_cache", "rope", "block_tables", "query_starts", "context_lens"})
+    .Outputs({"out"})
+    .Attrs({"heads: int64_t", "kv_heads: int64_t", "head_dim: int64_t", "block_size: int64_t"})
+    .SetKernelFn(PD_KERNEL(attention));
+
+PD_BUILD_OP(fdserve_moe)
+    .Inputs({"x", "gate", "correction_bias", "up_gate", "down", paddle::Optional("shared")})
+    .Outputs({"out"})
+    .Attrs({"inner: int64_t", "top_k: int64_t", "norm_min: float"})
+    .SetKernelFn(PD_KERNEL(moe));
+
+PD_BUILD_OP(fdserve_sample)
+    .Inputs({"logits", "float_params", "int_params", "history", "history_offsets", "prompt_lens", "bias_ids",
+             "bias_values", "bias_offsets"})
+    .Outputs({"tokens", "logprobs", "top_ids", "top_logprobs"})
+    .Attrs({"vocab_size: int64_t", "num_top: int64_t"})
+    .SetKernelFn(PD_KERNEL(sample));

@@ -1,0 +1,82 @@
+// Choosing an instruction set at run time, and the plain C functions of the library.
+#include <algorithm>
+#include <stdexcept>
+
+#include "kernels.h"
+#include "pool.h"
+
+namespace fdserve {
+
+namespace baseline {
+extern const RowKernels row_kernels;
+extern const FloatKernels float_kernels;
+}  // namespace baseline
+namespace avx2 {
+extern const RowKernels row_kernels;
+extern const FloatKernels float_kernels;
+}  // namespace avx2
+namespace avx512 {
+extern const RowKernels row_kernels;
+extern const FloatKernels float_kernels;
+}  // namespace avx512
+namespace avx512bf16 {
+extern const RowKernels row_kernels;
+}  // namespace avx512bf16
+
+namespace {
+
+Isa detect() {
+  __builtin_cpu_init();
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return kBaseline;
+  if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
+      !__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512dq"))
+    return kAvx2;
+  return __builtin_cpu_supports("avx512bf16") ? kAvx512Bf16 : kAvx512;
+}
+
+Isa& current() {
+  static Isa isa = detect();
+  return isa;
+}
+
+}  // namespace
+
+Isa isa() { return current(); }
+
+Isa force_isa(int level) {
+  current() = static_cast<Isa>(std::min(level, static_cast<int>(detect())));
+  return current();
+}
+
+const RowKernels& row_kernels(Dtype dtype) {
+  const Isa now = isa();
+  if (dtype == Dtype::kBfloat16) {
+    if (now < kAvx512Bf16) throw std::runtime_error("bfloat16 needs a CPU with AVX512-BF16; compute in float32");
+    return avx512bf16::row_kernels;
+  }
+  return now >= kAvx512 ? avx512::row_kernels : now == kAvx2 ? avx2::row_kernels : baseline::row_kernels;
+}
+
+const FloatKernels& float_kernels() {
+  const Isa now = isa();
+  return now >= kAvx512 ? avx512::float_kernels : now == kAvx2 ? avx2::float_kernels : baseline::float_kernels;
+}
+
+}  // namespace fdserve
+
+#pragma GCC visibility push(default)
+extern "C" {
+
+int fdserve_isa() { return fdserve::isa(); }
+int fdserve_force_isa(int level) { return fdserve::force_isa(level); }
+int fdserve_num_threads() { return fdserve::num_threads(); }
+void fdserve_set_num_threads(int count) { fdserve::set_num_threads(count); }
+
+void fdserve_pack(void* panels, const void* weight, int64_t n, int64_t k, int source_is_float, int to_bf16, int in_out) {
+  using fdserve::Dtype;
+  fdserve::pack(panels, weight, n, k, source_is_float ? Dtype::kFloat32 : Dtype::kBfloat16,
+                to_bf16 ? Dtype::kBfloat16 : Dtype::kFloat32, in_out != 0);
+}
+
+}  // extern "C"
+#pragma GCC visibility pop

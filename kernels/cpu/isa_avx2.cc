@@ -1,0 +1,15 @@
+// Float kernels with AVX2 and FMA.
+#include <immintrin.h>
+
+#include "kernels.h"
+
+#pragma GCC target("avx2,fma")
+#define FD_ISA avx2
+#define VL 8
+
+#include "vec.h"
+#include "gemm.h"
+#include "rows.h"
+#include "attend.h"
+#include "scan.h"
+#include "isa_kernels.h"

@@ -1,0 +1,15 @@
+// Float kernels with AVX-512.
+#include <immintrin.h>
+
+#include "kernels.h"
+
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")
+#define FD_ISA avx512
+#define VL 16
+
+#include "vec.h"
+#include "gemm.h"
+#include "rows.h"
+#include "attend.h"
+#include "scan.h"
+#include "isa_kernels.h"

@@ -1,0 +1,16 @@
+// bfloat16 kernels with AVX512-BF16.
+#include <immintrin.h>
+
+#include "kernels.h"
+
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma")
+#define FD_ISA avx512bf16
+#define VL 16
+#define FD_BF16
+#define PREFETCH_BYTES 4096
+
+#include "vec.h"
+#include "gemm.h"
+#include "rows.h"
+#include "attend.h"
+#include "isa_kernels.h"

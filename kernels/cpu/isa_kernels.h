@@ -1,0 +1,21 @@
+// The function tables of one instruction set. Included last by the isa_*.cc files.
+
+namespace fdserve {
+namespace FD_ISA {
+
+template <class E>
+constexpr RowKernels make_row_kernels() {
+  return {gemm<E>,      rms_norm_row<E>, swiglu_row<E>,  add_row<E>,
+          rotate<E>,    store_key<E>,    store_value<E>, attend<E>};
+}
+
+#ifdef FD_BF16
+extern const RowKernels row_kernels = make_row_kernels<bf16>();
+#else
+extern const RowKernels row_kernels = make_row_kernels<float>();
+extern const FloatKernels float_kernels = {axpy_row, softmax, dot,  widen,    merge,
+                                           finish,   peak,    exp_sums, exps, at_least};
+#endif
+
+}  // namespace FD_ISA
+}  // namespace fdserve

@@ -1,0 +1,135 @@
+// What the drivers (linear.cc, attention.cc, ...) need of each instruction set, and what the bindings need of the drivers.
+// Raw pointers and sizes only: nothing here knows a framework.
+//
+// "E" is the element type: float, or bf16 (uint16_t holding the upper half of a float).
+#pragma once
+
+#include <cstdint>
+
+namespace fdserve {
+
+using bf16 = uint16_t;
+
+enum class Dtype { kFloat32, kBfloat16 };
+inline int64_t size_of(Dtype dtype) { return dtype == Dtype::kBfloat16 ? 2 : 4; }
+
+constexpr int64_t PANEL = 64;      // output features in a packed panel
+constexpr int64_t KEY_GROUP = 16;  // keys stored together
+constexpr int64_t KEY_TILE = 64;   // keys scored together, at absolute positions
+constexpr int64_t KEY_PART = 512;  // keys between two merges of the softmax state, at absolute positions
+constexpr int MAX_HEAD_DIM = 256;
+
+// Bytes of one packed panel: [K][64] float, or [K/2][64][2] bf16 with K rounded up to even.
+inline int64_t panel_bytes(Dtype dtype, int64_t k) {
+  return dtype == Dtype::kBfloat16 ? (k + 1) / 2 * PANEL * 4 : k * PANEL * 4;
+}
+
+struct KeyTile {
+  const void* keys[KEY_TILE / KEY_GROUP];  // each 16 keys of one head, see attend.h; null past the last key
+  const void* values[KEY_TILE / KEY_GROUP];
+};
+
+// The softmax state of `rows` query rows: running maximum, sum of weights, and weighted values [rows][stride].
+struct AttendState {
+  float *peak, *mass, *values;
+};
+
+// The functions of one instruction set for one element type.
+struct RowKernels {
+  // acc[rows][64] (= or +=) a[rows][depth] x panel slice, in order of depth; depth counts K (bf16: pairs, zero-padded).
+  void (*gemm)(const void* a, int64_t row_stride, int64_t rows, const void* panel, int64_t depth, float* acc, bool first);
+  void (*rms_norm)(const void* x, const void* residual, const void* weight, float eps, int64_t size, void* out,
+                   void* total);
+  void (*swiglu)(const void* x, int64_t size, void* out);
+  void (*add)(const float* total, const void* shared, int64_t size, void* out);
+  // x[heads][head_dim] rotated by rope[head_dim] into out.
+  void (*rotate)(const void* x, int64_t heads, int64_t head_dim, const float* rope, void* out);
+  // One token's key and value of one head, into lane position % 16 of its group.
+  void (*store_key)(const void* key, int64_t head_dim, int64_t lane, void* group);
+  void (*store_value)(const void* value, int64_t head_dim, int64_t lane, void* group);
+  // Fold one tile into the state of rows whose query is q[rows][head_dim]; row r sees the first `seen[r]` keys of it
+  // (at least 1, at most 64).
+  void (*attend)(const void* q, int64_t rows, int64_t head_dim, const KeyTile& tile, const int* seen, float scale,
+                 AttendState state, int64_t stride);
+};
+
+// The functions of one instruction set on floats, whatever the element type.
+struct FloatKernels {
+  void (*axpy)(const float* x, float weight, int64_t size, float* total);
+  void (*softmax)(float* x, int64_t size);
+  float (*dot)(const float* x, const float* y, int64_t size);
+  void (*widen)(const bf16* x, int64_t size, float* out);
+  // Fold the state `part` into `total`, row by row.
+  void (*merge)(AttendState total, AttendState part, int64_t rows, int64_t head_dim, int64_t stride);
+  // Divide by the mass: values[rows][stride] becomes the answer.
+  void (*finish)(AttendState state, int64_t rows, int64_t head_dim, int64_t stride);
+  // Largest element and whether there is a NaN.
+  float (*peak)(const float* x, int64_t size, bool* has_nan);
+  // sums[b] = sum of exp((x - peak) * inverse) over the b-th block of SUM_BLOCK elements.
+  void (*exp_sums)(const float* x, int64_t size, float peak, float inverse, double* sums);
+  // out = exp((x - peak) * inverse)
+  void (*exps)(const float* x, int64_t size, float peak, float inverse, float* out);
+  // Ids of elements >= threshold, ascending; stops at `capacity`.
+  int64_t (*at_least)(const float* x, int64_t size, float threshold, int32_t* ids, int64_t capacity);
+};
+
+constexpr int64_t SUM_BLOCK = 1024;
+
+// Instruction sets, weakest first.
+enum Isa { kBaseline, kAvx2, kAvx512, kAvx512Bf16 };
+Isa isa();
+Isa force_isa(int level);
+// Throws std::runtime_error for bf16 on a CPU without AVX512-BF16.
+const RowKernels& row_kernels(Dtype dtype);
+const FloatKernels& float_kernels();
+
+// weight[N][K], or [K][N] when in_out, into panels.
+void pack(void* panels, const void* weight, int64_t n, int64_t k, Dtype source, Dtype dtype, bool in_out);
+
+// out[T][N] (out_dtype) = x[T][K] times the packed matrix.
+void linear(const void* x, int64_t tokens, int64_t k, const void* panels, int64_t n, Dtype dtype, void* out,
+            Dtype out_dtype);
+// out[T][K] = columns ids[T] of the packed matrix.
+void embedding(const int32_t* ids, int64_t tokens, const void* panels, int64_t k, Dtype dtype, void* out);
+void rms_norm(const void* x, const void* residual, const void* weight, float eps, int64_t tokens, int64_t size,
+              Dtype dtype, void* out, void* total);
+void swiglu(const void* x, int64_t tokens, int64_t size, Dtype dtype, void* out);
+
+struct AttentionCall {
+  Dtype dtype;
+  int64_t tokens, sequences, blocks_per_sequence;
+  int64_t heads, kv_heads, head_dim, block_size;
+  const void* qkv;
+  void *k_cache, *v_cache;
+  const float* rope;
+  const int32_t *block_tables, *query_starts, *context_lens;
+  void* out;
+};
+void attention(const AttentionCall& call);
+
+struct MoeCall {
+  Dtype dtype;
+  int64_t tokens, hidden, inner, experts, top_k;
+  float norm_min;
+  const void* x;
+  const float *gate, *correction_bias;
+  const void *up_gate, *down, *shared;
+  void* out;
+};
+void moe(const MoeCall& call);
+
+struct SampleCall {
+  int64_t rows, vocab_stride, vocab_size, num_top;
+  const float *logits, *float_params;
+  const int64_t* int_params;
+  const int32_t *history, *history_offsets, *prompt_lens, *bias_ids;
+  const float* bias_values;
+  const int32_t* bias_offsets;
+  int32_t* tokens;
+  float* logprobs;
+  int32_t* top_ids;
+  float* top_logprobs;
+};
+void sample(const SampleCall& call);
+
+}  // namespace fdserve

@@ -1,0 +1,101 @@
+// Vectors of VL floats, whatever the instruction set. Included by the isa_*.cc files, which define VL and FD_ISA (the
+// namespace) and set the target before it. No standard header may be included after the target is set: an inline
+// function of one compiled here could be the copy the linker keeps for the whole library.
+
+namespace fdserve {
+namespace FD_ISA {
+
+typedef float vf __attribute__((vector_size(VL * 4)));
+typedef float vfu __attribute__((vector_size(VL * 4), aligned(4), may_alias));
+typedef int32_t vi __attribute__((vector_size(VL * 4)));
+
+#define FD_INLINE static inline __attribute__((always_inline))
+
+FD_INLINE vf splat(float x) { return x - vf{}; }
+FD_INLINE vf load(const float* p) { return *reinterpret_cast<const vfu*>(p); }
+FD_INLINE void store(float* p, vf x) { *reinterpret_cast<vfu*>(p) = x; }
+
+// The first n lanes (n < VL); the others are zero, or left alone in memory.
+FD_INLINE vf load_some(const float* p, int n) {
+  vf x = {};
+  for (int i = 0; i < n; ++i) x[i] = p[i];
+  return x;
+}
+FD_INLINE void store_some(float* p, vf x, int n) {
+  for (int i = 0; i < n; ++i) p[i] = x[i];
+}
+
+// Contraction is off (-ffp-contract=off): a multiply-add is fused exactly where this is called.
+FD_INLINE vf fma(vf a, vf b, vf c) {
+#if VL == 16
+  return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif VL == 8
+  return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
+
+FD_INLINE vf max(vf a, vf b) { return a > b ? a : b; }
+
+#ifdef FD_BF16
+FD_INLINE vf load(const bf16* p) {
+  __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16);
+}
+FD_INLINE vf load_some(const bf16* p, int n) {
+  __m256i bits = _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << n) - 1), p);
+  return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16);
+}
+FD_INLINE void store(bf16* p, vf x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh((__m512)x));
+}
+FD_INLINE void store_some(bf16* p, vf x, int n) {
+  _mm256_mask_storeu_epi16(p, static_cast<__mmask16>((1u << n) - 1), (__m256i)_mm512_cvtneps_pbh((__m512)x));
+}
+FD_INLINE vf rounded(vf x, const bf16*) {
+  return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)x)), 16);
+}
+#endif
+FD_INLINE vf rounded(vf x, const float*) { return x; }
+
+// Lanes are combined in halves, always in the same order.
+FD_INLINE float sum(vf x) {
+  float lane[VL];
+  store(lane, x);
+  for (int width = VL / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
+  return lane[0];
+}
+FD_INLINE float max_lane(vf x) {
+  float lane[VL];
+  store(lane, x);
+  for (int width = VL / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) lane[i] = lane[i] > lane[i + width] ? lane[i] : lane[i + width];
+  return lane[0];
+}
+
+// e^x for x <= 88, within 2 units in the last place; 0 below -87.3 (so for -inf), NaN for NaN. A Taylor polynomial of
+// degree 7 on [-ln2/2, ln2/2] after splitting off the power of two.
+FD_INLINE vf exp(vf x) {
+  vf clamped = x < splat(-87.3f) ? splat(-87.3f) : x;
+  vf shifted = fma(clamped, splat(1.44269504f), splat(12582912.0f));
+  vf n = shifted - splat(12582912.0f);
+  vf r = fma(n, splat(-0.693145752f), clamped);
+  r = fma(n, splat(-1.42860677e-6f), r);
+  vf y = splat(1.0f / 5040);
+  y = fma(y, r, splat(1.0f / 720));
+  y = fma(y, r, splat(1.0f / 120));
+  y = fma(y, r, splat(1.0f / 24));
+  y = fma(y, r, splat(1.0f / 6));
+  y = fma(y, r, splat(0.5f));
+  y = fma(y, r, splat(1.0f));
+  y = fma(y, r, splat(1.0f));
+  vi power = ((vi)shifted << 23) + (127 << 23);
+  return x < splat(-87.3f) ? vf{} : y * (vf)power;
+}
+
+FD_INLINE float exp1(float x) { return exp(splat(x))[0]; }
+
+}  // namespace FD_ISA
+}  // namespace fdserve

@@ -1,0 +1,45 @@
+"""Compiles kernels/ into fdserve/ops/_kernels*.so; everything else about the package is in pyproject.toml."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+# No -march: a wheel travels, so the kernels choose an instruction set when they run.
+# Contraction off: batch invariance needs a multiply-add to be fused where the source says so, and nowhere else.
+FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno"]
+
+
+class BuildKernels(build_ext):
+    """Compiles against the headers of the Paddle that is installed where the build runs."""
+
+    def run(self) -> None:
+        compiler = shlex.split(os.environ.get("CXX", "g++"))[0]
+        if shutil.which(compiler) is None:
+            sys.exit(f"fdserve needs a C++17 compiler to build its kernels, and {compiler!r} was not found.")
+        from paddle.utils.cpp_extension import CppExtension
+
+        paddle = CppExtension([], name="paddle", extra_compile_args=[])
+        for extension in self.extensions:
+            extension.include_dirs += paddle.include_dirs
+            extension.library_dirs += paddle.library_dirs
+            extension.extra_compile_args += paddle.extra_compile_args
+            # Not its run-time paths: Paddle is always loaded first, and a wheel should not name the build's folders.
+            extension.extra_link_args += paddle.extra_link_args
+        super().run()
+
+
+kernels = Extension(
+    "fdserve.ops._kernels",
+    sources=sorted(str(path) for path in Path("kernels/cpu").glob("*.cc")),
+    depends=sorted(str(path) for path in Path("kernels/cpu").glob("*.h")),
+    language="c++",
+    extra_compile_args=FLAGS,
+)
+setup(ext_modules=[kernels], cmdclass={"build_ext": BuildKernels})
