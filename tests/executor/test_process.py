@@ -1,0 +1,126 @@
+"""Real rank processes over a tiny checkpoint of zeros: started, stepped, killed, orphaned."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from array import array
+from pathlib import Path
+
+import anyio
+import pytest
+
+from fdserve.errors import RankError
+from fdserve.executor.executor import open_executor
+from fdserve.executor.wire import Load, Loading, NewRow, Plan, SamplingParams
+from tests.models.checkpoints import write_checkpoint
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    write_checkpoint(tmp_path)
+    return tmp_path
+
+
+def make_load(directory: Path, **changes: int) -> Load:
+    values = {"rank": 0, "world_size": 1, "block_size": 16, "num_blocks": 8, "kv_cache_bytes": 0, "max_num_seqs": 4}
+    values |= {"max_model_len": 64, "num_threads": 1, "parent": os.getpid(), **changes}
+    return Load(directory=str(directory), dtype="float32", **values)
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process runs: a zombie does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+async def wait_until_gone(pid: int) -> None:
+    with anyio.fail_after(10):
+        while is_alive(pid):
+            await anyio.sleep(0.02)
+
+
+def first_plan() -> Plan:
+    params = SamplingParams(max_tokens=5, seed=0, temperature=0.0, logprobs=2)
+    new = NewRow(0, array("i", [3, 4, 5]).tobytes(), 3, 0, (0,), params)
+    return Plan(1, [new], [], [0], [3])
+
+
+async def test_a_rank_loads_steps_and_stops(checkpoint: Path) -> None:
+    seen: list[Loading] = []
+    with anyio.fail_after(60):
+        async with open_executor([make_load(checkpoint)], seen.append) as ranks:
+            (pid,) = ranks.pids
+            assert ranks.ready.num_blocks == 8
+            assert ranks.ready.dtype == "float32"
+            await ranks.send(first_plan())
+            result = await ranks.receive()
+            assert result.step == 1
+            # Weights of zero make all tokens equally likely: the lowest id wins.
+            assert array("i", result.token_ids).tolist() == [0]
+            assert array("i", result.top_ids).tolist() == [0, 1]
+            assert array("f", result.logprobs)[0] == pytest.approx(-3.6888795)  # -log(40)
+            await ranks.send(Plan(2, [], [], [0], [1]))
+            assert len((await ranks.receive()).token_ids) == 4
+    assert "weights" in {loading.what for loading in seen}
+    assert not is_alive(pid)
+
+
+async def test_a_killed_rank_is_noticed_in_the_middle_of_a_wait(checkpoint: Path) -> None:
+    with anyio.fail_after(60):
+        async with open_executor([make_load(checkpoint)], lambda loading: None) as ranks:
+            (pid,) = ranks.pids
+            os.kill(pid, signal.SIGKILL)
+            with pytest.raises(RankError, match="killed by SIGKILL"):
+                await ranks.receive()
+            with pytest.raises(RankError):
+                for _ in range(10):
+                    await ranks.send(first_plan())
+
+
+async def test_a_rank_that_cannot_load_says_why(tmp_path: Path) -> None:
+    with anyio.fail_after(60), pytest.raises(RankError, match="config.json"):
+        async with open_executor([make_load(tmp_path)], lambda loading: None):
+            pass
+
+
+async def test_a_cache_that_is_too_small_is_one_sentence(checkpoint: Path) -> None:
+    with anyio.fail_after(60), pytest.raises(RankError, match="--kv-cache-memory"):
+        async with open_executor([make_load(checkpoint, num_blocks=0, kv_cache_bytes=4096)], lambda loading: None):
+            pass
+
+
+ORPHAN = """
+import sys, anyio, os
+from fdserve.executor.executor import open_executor
+from tests.executor.test_process import make_load
+from pathlib import Path
+
+async def main():
+    async with open_executor([make_load(Path(sys.argv[1]))], lambda loading: None) as ranks:
+        print(ranks.pids[0], flush=True)
+        await anyio.sleep(60)
+
+anyio.run(main)
+"""
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_a_rank_does_not_outlive_the_api_process(checkpoint: Path) -> None:
+    command = [sys.executable, "-c", ORPHAN, str(checkpoint)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as parent:
+        assert parent.stdout is not None
+        pid = int(parent.stdout.readline())
+        assert is_alive(pid)
+        started = time.monotonic()
+        parent.kill()
+        await wait_until_gone(pid)
+        assert time.monotonic() - started < 2
