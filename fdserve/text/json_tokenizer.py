@@ -9,7 +9,7 @@ import msgspec
 import tokenizers
 
 from fdserve.errors import StartupError
-from fdserve.text.pieces import byte_level_bytes, sentencepiece_bytes, well_formed
+from fdserve.text.pieces import decoder_kinds, spelling_of_decoder, well_formed
 from fdserve.text.tokenizer_config import TEXT_TAGS, TokenizerConfig
 
 
@@ -62,25 +62,13 @@ class JsonTokenizer:
 
 
 def _bytes_table(vocabulary: dict[str, int], size: int, file: _TokenizerFile, path: Path) -> list[bytes]:
-    kinds = _decoder_kinds(file.decoder)
-    if "ByteLevel" in kinds:
-        piece_bytes = byte_level_bytes
-    elif kinds & {"Metaspace", "ByteFallback"}:
-        piece_bytes = sentencepiece_bytes
-    else:
-        named = ", ".join(sorted(kinds)) or "no decoder"
-        raise StartupError(f"{path} has {named}; a ByteLevel, ByteFallback or Metaspace decoder is needed")
+    spelling = spelling_of_decoder(file.decoder)
+    if spelling is None:
+        named = ", ".join(sorted(decoder_kinds(file.decoder))) or "none"
+        raise StartupError(f"{path} has the decoder {named}: ByteLevel, ByteFallback or Metaspace is needed")
     table = [b""] * size
     for piece, token_id in vocabulary.items():
-        table[token_id] = piece_bytes(piece)
+        table[token_id] = spelling(piece)
     for token in file.added_tokens:
         table[token.id] = token.content.encode("utf-8", "replace")
     return table
-
-
-def _decoder_kinds(decoder: dict[str, Any] | None) -> set[str]:
-    if decoder is None:
-        return set()
-    if decoder.get("type") == "Sequence":
-        return set().union(*map(_decoder_kinds, decoder.get("decoders", ())))
-    return {str(decoder.get("type"))}

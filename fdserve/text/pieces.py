@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from typing import Any
+
+Spelling = Callable[[str], bytes]  # from a piece of the vocabulary to its bytes
 
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>\Z")
 
@@ -20,6 +24,31 @@ def byte_level_bytes(piece: str) -> bytes:
         return bytes(map(_BYTE_OF.__getitem__, piece))
     except KeyError:  # not written in that alphabet: it stands for itself
         return piece.encode("utf-8", "replace")
+
+
+def word_piece_bytes(piece: str) -> bytes:
+    """The bytes of a WordPiece piece: "##" continues a word, any other piece begins one after a space."""
+    text = piece[2:] if piece.startswith("##") else " " + piece
+    return text.encode("utf-8", "replace")
+
+
+def spelling_of_decoder(decoder: dict[str, Any] | None) -> Spelling | None:
+    """How a vocabulary spells bytes, by the "decoder" of its tokenizer.json; None for kinds not known here."""
+    kinds = decoder_kinds(decoder)
+    if "ByteLevel" in kinds:
+        return byte_level_bytes
+    if kinds & {"Metaspace", "ByteFallback"}:
+        return sentencepiece_bytes
+    return None
+
+
+def decoder_kinds(decoder: dict[str, Any] | None) -> set[str]:
+    """The types named in a decoder, which may be a sequence of others."""
+    if decoder is None:
+        return set()
+    if decoder.get("type") == "Sequence":
+        return set().union(*map(decoder_kinds, decoder.get("decoders", ())))
+    return {str(decoder.get("type"))}
 
 
 def _byte_alphabet() -> dict[str, int]:
