@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from fdserve.ops.library import run
 
 if TYPE_CHECKING:
@@ -23,11 +25,15 @@ def kv_cache_shape(num_blocks: int, num_kv_heads: int, block_size: int, head_dim
 def new_kv_cache(
     num_blocks: int, num_kv_heads: int, block_size: int, head_dim: int, dtype: str
 ) -> tuple[Tensor, Tensor]:
-    """Zeroed (keys, values) of one layer."""
+    """Zeroed (keys, values) of one layer. Takes no memory until it is written: pages come as they are touched."""
     import paddle
 
     shape = kv_cache_shape(num_blocks, num_kv_heads, block_size, head_dim)
-    return paddle.zeros(shape, dtype), paddle.zeros(shape, dtype)
+    # paddle.zeros would write gigabytes of zeros, which takes seconds; NumPy leaves them to the kernel. A view of
+    # int16 as bfloat16, because NumPy has no such dtype.
+    storage = {"bfloat16": np.int16, "float32": np.float32}[dtype]
+    keys, values = (paddle.from_dlpack(np.zeros(shape, storage)).view(dtype) for _ in range(2))
+    return keys, values
 
 
 def kv_bytes_per_token(num_kv_heads: int, head_dim: int, dtype: str) -> int:

@@ -8,6 +8,7 @@ import signal
 import socket
 import sys
 import traceback
+import warnings
 
 from fdserve.errors import StartupError
 from fdserve.executor.wire import (
@@ -79,7 +80,9 @@ def _serve(connection: Connection) -> None:
         raise ValueError("the first frame must say what to load")
     _die_with_parent(load.parent)
     connection.send(Loading("paddle", 0, 1))
-    # Only now: importing Paddle takes seconds.
+    # Importing Paddle recommends a compiler cache to whoever does it.
+    warnings.filterwarnings("ignore", message="No ccache found")
+    # Only now: it takes a second or more.
     from fdserve.worker.runner import Runner
 
     runner = Runner(load, lambda what, done, total: connection.send(Loading(what, done, total)))
