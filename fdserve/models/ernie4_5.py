@@ -1,0 +1,71 @@
+"""ERNIE-4.5: pre-norm decoder blocks, each an attention and a dense or mixture-of-experts MLP."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from fdserve import ops
+from fdserve.models.config import ModelConfig
+from fdserve.models.ernie4_5_moe import MoeMlp
+from fdserve.models.layers import Attention, ForwardBatch, KvCaches, Mlp, Rope, Vocabulary
+
+if TYPE_CHECKING:
+    from paddle import Tensor
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One decoder block: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    input_norm: Tensor  # [H] D
+    attention: Attention
+    post_attention_norm: Tensor  # [H] D
+    mlp: Mlp | MoeMlp
+
+
+class Ernie4_5:
+    """One rank's share of a model; `forward` is the same call on every rank."""
+
+    def __init__(
+        self, config: ModelConfig, dtype: str, vocabulary: Vocabulary, layers: list[Layer], norm: Tensor
+    ) -> None:
+        self.config = config
+        self.dtype = dtype
+        self._vocabulary = vocabulary
+        self._layers = layers
+        self._rope = Rope(config.head_dim, config.rope_theta, config.compression_ratio)
+        # Each block's MLP is added in by the norm that follows it: the next block's first, or the final one.
+        self._next_norms = [layer.input_norm for layer in layers[1:]] + [norm]
+        self._num_kv_heads = layers[0].attention.num_kv_heads
+
+    def new_caches(self, num_blocks: int, block_size: int) -> KvCaches:
+        """Zeroed key/value caches of `num_blocks` blocks of `block_size` tokens."""
+        heads, head_dim = self._num_kv_heads, self.config.head_dim
+        layers = [ops.new_kv_cache(num_blocks, heads, block_size, head_dim, self.dtype) for _ in self._layers]
+        return KvCaches(layers, block_size)
+
+    def kv_bytes_per_block(self, block_size: int) -> int:
+        """Bytes that one block takes on this rank, in all layers together."""
+        token = ops.kv_bytes_per_token(self._num_kv_heads, self.config.head_dim, self.dtype)
+        return token * block_size * len(self._layers)
+
+    def forward(self, batch: ForwardBatch, caches: KvCaches) -> Tensor:
+        """Compute the batch's tokens and store their keys and values in `caches`, in place.
+
+        Returns:
+            The logits of `batch.sample_rows`, float32 [R, vocab_size].
+        """
+        import paddle
+
+        eps = self.config.rms_norm_eps
+        with paddle.no_grad():
+            rope = paddle.to_tensor(self._rope.table(batch.positions))
+            residual = self._vocabulary.embed(batch.token_ids)
+            x = ops.rms_norm(residual, self._layers[0].input_norm, eps)
+            for number, (layer, next_norm) in enumerate(zip(self._layers, self._next_norms, strict=True)):
+                x = layer.attention(x, rope, batch, caches, number)
+                x, residual = ops.add_rms_norm(x, residual, layer.post_attention_norm, eps)
+                x = layer.mlp(x)
+                x, residual = ops.add_rms_norm(x, residual, next_norm, eps)
+            return self._vocabulary.logits(paddle.gather(x, batch.sample_rows))

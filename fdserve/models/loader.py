@@ -1,0 +1,233 @@
+"""A rank's share of a checkpoint, read slice by slice from the mapped files into packed weights.
+
+One tensor at a time is packed and its pages are given back, so that loading takes about the memory of the
+packed model plus one tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fdserve import ops
+from fdserve.models.checkpoint import Checkpoint, validate
+from fdserve.models.config import ModelConfig, MoeConfig, check_world_size
+from fdserve.models.ernie4_5 import Ernie4_5, Layer
+from fdserve.models.ernie4_5_moe import MoeMlp
+from fdserve.models.layers import Attention, Mlp, Vocabulary
+from fdserve.models.layout import Part, expected_tensors
+from fdserve.models.parallel import Collective, Ranks, identity
+
+if TYPE_CHECKING:
+    from paddle import Tensor
+
+    from fdserve.ops import PackedExperts, PackedWeight
+
+Array = npt.NDArray[Any]
+Progress = Callable[[int, int], None]
+
+
+def no_progress(done: int, total: int) -> None:
+    """Tell nobody."""
+
+
+def load_model(
+    directory: Path,
+    config: ModelConfig,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    dtype: str,
+    all_reduce: Collective = identity,
+    all_gather: Collective = identity,
+    progress: Progress = no_progress,
+) -> Ernie4_5:
+    """Load what `rank` of `world_size` holds of the checkpoint in `directory`.
+
+    Args:
+        dtype: what to compute in, "bfloat16" or "float32", whatever dtype the weights are in.
+        all_reduce: sums a tensor over the ranks.
+        all_gather: joins the ranks' tensors along the last axis, in rank order.
+        progress: called, as loading goes on, with the bytes of the checkpoint that are dealt with and all it has.
+
+    Raises:
+        StartupError: the checkpoint is broken, or cannot be split so.
+    """
+    check_world_size(config, world_size)
+    with Checkpoint(directory) as checkpoint:
+        validate(config, checkpoint)
+        reader = _Reader(checkpoint, config, dtype, progress)
+        return _Builder(config, reader, Ranks(rank, world_size, all_reduce, all_gather)).model()
+
+
+class _Reader:
+    """Turns tensors of the checkpoint into operands in the compute dtype."""
+
+    def __init__(self, checkpoint: Checkpoint, config: ModelConfig, dtype: str, progress: Progress) -> None:
+        self._checkpoint = checkpoint
+        self.layout = checkpoint.layout
+        self.dtype = dtype
+        self._progress = progress
+        infos = checkpoint.tensors
+        self._left = {
+            tensor.name: infos[tensor.name].end - infos[tensor.name].begin
+            for tensor in expected_tensors(config, checkpoint.layout)
+        }
+        self._total = sum(self._left.values())
+        self._done = 0
+
+    def vector(self, name: str) -> Tensor:
+        """[N] D."""
+        return self.floats(name).flatten().cast(self.dtype)
+
+    def floats(self, name: str) -> Tensor:
+        """A vector, or a small matrix turned [out, in], in float32."""
+        import paddle
+
+        values = _as_float32(self._checkpoint.read(name))
+        if values.ndim == 2 and self.layout.in_out:
+            values = values.T
+        tensor = paddle.to_tensor(np.ascontiguousarray(values))
+        self._finish([name])
+        return tensor
+
+    def matrix(self, parts: list[Part], inputs: range, *, in_out: bool | None = None) -> PackedWeight:
+        """The parts' output features, one part after the other, over the input features `inputs`."""
+        in_out = self.layout.in_out if in_out is None else in_out
+        packed = ops.pack_weight(self._join(parts, inputs, in_out), dtype=self.dtype, in_out=in_out)
+        self._finish([part.name for part in parts])
+        return packed
+
+    def experts(self, experts: list[list[Part]], inputs: range) -> PackedExperts:
+        """What `matrix` gives, for every expert."""
+
+        def weights() -> Iterator[Array]:
+            for parts in experts:
+                yield self._join(parts, inputs, self.layout.in_out)
+                self._finish([part.name for part in parts])
+
+        count = len(experts)
+        return ops.pack_experts(weights(), num_experts=count, dtype=self.dtype, in_out=self.layout.in_out)
+
+    def _join(self, parts: list[Part], inputs: range, in_out: bool) -> Array:
+        columns = slice(inputs.start, inputs.stop)
+        arrays = []
+        for name, start, stop in parts:
+            outputs = slice(start, stop)
+            rows, cols = (columns, outputs) if in_out else (outputs, columns)
+            arrays.append(self._checkpoint.read(name, rows, cols))
+        if len(arrays) == 1:
+            return arrays[0]
+        if len({array.dtype for array in arrays}) > 1:
+            arrays = [_as_float32(array) for array in arrays]
+        return np.concatenate(arrays, axis=1 if in_out else 0)
+
+    def _finish(self, names: list[str]) -> None:
+        for name in names:
+            self._checkpoint.release(name)
+            self._done += self._left.pop(name, 0)
+        self._progress(self._done, self._total)
+
+
+class _Builder:
+    """Puts the model together out of this rank's shares."""
+
+    def __init__(self, config: ModelConfig, reader: _Reader, ranks: Ranks) -> None:
+        self._config = config
+        self._reader = reader
+        self._layout = reader.layout
+        self._ranks = ranks
+        self._hidden = range(config.hidden_size)
+
+    def model(self) -> Ernie4_5:
+        vocabulary = self._vocabulary()
+        layers = [self._layer(layer) for layer in range(self._config.num_layers)]
+        norm = self._reader.vector(self._layout.final_norm)
+        return Ernie4_5(self._config, self._reader.dtype, vocabulary, layers, norm)
+
+    def _vocabulary(self) -> Vocabulary:
+        rows = self._ranks.share(self._config.vocab_size)
+        # The embedding has the vocabulary first in both layouts.
+        table = self._reader.matrix(
+            [Part(self._layout.embedding, rows.start, rows.stop)], self._hidden, in_out=False
+        )
+        head = table
+        if not self._config.tie_word_embeddings:
+            head = self._reader.matrix([Part("lm_head.weight", rows.start, rows.stop)], self._hidden)
+        return Vocabulary(table, head, rows.start, self._ranks)
+
+    def _layer(self, layer: int) -> Layer:
+        prefix = self._layout.layer(layer)
+        return Layer(
+            self._reader.vector(f"{prefix}input_layernorm.weight"),
+            self._attention(layer),
+            self._reader.vector(f"{prefix}post_attention_layernorm.weight"),
+            self._mlp(layer),
+        )
+
+    def _attention(self, layer: int) -> Attention:
+        config, ranks = self._config, self._ranks
+        heads, kv_heads = ranks.share(config.num_heads), ranks.kv_heads(config.num_kv_heads)
+        o_inputs = range(heads.start * config.head_dim, heads.stop * config.head_dim)
+        return Attention(
+            self._reader.matrix(self._layout.qkv(config, layer, heads, kv_heads), self._hidden),
+            self._down(f"{self._layout.layer(layer)}self_attn.o_proj.weight", o_inputs),
+            len(heads),
+            len(kv_heads),
+            config.head_dim,
+            ranks.all_reduce,
+        )
+
+    def _mlp(self, layer: int) -> Mlp | MoeMlp:
+        name = f"{self._layout.layer(layer)}mlp."
+        if self._config.moe is None or not self._config.layer_is_moe(layer):
+            return self._dense(name, self._config.intermediate_size)
+        return self._moe(name, self._config.moe)
+
+    def _dense(self, name: str, width: int) -> Mlp:
+        columns = self._ranks.share(width)
+        gate_up = self._reader.matrix(self._layout.gate_up(name, width, columns), self._hidden)
+        down = self._down(f"{name}down_proj.weight", columns)
+        return Mlp(gate_up, down, self._ranks.all_reduce)
+
+    def _moe(self, name: str, moe: MoeConfig) -> MoeMlp:
+        import paddle
+
+        reader, layout = self._reader, self._layout
+        width = moe.intermediate_size
+        columns = self._ranks.share(width)
+        names = [f"{name}experts.{expert}." for expert in range(moe.num_experts)]
+        if moe.has_correction_bias:
+            bias = reader.floats(f"{name}moe_statics.e_score_correction_bias").flatten()
+        else:
+            bias = paddle.zeros([moe.num_experts], "float32")
+        return MoeMlp(
+            reader.floats(f"{name}gate.weight"),
+            bias,
+            reader.experts([layout.gate_up(expert, width, columns) for expert in names], self._hidden),
+            reader.experts([[self._whole(f"{expert}down_proj.weight")] for expert in names], columns),
+            self._dense(f"{name}shared_experts.", width * moe.num_shared_experts)
+            if moe.num_shared_experts
+            else None,
+            moe.top_k,
+            moe.norm_min,
+            self._ranks.all_reduce,
+        )
+
+    def _down(self, name: str, inputs: range) -> PackedWeight:
+        """A matrix back to the hidden size, of which this rank has some inputs."""
+        return self._reader.matrix([self._whole(name)], inputs)
+
+    def _whole(self, name: str) -> Part:
+        return Part(name, 0, self._config.hidden_size)
+
+
+def _as_float32(values: Array) -> npt.NDArray[np.float32]:
+    """float32 as it is; bfloat16 bits (uint16) widened."""
+    if values.dtype == np.uint16:
+        return (values.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return values
