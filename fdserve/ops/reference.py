@@ -219,8 +219,8 @@ def candidates(logits: Float, params: Float, top_k: int) -> tuple[Int, npt.NDArr
     """The ids that may be drawn from one processed row [V], in drawing order, and their probabilities.
 
     min_p keeps what reaches min_p times the largest probability; top_k (when on) keeps the largest k and
-    renormalises; top_p keeps the smallest leading set that reaches top_p. With top_k or top_p on, the order
-    is (logit descending, id ascending); otherwise it is by id.
+    renormalises; top_p keeps the smallest leading set that reaches top_p, the candidates being ordered by (logit
+    descending, id ascending). What is kept is drawn from in the order of ids.
     """
     temperature, top_p, min_p = (float(value) for value in params[:3])
     if temperature < GREEDY_TEMPERATURE:
@@ -237,6 +237,7 @@ def candidates(logits: Float, params: Float, top_k: int) -> tuple[Int, npt.NDArr
     if top_p < 1:
         reached = np.cumsum(weights[ids]) >= top_p * total
         ids = ids[: int(np.argmax(reached)) + 1] if reached.any() else ids
+    ids = np.sort(ids)
     return ids, weights[ids] / weights[ids].sum()
 
 

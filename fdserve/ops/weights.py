@@ -58,9 +58,7 @@ def pack_weight(weight: npt.NDArray[Any], *, dtype: str, in_out: bool) -> Packed
     return PackedWeight(data[0], out_features, in_features, dtype)
 
 
-def pack_experts(
-    weights: Iterable[npt.NDArray[Any]], *, num_experts: int, dtype: str, in_out: bool
-) -> PackedExperts:
+def pack_experts(weights: Iterable[npt.NDArray[Any]], *, num_experts: int, dtype: str, in_out: bool) -> PackedExperts:
     """Pack `num_experts` equal-shaped matrices, one at a time; otherwise as `pack_weight`."""
     data: Any = None
     shape: tuple[int, ...] = ()

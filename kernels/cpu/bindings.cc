@@ -1,9 +1,10 @@
 // The operators as Paddle custom ops: checks, output tensors, and a call of the framework-free functions in kernels.h.
 // The only file that includes Paddle's headers. Ops are called eagerly, so no shape inference is declared.
+#include <new>
 #include <stdexcept>
-#include <string>
 
 #include "kernels.h"
+#include "paddle/common/enforce.h"
 #include "paddle/phi/api/all.h"
 
 namespace {
@@ -120,8 +121,8 @@ std::vector<Tensor> attention(const Tensor& qkv, const Tensor& k_cache, const Te
       data_of<float>(rope, DataType::FLOAT32, "attention: rope must be float32"),
       data_of<int32_t>(block_tables, DataType::INT32, "attention: block_tables must be int32"),
       data_of<int32_t>(query_starts, DataType::INT32, "attention: query_starts must be int32"),
-      data_of<int32_t>(context_lens, DataType::INT32, "attention: context_lens must be int32"), data_of(out)
-          == nullptr ? nullptr : out.data()};
+      data_of<int32_t>(context_lens, DataType::INT32, "attention: context_lens must be int32"),
+      const_cast<void*>(data_of(out))};
   check_sequences(call, k_cache.dims()[0]);
   fdserve::attention(call);
   return {out};
@@ -186,49 +187,66 @@ std::vector<Tensor> sample(const Tensor& logits, const Tensor& float_params, con
   return out;
 }
 
+// Paddle turns its own exceptions alone into Python's (this one into ValueError) and aborts on any other.
+template <auto function>
+struct Guarded;
+
+template <class... Args, std::vector<Tensor> (*function)(Args...)>
+struct Guarded<function> {
+  static std::vector<Tensor> call(Args... args) {
+    try {
+      return function(args...);
+    } catch (const std::invalid_argument& error) {
+      PADDLE_THROW(common::errors::InvalidArgument("%s", error.what()));
+    } catch (const std::bad_alloc&) {
+      PADDLE_THROW(common::errors::ResourceExhausted("out of memory"));
+    }
+  }
+};
+
 }  // namespace
 
 PD_BUILD_OP(fdserve_linear)
     .Inputs({"x", "panels"})
     .Outputs({"out"})
     .Attrs({"n: int64_t", "k: int64_t", "to_float: bool"})
-    .SetKernelFn(PD_KERNEL(linear));
+    .SetKernelFn(PD_KERNEL(Guarded<linear>::call));
 
 PD_BUILD_OP(fdserve_embedding)
     .Inputs({"ids", "panels"})
     .Outputs({"out"})
     .Attrs({"vocab: int64_t", "hidden: int64_t"})
-    .SetKernelFn(PD_KERNEL(embedding));
+    .SetKernelFn(PD_KERNEL(Guarded<embedding>::call));
 
 PD_BUILD_OP(fdserve_rms_norm)
     .Inputs({"x", "weight"})
     .Outputs({"out"})
     .Attrs({"eps: float"})
-    .SetKernelFn(PD_KERNEL(rms_norm));
+    .SetKernelFn(PD_KERNEL(Guarded<rms_norm>::call));
 
 PD_BUILD_OP(fdserve_add_rms_norm)
     .Inputs({"x", "residual", "weight"})
     .Outputs({"out", "total"})
     .Attrs({"eps: float"})
-    .SetKernelFn(PD_KERNEL(add_rms_norm));
+    .SetKernelFn(PD_KERNEL(Guarded<add_rms_norm>::call));
 
-PD_BUILD_OP(fdserve_swiglu).Inputs({"x"}).Outputs({"out"}).SetKernelFn(PD_KERNEL(swiglu));
+PD_BUILD_OP(fdserve_swiglu).Inputs({"x"}).Outputs({"out"}).SetKernelFn(PD_KERNEL(Guarded<swiglu>::call));
 
 PD_BUILD_OP(fdserve_attention)
     .Inputs({"qkv", "k_cache", "v_cache", "rope", "block_tables", "query_starts", "context_lens"})
     .Outputs({"out"})
     .Attrs({"heads: int64_t", "kv_heads: int64_t", "head_dim: int64_t", "block_size: int64_t"})
-    .SetKernelFn(PD_KERNEL(attention));
+    .SetKernelFn(PD_KERNEL(Guarded<attention>::call));
 
 PD_BUILD_OP(fdserve_moe)
     .Inputs({"x", "gate", "correction_bias", "up_gate", "down", paddle::Optional("shared")})
     .Outputs({"out"})
     .Attrs({"inner: int64_t", "top_k: int64_t", "norm_min: float"})
-    .SetKernelFn(PD_KERNEL(moe));
+    .SetKernelFn(PD_KERNEL(Guarded<moe>::call));
 
 PD_BUILD_OP(fdserve_sample)
     .Inputs({"logits", "float_params", "int_params", "history", "history_offsets", "prompt_lens", "bias_ids",
              "bias_values", "bias_offsets"})
     .Outputs({"tokens", "logprobs", "top_ids", "top_logprobs"})
     .Attrs({"vocab_size: int64_t", "num_top: int64_t"})
-    .SetKernelFn(PD_KERNEL(sample));
+    .SetKernelFn(PD_KERNEL(Guarded<sample>::call));

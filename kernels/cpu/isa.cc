@@ -51,7 +51,7 @@ Isa force_isa(int level) {
 const RowKernels& row_kernels(Dtype dtype) {
   const Isa now = isa();
   if (dtype == Dtype::kBfloat16) {
-    if (now < kAvx512Bf16) throw std::runtime_error("bfloat16 needs a CPU with AVX512-BF16; compute in float32");
+    if (now < kAvx512Bf16) throw std::invalid_argument("bfloat16 needs a CPU with AVX512-BF16; compute in float32");
     return avx512bf16::row_kernels;
   }
   return now >= kAvx512 ? avx512::row_kernels : now == kAvx2 ? avx2::row_kernels : baseline::row_kernels;

@@ -79,7 +79,7 @@ constexpr int64_t SUM_BLOCK = 1024;
 enum Isa { kBaseline, kAvx2, kAvx512, kAvx512Bf16 };
 Isa isa();
 Isa force_isa(int level);
-// Throws std::runtime_error for bf16 on a CPU without AVX512-BF16.
+// Throws std::invalid_argument for bf16 on a CPU without AVX512-BF16.
 const RowKernels& row_kernels(Dtype dtype);
 const FloatKernels& float_kernels();
 

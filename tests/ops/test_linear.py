@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import numpy as np
+import paddle
+import pytest
+
+from fdserve import ops
+from fdserve.ops import reference
+from tests.ops.arrays import assert_close, ints, normal, packed, source, tensor, values
+
+SHAPES = [(1, 1, 1), (1, 64, 64), (3, 7, 130), (6, 65, 64), (7, 300, 63), (13, 1, 200), (64, 100, 1031), (200, 513, 70)]
+
+
+@pytest.mark.parametrize(("tokens", "out_features", "in_features"), SHAPES)
+def test_linear_is_the_product(dtype: str, tokens: int, out_features: int, in_features: int) -> None:
+    rng = np.random.default_rng(tokens)
+    weight = normal(rng, out_features, in_features, dtype=dtype)
+    x = normal(rng, tokens, in_features, dtype=dtype)
+    wide = ops.linear(tensor(x, dtype), packed(weight, dtype), out_dtype="float32")
+    assert_close(values(wide), reference.linear(x, weight), "float32")
+    narrow = ops.linear(tensor(x, dtype), packed(weight, dtype))
+    assert narrow.dtype == tensor(x, dtype).dtype
+    assert (values(narrow) == reference.rounded(values(wide), dtype)).all()
+
+
+def test_linear_of_no_rows(dtype: str) -> None:
+    weight = packed(normal(np.random.default_rng(0), 70, 30, dtype=dtype), dtype)
+    assert ops.linear(tensor(np.zeros((0, 30), np.float32), dtype), weight).shape == [0, 70]
+
+
+def test_a_rows_bits_do_not_depend_on_the_batch_or_the_threads(dtype: str) -> None:
+    rng = np.random.default_rng(1)
+    weight = packed(normal(rng, 200, 700, dtype=dtype), dtype)
+    x = tensor(normal(rng, 401, 700, dtype=dtype), dtype)
+    together = values(ops.linear(x, weight, out_dtype="float32"))
+    for first, last in [(0, 1), (1, 3), (4, 9), (10, 16), (16, 29), (190, 400), (400, 401)]:
+        assert (values(ops.linear(x[first:last], weight, out_dtype="float32")) == together[first:last]).all()
+    for threads in (1, 3):
+        ops.set_num_threads(threads)
+        assert (values(ops.linear(x, weight, out_dtype="float32")) == together).all()
+
+
+@pytest.mark.parametrize("stored", ["bfloat16", "float32"])
+@pytest.mark.parametrize("in_out", [False, True])
+def test_packing_takes_either_layout_and_dtype(dtype: str, stored: str, in_out: bool) -> None:
+    rng = np.random.default_rng(2)
+    weight = normal(rng, 130, 75, dtype=stored)
+    x = normal(rng, 5, 75, dtype=dtype)
+    matrix = source(weight.T.copy() if in_out else weight, stored)
+    if stored == "float32":
+        matrix = np.asfortranarray(matrix)  # a view that is not contiguous
+    weight_packed = ops.pack_weight(matrix, dtype=dtype, in_out=in_out)
+    assert (weight_packed.out_features, weight_packed.in_features, weight_packed.dtype) == (130, 75, dtype)
+    out = ops.linear(tensor(x, dtype), weight_packed, out_dtype="float32")
+    assert_close(values(out), reference.linear(x, reference.rounded(weight, dtype)), "float32")
+
+
+def test_packing_rounds_like_the_reference() -> None:
+    odd = np.array([[1.00390625, 1.01171875, 1e-40, np.inf, -np.inf, 3.4e38, 65536.5, -1.00390626]], np.float32)
+    data = ops.pack_weight(odd, dtype="bfloat16", in_out=False).data.numpy()
+    assert (data[0, :, 0, :].reshape(-1) == reference.bf16_bits(odd[0])).all()
+
+
+def test_packing_refuses_what_it_does_not_know() -> None:
+    with pytest.raises(ValueError, match="float16"):
+        ops.pack_weight(np.zeros((2, 2), np.float16), dtype="float32", in_out=False)
+    with pytest.raises(ValueError, match="int8"):
+        ops.pack_weight(np.zeros((2, 2), np.float32), dtype="int8", in_out=False)
+    with pytest.raises(ValueError, match="matrix"):
+        ops.pack_weight(np.zeros((2, 0), np.float32), dtype="float32", in_out=False)
+
+
+@pytest.mark.parametrize(("vocab", "hidden"), [(300, 64), (65, 33), (1, 1)])
+def test_embedding_gathers_rows(dtype: str, vocab: int, hidden: int) -> None:
+    rng = np.random.default_rng(3)
+    table = normal(rng, vocab, hidden, dtype=dtype)
+    ids = rng.integers(0, vocab, 41)
+    assert (values(ops.embedding(ints(ids), packed(table, dtype))) == reference.embedding(ids, table)).all()
+    assert ops.embedding(ints([]), packed(table, dtype)).shape == [0, hidden]
+
+
+def test_wrong_arguments_are_refused(dtype: str) -> None:
+    weight = packed(np.ones((4, 6), np.float32), dtype)
+    with pytest.raises(ValueError, match="in_features"):
+        ops.linear(tensor(np.ones((1, 5), np.float32), dtype), weight)
+    with pytest.raises(ValueError, match="out of range"):
+        ops.embedding(ints([4]), weight)
+    with pytest.raises(ValueError, match="same dtype"):
+        ops.linear(paddle.ones([1, 6], "float16"), weight)
+
+
+def test_bfloat16_needs_its_instructions() -> None:
+    ops.library.force_isa("baseline")
+    try:
+        assert ops.compute_dtype() == "float32"
+        with pytest.raises(ValueError, match="AVX512-BF16"):
+            ops.swiglu(paddle.zeros([1, 2], "bfloat16"))
+    finally:
+        ops.library.force_isa(None)
