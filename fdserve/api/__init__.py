@@ -1,0 +1,1 @@
+"""The endpoints: one handler module a family, over what the server shares."""

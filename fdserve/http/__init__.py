@@ -1,0 +1,1 @@
+"""HTTP over ASGI: routing, bodies under a limit, OpenAI's errors, server-sent events. It knows no model."""

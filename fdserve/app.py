@@ -1,0 +1,142 @@
+"""The ASGI application: lifespan and wiring. `hypercorn fdserve.app:app` serves it with the FDSERVE_* settings."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Awaitable, Callable
+from functools import partial
+
+import anyio
+
+from fdserve.api.chat import chat_completions
+from fdserve.api.completion import completions
+from fdserve.api.health import health, metrics
+from fdserve.api.models import PATH as MODELS
+from fdserve.api.models import list_models, retrieve_model
+from fdserve.config import Config
+from fdserve.errors import StartupError
+from fdserve.http.asgi import Receive, Scope, Send
+from fdserve.http.middleware import Dispatcher
+from fdserve.http.request import Request
+from fdserve.http.response import Reply
+from fdserve.http.router import Route, Router
+from fdserve.server import Server, build
+
+log = logging.getLogger("fdserve")
+
+Build = Callable[[Config], Awaitable[Server]]
+
+
+class App:
+    """One server as an ASGI application. Its lifespan builds the server and runs the engine.
+
+    The start fails for what can be checked without ranks; then the engine loads while requests get a 503.
+    `failure` says why it failed, at once or later; `started` is set when requests are taken, `failed` when the
+    engine's first start failed after that.
+    """
+
+    def __init__(self, config: Config | None = None, build: Build = build) -> None:
+        """With a `config` of None, the settings are those of the FDSERVE_* variables when the lifespan begins."""
+        self.server: Server | None = None
+        self.failure: str | None = None
+        self.started = anyio.Event()
+        self.failed = anyio.Event()
+        self._config = config
+        self._build = build
+        self._dispatcher: Dispatcher | None = None
+        self._engine_scope: anyio.CancelScope | None = None
+
+    @property
+    def active(self) -> int:
+        """How many generation requests are being answered."""
+        return self._dispatcher.active if self._dispatcher else 0
+
+    def stop_engine(self) -> None:
+        """Stop the engine now: what it still generates ends with an error, and new requests get a 503."""
+        if self._engine_scope is not None:
+            self._engine_scope.cancel()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection scope. Cancelling a request frees what it held; cancelling the lifespan stops all."""
+        if scope["type"] == "lifespan":
+            await self._lifespan(receive, send)
+        elif scope["type"] == "http":
+            assert self._dispatcher is not None, "requests come after the lifespan's startup"
+            await self._dispatcher(scope, receive, send)
+        elif scope["type"] == "websocket":
+            await send({"type": "websocket.close"})
+
+    async def _lifespan(self, receive: Receive, send: Send) -> None:
+        await receive()
+        try:
+            server = self.server = await self._start()
+        except StartupError as error:
+            self._fail(str(error))
+        except Exception as error:
+            log.debug("the start failed", exc_info=True)
+            self._fail(f"the start failed with an unexpected {type(error).__name__}: {error}")
+        if self.failure is not None:
+            # To raise here would make some servers carry on without the lifespan.
+            await send({"type": "lifespan.startup.failed", "message": self.failure})
+            return
+        async with anyio.create_task_group() as tasks:
+            self._engine_scope = anyio.CancelScope()
+            tasks.start_soon(self._run_engine, server, self._engine_scope)
+            self.started.set()
+            await send({"type": "lifespan.startup.complete"})
+            await receive()
+            self.stop_engine()
+        await send({"type": "lifespan.shutdown.complete"})
+
+    async def _start(self) -> Server:
+        config = self._config or Config.load(None, os.environ)
+        server = await self._build(config)
+        self._dispatcher = Dispatcher(
+            Router(_routes(server)),
+            api_keys=config.api_keys,
+            max_concurrency=config.max_concurrency,
+            max_request_bytes=config.max_request_bytes,
+            observe=server.metrics.observe_request,
+        )
+        return server
+
+    async def _run_engine(self, server: Server, scope: anyio.CancelScope) -> None:
+        with scope:
+            try:
+                await server.engine.run()
+            except StartupError as error:
+                self._fail(str(error))
+            except Exception as error:
+                log.exception("the engine failed")
+                self._fail(f"the engine failed with an unexpected {type(error).__name__}: {error}")
+        if self.failure is not None:
+            server.engine.status, server.engine.reason = "failed", self.failure
+            self.failed.set()
+
+    def _fail(self, sentence: str) -> None:
+        self.failure = sentence
+        log.critical("%s", sentence)
+
+
+def _routes(server: Server) -> list[Route]:
+    def to(handler: Callable[[Server, Request, Reply], Awaitable[None]]) -> Callable[[Request, Reply], Awaitable[None]]:
+        return partial(handler, server)
+
+    return [
+        Route("POST", "/v1/chat/completions", to(chat_completions), counted=True),
+        Route("POST", "/v1/completions", to(completions), counted=True),
+        Route("GET", MODELS, to(list_models)),
+        Route("GET", MODELS + "/", to(retrieve_model)),
+        # Probes and scrapers come without keys; neither answer holds anything of a request.
+        Route("GET", "/health", to(health), public=True),
+        Route("GET", "/metrics", to(metrics), public=True),
+    ]
+
+
+def create_app(config: Config | None = None, build: Build = build) -> App:
+    """An application with these settings, or with those of the FDSERVE_* variables; see `App`."""
+    return App(config, build)
+
+
+app = create_app()

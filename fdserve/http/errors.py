@@ -1,0 +1,41 @@
+"""Errors as OpenAI's clients read them: the body, the headers, and msgspec's complaints in those terms."""
+
+from __future__ import annotations
+
+import re
+
+from fdserve.errors import InvalidRequest, MethodNotAllowed, Overloaded, ServerError, Unauthorized, Unavailable
+from fdserve.protocol.errors import ErrorBody, ErrorDetail
+
+_PATH = re.compile(r" - at `\$\.?(?P<path>.*)`$", re.DOTALL)
+_MISSING = re.compile(r"Object missing required field `(?P<field>[^`]*)`")
+
+
+def error_body(error: ServerError) -> ErrorBody:
+    """The body that tells a client of the error."""
+    return ErrorBody(ErrorDetail(message=error.message, type=error.type, param=error.param, code=error.code))
+
+
+def error_headers(error: ServerError) -> list[tuple[bytes, bytes]]:
+    """The headers that the error's status asks for."""
+    if isinstance(error, Unauthorized):
+        return [(b"www-authenticate", b"Bearer")]
+    if isinstance(error, MethodNotAllowed):
+        return [(b"allow", error.allow.encode("ascii"))]
+    if isinstance(error, Overloaded):
+        return [(b"retry-after", str(error.retry_after).encode("ascii"))]
+    if isinstance(error, Unavailable):
+        return [(b"retry-after", b"5")]
+    return []
+
+
+def invalid_field(message: str) -> InvalidRequest:
+    """From the message of a msgspec.ValidationError; `param` is the JSON path that it names, without the root."""
+    match = _PATH.search(message)
+    path = match["path"] if match else ""
+    text = message[: match.start()] if match else message
+    if missing := _MISSING.match(text):
+        param = f"{path}.{missing['field']}" if path else missing["field"]
+        return InvalidRequest(f"Missing required parameter: '{param}'.", param=param, code="missing_required_parameter")
+    where = f"Invalid value for '{path}': " if path else "Invalid request: "
+    return InvalidRequest(f"{where}{text[:1].lower()}{text[1:]}.", param=path or None)

@@ -1,0 +1,133 @@
+"""What happens around every handler: keys, limits, the body, errors, the access log."""
+
+from __future__ import annotations
+
+import hmac
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from fdserve.errors import InternalError, Overloaded, ServerError, Unauthorized
+from fdserve.http.asgi import Receive, Scope, Send
+from fdserve.http.errors import error_body, error_headers
+from fdserve.http.request import ClientDisconnected, Request
+from fdserve.http.response import Reply, event
+from fdserve.http.router import Route, Router
+
+access_log = logging.getLogger("fdserve.access")
+log = logging.getLogger("fdserve.http")
+
+CLIENT_CLOSED = 499  # nginx's status for a client that left; it is only logged and counted
+
+
+class Dispatcher:
+    """Answers HTTP requests by the router's handlers.
+
+    `active` counts the requests on counted routes that are being answered. `observe` is told the path of the
+    route ("other" where there is none) and the status of every request.
+    """
+
+    def __init__(
+        self,
+        router: Router,
+        *,
+        api_keys: Sequence[str],
+        max_concurrency: int,
+        max_request_bytes: int,
+        observe: Callable[[str, int], None],
+    ) -> None:
+        self.active = 0
+        self._router = router
+        self._api_keys = [key.encode("utf-8") for key in api_keys]
+        self._max_concurrency = max_concurrency
+        self._max_request_bytes = max_request_bytes
+        self._observe = observe
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request. Cancelling it abandons the request and frees what its handler held."""
+        request = Request(scope, receive)
+        reply = Reply(send, request.id, request.http_version)
+        endpoint = "other"
+        try:
+            try:
+                route = self._router.match(request.method, request.path)
+                endpoint = route.path
+                self._authorize(route, request)
+                with self._counted(route):
+                    await request.read(self._max_request_bytes)
+                    await _answer(route, request, reply)
+            except ServerError as error:  # refused before the handler
+                await _refuse(request, reply, error)
+        except ClientDisconnected:
+            pass
+        finally:
+            # The end of an answer looks like a disconnect too.
+            left = request.disconnected and not reply.finished
+            status = CLIENT_CLOSED if left or reply.status is None else reply.status
+            self._observe(endpoint, status)
+            _log_access(scope, request, reply, status)
+
+    def _authorize(self, route: Route, request: Request) -> None:
+        if route.public or not self._api_keys:
+            return
+        scheme, _, key = request.headers.get("authorization", "").partition(" ")
+        given = key.strip().encode("latin-1") if scheme.lower() == "bearer" else b""
+        # Every key is compared, in constant time each: the time tells nothing about any of them.
+        matches = [hmac.compare_digest(given, expected) for expected in self._api_keys]
+        if not any(matches):
+            raise Unauthorized("Incorrect API key provided." if given else "An API key is required: Bearer <key>.")
+
+    @contextmanager
+    def _counted(self, route: Route) -> Iterator[None]:
+        if not route.counted:
+            yield
+            return
+        if self.active >= self._max_concurrency:
+            raise Overloaded(f"The server is at its limit of {self._max_concurrency} concurrent requests.")
+        self.active += 1
+        try:
+            yield
+        finally:
+            self.active -= 1
+
+
+async def _answer(route: Route, request: Request, reply: Reply) -> None:
+    """Run the handler until it is done or the client leaves; tell the client of what it raises."""
+    async with request.watched():
+        try:
+            await route.handler(request, reply)
+        except ServerError as error:
+            await _send_error(request, reply, error)
+        except Exception:
+            log.exception("request %s failed", request.id)
+            await _send_error(request, reply, InternalError("The server failed to handle the request."))
+
+
+async def _refuse(request: Request, reply: Reply, error: ServerError) -> None:
+    await request.discard()
+    async with request.watched():
+        await _send_error(request, reply, error)
+
+
+async def _send_error(request: Request, reply: Reply, error: ServerError) -> None:
+    """As the answer where none has begun; as the last event of a stream."""
+    if reply.status is None:
+        headers = error_headers(error)
+        if not request.body_complete and request.http_version.startswith("1"):
+            headers.append((b"connection", b"close"))
+        await reply.json(error_body(error), status=error.status, headers=headers)
+    elif reply.streaming and not reply.finished:
+        await reply.end_events(event(error_body(error)))
+
+
+def _log_access(scope: Scope, request: Request, reply: Reply, status: int) -> None:
+    # The raw path is ASCII without control characters, so no client can write a line of its own.
+    path = scope.get("raw_path", b"").decode("latin-1") or request.path.encode("unicode_escape").decode("ascii")
+    milliseconds = (time.monotonic() - request.started) * 1000
+    tokens = ""
+    if request.prompt_tokens is not None:
+        tokens = f" prompt={request.prompt_tokens} generated={request.completion_tokens or 0}"
+    access_log.info(
+        "%s %s %d %dB %.0fms%s id=%s", request.method, path, status, reply.bytes_sent, milliseconds, tokens, request.id
+    )

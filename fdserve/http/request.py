@@ -1,0 +1,134 @@
+"""An incoming request: its headers, its body under a limit, and the watch for a client that leaves."""
+
+from __future__ import annotations
+
+import re
+import time
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import TypeVar
+
+import anyio
+import msgspec
+
+from fdserve.errors import InvalidRequest, PayloadTooLarge
+from fdserve.http.asgi import Receive, Scope
+from fdserve.http.errors import invalid_field
+
+T = TypeVar("T")
+
+# What is read of a body that nobody wants before the answer, so that clients that send first and read later see it.
+DISCARD_BYTES = 64 << 20
+DISCARD_SECONDS = 5.0
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+
+
+class ClientDisconnected(Exception):
+    """The client went away before its request was read."""
+
+
+class Request:
+    """One HTTP request.
+
+    `id` is the client's X-Request-Id where that is fit to be echoed and logged, else a new one. `started` is
+    `time.monotonic()` at arrival. The token counts are for the access log; whoever knows them sets them.
+    """
+
+    def __init__(self, scope: Scope, receive: Receive) -> None:
+        self.started = time.monotonic()
+        self.method: str = scope["method"]
+        self.path: str = scope["path"]
+        self.http_version: str = scope.get("http_version", "1.1")
+        self.headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+        given = self.headers.get("x-request-id", "")
+        self.id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        self.body = b""
+        self.body_complete = False
+        self.disconnected = False
+        self.prompt_tokens: int | None = None
+        self.completion_tokens: int | None = None
+        self._receive = receive
+
+    async def read(self, limit: int) -> None:
+        """Read the whole body into `body`.
+
+        Raises PayloadTooLarge as soon as it is known to exceed `limit` bytes, and ClientDisconnected. When
+        cancelled, what was read is lost.
+        """
+        declared = self.headers.get("content-length", "")
+        if declared.isdecimal() and int(declared) > limit:
+            raise _too_large(limit)
+        chunks: list[bytes] = []
+        size = 0
+        while not self.body_complete:
+            chunk = await self._next_chunk()
+            size += len(chunk)
+            if size > limit:
+                raise _too_large(limit)
+            chunks.append(chunk)
+        self.body = b"".join(chunks)
+
+    async def discard(self) -> None:
+        """Read and drop the rest of the body, within bounds of time and size.
+
+        Raises ClientDisconnected. May be cancelled at any point.
+        """
+        size = 0
+        with anyio.move_on_after(DISCARD_SECONDS):
+            while not self.body_complete and size < DISCARD_BYTES:
+                size += len(await self._next_chunk())
+
+    async def _next_chunk(self) -> bytes:
+        message = await self._receive()
+        if message["type"] == "http.disconnect":
+            self.disconnected = True
+            raise ClientDisconnected
+        self.body_complete = not message.get("more_body", False)
+        chunk: bytes = message.get("body", b"")
+        return chunk
+
+    @asynccontextmanager
+    async def watched(self) -> AsyncIterator[None]:
+        """Cancel the block when the client disconnects; `disconnected` then tells, and the block just ends.
+
+        Sending never fails for a client that has gone, so this is the only way to notice. Whatever is left of
+        the body is received and dropped meanwhile: an unread body can wedge the connection.
+        """
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(self._watch, tasks.cancel_scope)
+            try:
+                yield
+            finally:
+                if self.body_complete or self.disconnected:
+                    tasks.cancel_scope.cancel()
+                else:
+                    # The answer is out and the connection is being closed: the disconnect is about to come.
+                    tasks.cancel_scope.deadline = anyio.current_time() + DISCARD_SECONDS
+
+    async def _watch(self, scope: anyio.CancelScope) -> None:
+        while True:
+            message = await self._receive()
+            if message["type"] == "http.disconnect":
+                self.disconnected = True
+                scope.cancel()
+                return
+            if not message.get("more_body", False):
+                self.body_complete = True
+
+
+def decode(body: bytes, decoder: msgspec.json.Decoder[T]) -> T:
+    """The JSON body as the decoder's type; InvalidRequest, with the offending path as `param`, if it is not that."""
+    try:
+        return decoder.decode(body)
+    except msgspec.ValidationError as error:
+        raise invalid_field(str(error)) from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise InvalidRequest(f"The body is not valid JSON: {error}.", code="invalid_json") from None
+    except RecursionError:
+        raise InvalidRequest("The body is nested too deeply.", code="invalid_json") from None
+
+
+def _too_large(limit: int) -> PayloadTooLarge:
+    return PayloadTooLarge(f"The request body is larger than the limit of {limit} bytes.")

@@ -1,0 +1,90 @@
+"""The answer to a request: one JSON body, or a stream of server-sent events."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from fdserve.errors import InvalidRequest
+from fdserve.http.asgi import Send
+
+Headers = Sequence[tuple[bytes, bytes]]
+
+DONE = b"data: [DONE]\n\n"
+_encode = msgspec.json.Encoder().encode
+
+
+def event(value: Any) -> bytes:
+    """One server-sent event whose data is the value as JSON."""
+    return b"data: " + _encode(value) + b"\n\n"
+
+
+class Reply:
+    """Sends the answer, once.
+
+    `status` is None until it began, `streaming` tells that events were begun, `finished` that its last part is
+    sent or being sent.
+
+    Every method waits for a client that reads slowly and never fails for one that has gone. When a method is
+    cancelled the answer is unfinished, and the connection is good for nothing more.
+    """
+
+    def __init__(self, send: Send, request_id: str, http_version: str = "1.1") -> None:
+        self._send = send
+        self._http_version = http_version
+        self._request_id = request_id.encode("ascii")
+        self.status: int | None = None
+        self.streaming = False
+        self.finished = False
+        self.bytes_sent = 0
+
+    async def json(self, value: Any, *, status: int = 200, headers: Headers = ()) -> None:
+        """Send the value as the whole answer."""
+        await self.text(_encode(value), "application/json", status=status, headers=headers)
+
+    async def text(self, body: bytes, content_type: str, *, status: int = 200, headers: Headers = ()) -> None:
+        """Send the body as the whole answer."""
+        length = str(len(body)).encode("ascii")
+        await self._start(status, [(b"content-length", length), *headers], content_type)
+        await self._body(body, more=False)
+
+    async def empty(self, status: int, headers: Headers = ()) -> None:
+        """Send an answer that has no body."""
+        await self._start(status, headers, None)
+        await self._body(b"", more=False)
+
+    async def start_events(self) -> None:
+        """Begin a stream of events. Raises InvalidRequest on an HTTP/2 connection.
+
+        Over HTTP/2 a reader that stops would not hold the sender back, and the whole stream would be buffered.
+        """
+        if self._http_version.startswith("2"):
+            raise InvalidRequest("Streams are served over HTTP/1.1 only.", param="stream")
+        # Proxies that buffer would hold the tokens back.
+        headers = [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
+        await self._start(200, headers, "text/event-stream; charset=utf-8")
+        self.streaming = True
+
+    async def events(self, data: bytes) -> None:
+        """Send one or several whole events at once."""
+        await self._body(data, more=True)
+
+    async def end_events(self, data: bytes = b"") -> None:
+        """Send the last events and the end mark of OpenAI's streams."""
+        await self._body(data + DONE, more=False)
+
+    async def _start(self, status: int, headers: Headers, content_type: str | None) -> None:
+        if self.status is not None:
+            raise RuntimeError("the answer has begun already")
+        self.status = status
+        sent = [(b"x-request-id", self._request_id), *headers]
+        if content_type is not None:
+            sent.append((b"content-type", content_type.encode("ascii")))
+        await self._send({"type": "http.response.start", "status": status, "headers": sent})
+
+    async def _body(self, body: bytes, *, more: bool) -> None:
+        self.bytes_sent += len(body)
+        self.finished = not more
+        await self._send({"type": "http.response.body", "body": body, "more_body": more})
