@@ -1,0 +1,133 @@
+"""The same request at temperature 0 gives the same tokens and logprobs, bit for bit, whatever else happens."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import anyio
+import pytest
+
+import fdserve
+from fdserve.config import Config
+from fdserve.engine.create import create_engine
+from fdserve.engine.engine import Engine
+from fdserve.engine.request import Request, SamplingParams, TokenLogprobs
+from fdserve.models.checkpoint import check_checkpoint
+from fdserve.text.tokenizer import load_tokenizer
+
+pytestmark = [pytest.mark.anyio, pytest.mark.parametrize("anyio_backend", ["asyncio"])]
+
+CHECKPOINT = Path(fdserve.__file__).parent / "demo" / "checkpoint"
+Output = tuple[list[int], list[TokenLogprobs], int]
+
+# Long enough for several blocks and several chunks, and ends in the middle of a block.
+TEXT = "Chunked prefill is what a server does with a long prompt. " * 9 + "The sum of 12 and 30 is"
+SAMPLING = {"max_tokens": 40, "seed": 7, "temperature": 0.0, "logprobs": 5}
+
+
+@asynccontextmanager
+async def serving(**settings: int | bool) -> AsyncIterator[Engine]:
+    config = Config(**{"max_model_len": 512, "max_num_seqs": 32, "block_size": 16, **settings})  # type: ignore[arg-type]
+    engine = create_engine(config, CHECKPOINT, check_checkpoint(CHECKPOINT))
+    with anyio.fail_after(120):
+        async with anyio.create_task_group() as group:
+            group.start_soon(engine.run)
+            await engine.wait_ready()
+            yield engine
+            group.cancel_scope.cancel()
+
+
+def prompt() -> list[int]:
+    return load_tokenizer(CHECKPOINT).encode(TEXT)
+
+
+async def generate(engine: Engine, ids: list[int], **changes: float) -> Output:
+    params = SamplingParams(**{**SAMPLING, **changes})  # type: ignore[arg-type]
+    tokens: list[int] = []
+    logprobs: list[TokenLogprobs] = []
+    with engine.submit(Request(id="r", prompt=ids, params=params)) as generation:
+        while True:
+            for delta in await generation.receive():
+                tokens += delta.token_ids
+                logprobs += delta.logprobs or []
+                if delta.finish_reason is not None:
+                    assert delta.finish_reason == "length"
+                    assert delta.error is None
+                    return tokens, logprobs, delta.cached_tokens
+
+
+async def generate_many(engine: Engine, prompts: list[list[int]], **changes: float) -> list[Output]:
+    outputs: dict[int, Output] = {}
+
+    async def run(index: int) -> None:
+        outputs[index] = await generate(engine, prompts[index], **changes)
+
+    async with anyio.create_task_group() as group:
+        for index in range(len(prompts)):
+            group.start_soon(run, index)
+    return [outputs[index] for index in range(len(prompts))]
+
+
+def others(count: int) -> list[list[int]]:
+    """Prompts of different lengths that share no prefix with `prompt()`."""
+    ids = prompt()
+    return [[5 + index, *ids[index : 20 + 17 * index]] for index in range(count)]
+
+
+@pytest.fixture(scope="module")
+def reference() -> Output:
+    """Alone, cold, the prefill in one step."""
+
+    async def run() -> Output:
+        async with serving(max_num_batched_tokens=2048) as engine:
+            return await generate(engine, prompt())
+
+    tokens, logprobs, cached = anyio.run(run)
+    assert len(prompt()) > 130
+    assert (len(tokens), len(logprobs), cached) == (40, 40, 0)
+    assert len(set(tokens)) > 5
+    return tokens, logprobs, cached
+
+
+@pytest.mark.parametrize("budget", [7, 64])
+async def test_however_the_prefill_is_chunked(reference: Output, budget: int) -> None:
+    async with serving(max_num_batched_tokens=budget) as engine:
+        assert (await generate(engine, prompt()))[:2] == reference[:2]
+
+
+async def test_in_a_batch_of_sixteen_and_with_a_warm_cache(reference: Output) -> None:
+    async with serving(max_num_batched_tokens=100) as engine:
+        outputs = await generate_many(engine, [*others(8), prompt(), *others(15)[8:]])
+        assert outputs[8][:2] == reference[:2]
+        warm = await generate(engine, prompt())
+        assert warm[2] >= 112
+        assert warm[:2] == reference[:2]
+        # and when several prompts fill the same blocks in the same step
+        for output in await generate_many(engine, [[9, *prompt()]] * 3):
+            assert output[0] == (await generate(engine, [9, *prompt()]))[0]
+
+
+async def test_after_preemption(reference: Output) -> None:
+    async with serving(num_gpu_blocks_override=32, max_num_batched_tokens=256) as engine:
+        outputs = await generate_many(engine, [*others(3), prompt()] * 3)
+        assert engine.stats().preemptions > 0
+        for output in outputs[3::4]:
+            assert output[:2] == reference[:2]
+
+
+async def test_with_another_number_of_threads_and_no_prefix_cache(reference: Output) -> None:
+    async with serving(num_threads=1, enable_prefix_caching=False) as engine:
+        for _ in range(2):
+            tokens, logprobs, cached = await generate(engine, prompt())
+            assert (tokens, logprobs, cached) == (*reference[:2], 0)
+
+
+async def test_a_seed_reproduces_a_sampled_text_in_any_company() -> None:
+    async with serving(max_num_batched_tokens=64) as engine:
+        alone = await generate(engine, prompt(), temperature=1.0)
+        other = await generate(engine, prompt(), temperature=1.0, seed=8)
+        together = await generate_many(engine, [*others(5), prompt()], temperature=1.0)
+    assert together[5][:2] == alone[:2]
+    assert other[0] != alone[0]
