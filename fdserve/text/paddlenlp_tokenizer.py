@@ -40,12 +40,12 @@ class PaddleNLPTokenizer:
         self._cut = spelling is byte_level_bytes
         self._ids: dict[str, int] = {**tokenizer.get_vocab(), **tokenizer.get_added_vocab()}
         self.vocab_size = max(self._ids.values(), default=-1) + 1
-        named = {
-            name: token for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)
-        }
+        named = {name: token for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
         self.special_tokens = named | config.special_tokens
         control = config.control_tokens() | set(map(str, tokenizer.all_special_tokens))
         control |= set(self.special_tokens.values())
+        added = tokenizer.added_tokens_decoder.values()
+        control |= {str(token) for token in added if getattr(token, "special", False)}
         ids = map(self._ids.get, control - TEXT_TAGS)
         self.special_ids = frozenset(token_id for token_id in ids if token_id is not None)
         self._bytes = [b""] * self.vocab_size

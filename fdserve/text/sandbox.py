@@ -45,9 +45,7 @@ _GROWING = frozenset(
 # Slow out of proportion to their input, and of no use in a prompt.
 _DROPPED_FILTERS = ("pprint", "random", "striptags", "urlize", "wordwrap", "xmlattr")
 # A width or precision of five digits, or one that is itself an argument, in "%" and str.format formats.
-_WIDE_FORMAT = re.compile(
-    r"%(?:\(\w*\))?[-+ #0]*(?:\d{5,}|\*|\d*\.(?:\d{5,}|\*))" r"|\{[^{}]*(?:\{|:[^{}]*\d{5,})"
-)
+_WIDE_FORMAT = re.compile(r"%(?:\(\w*\))?[-+ #0]*(?:\d{5,}|\*|\d*\.(?:\d{5,}|\*))" r"|\{[^{}]*(?:\{|:[^{}]*\d{5,})")
 
 
 class Meter:
@@ -283,10 +281,7 @@ class _Rewriter(NodeTransformer):
         literal = sum(len(part.data) for part in node.nodes if isinstance(part, nodes.TemplateData))
         node.nodes = [
             _ticked(literal, node.lineno),
-            *(
-                part if isinstance(part, nodes.TemplateData) else _filtered(_ADMIT, part)
-                for part in node.nodes
-            ),
+            *(part if isinstance(part, nodes.TemplateData) else _filtered(_ADMIT, part) for part in node.nodes),
         ]
         return node
 

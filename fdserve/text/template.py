@@ -17,7 +17,7 @@ from fdserve.text.tokenizer import Tokenizer
 
 __all__ = ["FAMILY_TEMPLATES", "ChatTemplate", "load_template"]
 
-MAX_SOURCE_CHARS = 256 << 10
+MAX_SOURCE_CHARS = 128 << 10
 
 
 class ChatTemplate:
@@ -111,9 +111,7 @@ def _tojson(
     sort_keys: bool = False,
 ) -> str:
     """Plain JSON: Jinja's own filter escapes HTML. With an indent it comes in pieces, each counted."""
-    encoder = json.JSONEncoder(
-        ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
+    encoder = json.JSONEncoder(ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
     return "".join(current_meter().stream(encoder.iterencode(value)))
 
 

@@ -12,6 +12,8 @@ from fdserve.text.tokenizer_config import read_tokenizer_config
 
 BACKENDS = ("auto", "native", "paddlenlp")
 SENTENCEPIECE_NAMES = ("tokenizer.model", "spm.model", "ernie_token_100k.model")
+# What PaddleNLP's tokenizers keep their vocabularies in.
+PADDLENLP_PATTERNS = ("vocab.*", "sentencepiece.bpe.model")
 
 
 class Tokenizer(Protocol):
@@ -60,7 +62,8 @@ def load_tokenizer(directory: Path, backend: str = "auto") -> Tokenizer:
         for name in SENTENCEPIECE_NAMES:
             if (path := directory / name).is_file():
                 return SentencePieceTokenizer(path, read_tokenizer_config(directory))
-    if backend == "native" or (backend == "auto" and not any(directory.glob("vocab.*"))):
+    only_paddlenlp = any(any(directory.glob(pattern)) for pattern in PADDLENLP_PATTERNS)
+    if backend == "native" or (backend == "auto" and not only_paddlenlp):
         expected = ", ".join(("tokenizer.json", *SENTENCEPIECE_NAMES))
         raise StartupError(f"no tokenizer in {directory}: expected one of {expected}")
     from fdserve.text.paddlenlp_tokenizer import PaddleNLPTokenizer

@@ -14,7 +14,8 @@ from fdserve.text.tokenizer import load_tokenizer
 
 TAGS = ["<think>", "</think>", "<response>", "</response>", "<tool_call>", "</tool_call>"]
 DIALOGUE = ["<|im_start|>", "<|im_end|>", "<|begin_of_sentence|>", "<|end_of_sentence|>"]
-WORDS = "the quick brown fox jumps over the lazy dog hello world server model token 你好 世界 模型 été".split()
+WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "lazy", "dog", "hello", "world", "server", "token"]
+WORDS += ["你好", "世界", "模型", "été"]
 
 
 def corpus() -> list[str]:
@@ -44,9 +45,18 @@ def sentencepiece_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         minloglevel=2,
     )
     size = sentencepiece.SentencePieceProcessor(model_file=str(directory / "tokenizer.model")).get_piece_size()
-    added = {"<|IMAGE_PLACEHOLDER|>": size, "<|LOC_0|>": size + 1, "<|LOC_0|>tail": size + 2, "plain": size + 5}
+    added = {
+        "<|IMAGE_PLACEHOLDER|>": size,
+        "<|LOC_0|>": size + 1,
+        "<|LOC_0|>tail": size + 2,
+        "plain": size + 5,
+    }
     (directory / "added_tokens.json").write_text(json.dumps(added))
-    special = {"eos_token": "</s>", "pad_token": "<unk>", "additional_special_tokens": ["<|IMAGE_PLACEHOLDER|>"]}
+    special = {
+        "eos_token": "</s>",
+        "pad_token": "<unk>",
+        "additional_special_tokens": ["<|IMAGE_PLACEHOLDER|>"],
+    }
     (directory / "special_tokens_map.json").write_text(json.dumps(special))
     config = {
         "tokenizer_class": "os.system",

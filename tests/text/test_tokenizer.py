@@ -29,7 +29,18 @@ WORDY = st.lists(st.sampled_from([*WORDS, " ", "  ", "\n", "😀", "<", "qux"]),
 class TestEveryTokenizer:
     @pytest.mark.parametrize(
         "text",
-        ["hello world", "  two  spaces ", "\n\tx\n", "你好，世界", "😀 é ü", "a\x00b", "", " ", "<0x0A>", "ﬁ①Ａ"],
+        [
+            "hello world",
+            "  two  spaces ",
+            "\n\tx\n",
+            "你好。世界",
+            "😀 é ü",
+            "a\x00b",
+            "",
+            " ",
+            "<0x0A>",
+            "ﬁ①Ａ",
+        ],
     )
     def test_bytes_of_the_ids_are_the_text(self, tokenizer: Tokenizer, text: str) -> None:
         assert joined(tokenizer, tokenizer.encode(text)) == text.encode()
@@ -214,7 +225,10 @@ class TestLoading:
 
 
 class TestTokenSplitter:
-    @given(text=st.text("<>ab|", max_size=30), tokens=st.lists(st.text("<>ab", min_size=1, max_size=4), max_size=5))
+    @given(
+        text=st.text("<>ab|", max_size=30),
+        tokens=st.lists(st.text("<>ab", min_size=1, max_size=4), max_size=5),
+    )
     def test_parts_make_up_the_text(self, text: str, tokens: list[str]) -> None:
         parts = list(TokenSplitter(tokens).split(text))
         assert "".join(part for part, _ in parts) == text

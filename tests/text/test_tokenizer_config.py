@@ -15,7 +15,12 @@ def write(directory: Path, name: str, value: object) -> None:
 
 def test_nothing_there(tmp_path: Path) -> None:
     config = read_tokenizer_config(tmp_path)
-    assert (config.special_tokens, config.special, config.added, config.chat_template) == ({}, set(), {}, None)
+    assert (config.special_tokens, config.special, config.added, config.chat_template) == (
+        {},
+        set(),
+        {},
+        None,
+    )
 
 
 def test_added_tokens_of_both_files(tmp_path: Path) -> None:

@@ -1,0 +1,161 @@
+from __future__ import annotations
+
+import itertools
+import time
+from typing import NamedTuple
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fdserve.text.detokenizer import decode
+from fdserve.text.reasoning import ReasoningFormat
+from fdserve.text.stream import TextStream
+from fdserve.text.tokenizer import Tokenizer
+
+from .conftest import TAGS
+from .vocabulary import ListTokenizer
+
+EMOJI = "😀".encode()
+TOKENS = [tag.encode() for tag in TAGS] + [
+    b"a",
+    b"b",
+    b" ",
+    b"\n",
+    b"ab",
+    b"\n\n",
+    EMOJI[:2],
+    EMOJI[2:],
+    b"</s>",
+]
+TOY = ListTokenizer(TOKENS, special=[b"</s>"])
+EOS = TOKENS.index(b"</s>")
+ERNIE_X1 = ReasoningFormat("ernie_x1", 0, 1, 2, 3)
+FORMATS = [None, ERNIE_X1, ReasoningFormat("think", 0, 1)]
+
+
+class Seen(NamedTuple):
+    reasoning: str
+    content: str
+    stop: str | None
+    used: int
+    reasoning_tokens: int
+
+
+def run(stream: TextStream, pushes: list[list[int]]) -> Seen:
+    deltas = [stream.push(push) for push in pushes] + [stream.finish()]
+    stops = [delta.stop_matched for delta in deltas if delta.stop_matched is not None]
+    assert len(stops) <= 1
+    return Seen(
+        "".join(delta.reasoning for delta in deltas),
+        "".join(delta.content for delta in deltas),
+        stops[0] if stops else None,
+        sum(delta.tokens_used for delta in deltas),
+        stream.reasoning_tokens,
+    )
+
+
+@settings(max_examples=400)
+@given(
+    ids=st.lists(st.integers(-1, len(TOKENS)), max_size=25),
+    cuts=st.lists(st.integers(0, 25), max_size=6),
+    format=st.sampled_from(FORMATS),
+    thinking=st.booleans(),
+    stop=st.lists(st.sampled_from(["a", "ab", "ba", "\n", "😀", "b\n\na", "aab", "\ufffd"]), max_size=3),
+    skip=st.booleans(),
+    include=st.booleans(),
+)
+def test_the_split_over_pushes_makes_no_difference(
+    ids: list[int],
+    cuts: list[int],
+    format: ReasoningFormat | None,
+    thinking: bool,
+    stop: list[str],
+    skip: bool,
+    include: bool,
+) -> None:
+    def stream() -> TextStream:
+        return TextStream(
+            TOY,
+            format=format,
+            thinking=thinking,
+            stop=stop,
+            skip_special_tokens=skip,
+            include_stop_str_in_output=include,
+            hidden={EOS},
+        )
+
+    edges = [0, *sorted(min(cut, len(ids)) for cut in cuts), len(ids)]
+    pushes = [ids[start:end] for start, end in itertools.pairwise(edges)]
+    seen = run(stream(), pushes)
+    assert seen == run(stream(), [ids])
+    assert seen == run(stream(), [[token] for token in ids])
+    assert "</s>" not in seen.content + seen.reasoning
+    if seen.stop is not None:
+        assert seen.content.endswith(seen.stop) or not include
+    elif format is None:
+        assert seen.content == decode(TOY, [token for token in ids if token != EOS])
+        assert seen.used == len(ids)
+
+
+def test_stop_string_over_several_tokens_counts_the_tokens_up_to_it() -> None:
+    stream = TextStream(TOY, stop=["ba"])
+    assert stream.push(TOY.encode("a")) == ("", "a", None, 1)
+    assert stream.push(TOY.encode("b")) == ("", "", None, 1)
+    ids = TOY.encode("a\nb")
+    assert stream.push(ids) == ("", "", "ba", 1)
+    assert stream.push(ids) == ("", "", None, 0)
+    assert stream.finish() == ("", "", None, 0)
+
+
+def test_stop_string_included() -> None:
+    stream = TextStream(TOY, stop=["b\n"], include_stop_str_in_output=True)
+    assert stream.push(TOY.encode("ab\na")) == ("", "ab\n", "b\n", 2)
+
+
+def test_held_back_text_comes_at_the_end() -> None:
+    stream = TextStream(TOY, stop=["ab\n\na"])
+    assert stream.push([TOKENS.index(b"ab"), TOKENS.index(EMOJI[:2])]).content == ""
+    assert stream.finish() == ("", "ab\ufffd", None, 0)
+
+
+def test_stop_strings_are_looked_for_in_the_content_only() -> None:
+    stream = TextStream(TOY, format=ERNIE_X1, thinking=True, stop=["b"])
+    ids = TOY.encode("ab</think>\n<response>\nab\n</response>")
+    assert stream.push(ids) == ("ab", "a", "b", 6)
+    assert stream.reasoning_tokens == 1
+
+
+def test_a_stop_string_can_be_completed_by_the_last_newline() -> None:
+    stream = TextStream(TOY, format=ERNIE_X1, thinking=True, stop=["a\n"])
+    assert stream.push(TOY.encode("</think><response>a\n")).content == ""
+    assert stream.finish() == ("", "", "a\n", 0)
+
+
+def test_hidden_ids_never_show_and_are_no_reasoning() -> None:
+    stream = TextStream(TOY, format=ERNIE_X1, thinking=True, skip_special_tokens=False, hidden=[EOS])
+    assert stream.push([*TOY.encode("a"), EOS]) == ("a", "", None, 2)
+    assert stream.reasoning_tokens == 1
+    assert TextStream(TOY, skip_special_tokens=False).push([EOS]).content == "</s>"
+
+
+def test_thinking_model_end_to_end(ernie: Tokenizer) -> None:
+    format = ReasoningFormat("ernie_x1", *[ernie.token_id(tag) or -1 for tag in TAGS[:4]])
+    output = "The 世界 is big.\n</think>\n\n<response>\nhello 😀 world\n</response>\n</s>"
+    stream = TextStream(ernie, format=format, thinking=True)
+    assert run(stream, [[token] for token in ernie.encode(output)])[:3] == (
+        "The 世界 is big.",
+        "hello 😀 world",
+        None,
+    )
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=["none", "ernie_x1", "think"])
+def test_long_outputs_take_linear_time(format: ReasoningFormat | None) -> None:
+    stream = TextStream(TOY, format=format, thinking=True, stop=["aaab", "b" * 50])
+    ids = TOY.encode("a\na b")
+    started = time.process_time()
+    for _ in range(20_000):
+        stream.push(ids)
+    stream.finish()
+    assert time.process_time() - started < 5
