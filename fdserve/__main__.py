@@ -107,11 +107,10 @@ class _Launcher:
         return config
 
     async def _announce(self) -> None:
-        print(f"fdserve {fdserve.__version__}, listening on {self._url}", flush=True)
         await self._app.started.wait()
         server = self._app.server
         assert server is not None
-        print(f"loading {server.model_name}", flush=True)
+        print(f"fdserve {fdserve.__version__} listens on {self._url}, loading {server.model_name}", flush=True)
         await server.engine.wait_ready()
         # What lives by now lives for ever: full collections need not look at it, and may be rarer.
         gc.collect()

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import quote
 
 import anyio
 
@@ -63,11 +64,17 @@ class Client:
         body = content if isinstance(content, bytes) else json.dumps(content).encode()
         return await self.request("POST", path, body=body, **options)
 
-    async def chat(self, text: str = "Hi", **fields: Any) -> Response:
-        return await self.post("/v1/chat/completions", {"messages": [{"role": "user", "content": text}], **fields})
+    async def chat(self, text: str = "Hi", *, messages: Any = None, **fields: Any) -> Response:
+        """A chat completion; options of `request` among the fields go there."""
+        messages = messages if messages is not None else [{"role": "user", "content": text}]
+        return await self._call("/v1/chat/completions", {"messages": messages, **fields})
 
     async def complete(self, prompt: Any = "Hi", **fields: Any) -> Response:
-        return await self.post("/v1/completions", {"prompt": prompt, **fields})
+        return await self._call("/v1/completions", {"prompt": prompt, **fields})
+
+    async def _call(self, path: str, fields: dict[str, Any]) -> Response:
+        options = {name: fields.pop(name) for name in ("headers", "leave_after", "http_version") if name in fields}
+        return await self.post(path, fields, **options)
 
     async def request(
         self,
@@ -116,7 +123,7 @@ class Client:
             "http_version": http_version,
             "method": method,
             "path": path,
-            "raw_path": path.encode(),
+            "raw_path": quote(path).encode(),
             "headers": [(k.replace("_", "-").encode(), v.encode()) for k, v in (headers or {}).items()],
         }
         with anyio.fail_after(TIMEOUT):

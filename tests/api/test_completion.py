@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from openai.types import Completion
+
+from tests.http.client import Response, serving
+from tests.http.fake_engine import EOS, FakeEngine, follow, ids, say
+
+pytestmark = pytest.mark.anyio
+
+
+def choices(response: Response) -> list[dict[str, Any]]:
+    assert response.status == 200, response.body
+    Completion.model_validate(response.json(), strict=True)
+    result: list[dict[str, Any]] = response.json()["choices"]
+    return result
+
+
+async def test_a_completion() -> None:
+    async with serving() as client:
+        response = await client.complete()
+        assert choices(response) == [
+            {"index": 0, "text": "Hello, world!", "logprobs": None, "finish_reason": "stop", "stop_reason": None}
+        ]
+        content = response.json()
+        assert content["id"].startswith("cmpl-")
+        assert (content["object"], content["usage"]["total_tokens"]) == ("text_completion", 2 + 14)
+
+
+async def test_a_stream() -> None:
+    async with serving(FakeEngine(say("Hello", delay=0.002))) as client:
+        events = (await client.complete(stream=True, stream_options={"include_usage": True})).events
+        # The client's types deny the null finish reason that OpenAI's own streams have.
+        Completion.model_validate(events[-2], strict=True)
+        assert [e["choices"][0]["text"] for e in events[:-1]] == [*"Hello", ""]
+        assert [e["choices"][0]["finish_reason"] for e in events[:-1]] == [None] * 5 + ["stop"]
+        assert events[-2]["choices"][0]["stop_reason"] is None
+        assert events[-1]["choices"] == []
+        assert events[-1]["usage"]["completion_tokens"] == 6
+        assert all(e["usage"] is None for e in events[:-1])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "prompts"),
+    [
+        ("Hi", [b"Hi"]),
+        (["Hi"], [b"Hi"]),
+        (["a", "bc"], [b"a", b"bc"]),
+        ([72, 105], [b"Hi"]),
+        ([[97], [98, 99]], [b"a", b"bc"]),
+    ],
+)
+async def test_prompts(prompt: Any, prompts: list[bytes]) -> None:
+    async with serving() as client:
+        response = await client.complete(prompt, n=2)
+        assert [c["index"] for c in choices(response)] == list(range(2 * len(prompts)))
+        asked = [bytes(request.prompt) for request in client.engine.requests]
+        assert asked == [p for p in prompts for _ in range(2)]
+        usage = response.json()["usage"]
+        assert usage["prompt_tokens"] == sum(map(len, prompts))
+        assert usage["completion_tokens"] == 14 * 2 * len(prompts)
+        assert usage["prompt_tokens_details"]["cached_tokens"] == len(prompts)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ("", "empty"),
+        ([], "empty"),
+        (["a", ""], "empty"),
+        ([[1], []], "empty"),
+        (["a", 1], "mixes"),
+        ([1, [1]], "mixes"),
+        ([1, -1], "negative"),
+        ([1, 261], "261 is out of range: the model has ids from 0 to 260"),
+        (["a", [1], 2], "mixes"),
+    ],
+)
+async def test_bad_prompts(prompt: Any, message: str) -> None:
+    async with serving() as client:
+        response = await client.complete(prompt)
+        assert (response.status, response.error["param"]) == (400, "prompt")
+        assert message in response.error["message"]
+        assert not client.engine.requests
+
+
+async def test_no_prompt() -> None:
+    async with serving() as client:
+        response = await client.post("/v1/completions", {"model": "null"})
+        assert (response.status, response.error["code"]) == (400, "missing_required_parameter")
+
+
+async def test_logprobs() -> None:
+    async with serving(FakeEngine(say("hé!"))) as client:
+        (choice,) = choices(await client.complete(logprobs=2))
+        assert choice["logprobs"] == {
+            "tokens": ["h", "bytes:\\xc3", "bytes:\\xa9", "!"],
+            "token_logprobs": [-0.25] * 4,
+            "top_logprobs": [
+                {"h": -0.25, "i": -1.25},
+                {"bytes:\\xc3": -0.25, "bytes:\\xc4": -1.25},
+                {"bytes:\\xa9": -0.25, "bytes:\\xaa": -1.25},
+                {"!": -0.25, '"': -1.25},
+            ],
+            # In characters of the text: both halves of the é begin where it stands.
+            "text_offset": [0, 1, 1, 2],
+        }
+        (choice,) = choices(await client.complete(logprobs=0))
+        assert choice["logprobs"]["top_logprobs"][0] == {"h": -0.25}
+        events = (await client.complete(logprobs=2, stream=True, stop="!")).events
+        streamed = [e["choices"][0]["logprobs"] for e in events]
+        offsets = [offset for part in streamed for offset in part["text_offset"]]
+        assert offsets == [0, 1, 1, 2]
+
+
+async def test_token_ids() -> None:
+    async with serving(FakeEngine(say("abc", delay=0.001))) as client:
+        (choice,) = choices(await client.complete(return_token_ids=True))
+        assert choice["prompt_token_ids"] == ids("Hi")
+        assert choice["completion_token_ids"] == [*b"abc", EOS]
+        events = (await client.complete(return_token_ids=True, stream=True)).events
+        first, *others = (e["choices"][0] for e in events)
+        assert first["prompt_token_ids"] == ids("Hi")
+        assert all("prompt_token_ids" not in other for other in others)
+        assert [t for part in (first, *others) for t in part["completion_token_ids"]] == [*b"abc", EOS]
+
+
+async def test_held_back_text_sends_no_empty_event() -> None:
+    async with serving(FakeEngine(say("aXYb", delay=0.002))) as client:
+        events = (await client.complete(stream=True, stop="XYZ")).events
+        assert [e["choices"][0]["text"] for e in events] == ["a", "XYb", ""]
+
+
+async def test_tags_are_text_here() -> None:
+    from fdserve.config import Config
+
+    config = Config(reasoning_parser="ernie_x1")
+    async with serving(FakeEngine(follow([*ids("<think>a</think>b"), EOS])), config) as client:
+        (choice,) = choices(await client.complete())
+        assert choice["text"] == "<think>a</think>b"

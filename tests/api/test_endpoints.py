@@ -1,0 +1,81 @@
+"""Models, health and metrics."""
+
+from __future__ import annotations
+
+import anyio
+import pytest
+from openai.types import Model
+
+from fdserve.errors import StartupError
+from tests.http.client import serving
+from tests.http.fake_engine import FakeEngine
+
+pytestmark = pytest.mark.anyio
+
+
+async def test_models() -> None:
+    async with serving() as client:
+        content = (await client.get("/v1/models")).json()
+        assert content["object"] == "list"
+        (model,) = content["data"]
+        Model.model_validate(model, strict=True)
+        assert (model["id"], model["max_model_len"], model["object"]) == ("fake-model", 1024, "model")
+        for name in ("fake-model", "owner/fake-model", "default"):
+            assert (await client.get(f"/v1/models/{name}")).json() == model
+        unknown = await client.get("/v1/models/gpt-4")
+        assert (unknown.status, unknown.error["code"]) == (404, "model_not_found")
+
+
+async def test_health_while_loading() -> None:
+    engine = FakeEngine()
+    engine.hold_loading = True
+    async with serving(engine) as client:
+        for response in (await client.get("/health"), await client.chat(), await client.complete()):
+            assert (response.status, response.error["code"]) == (503, "unavailable")
+            assert "the model is loading" in response.error["message"]
+            assert response.headers["retry-after"] == "5"
+        assert (await client.get("/v1/models")).json()["data"][0]["id"] == "fake-model"
+
+
+async def test_health_once_ready_and_while_draining() -> None:
+    async with serving() as client:
+        response = await client.get("/health")
+        assert (response.status, response.json()) == (200, {"status": "ok"})
+        client.engine.drain()
+        for response in (await client.get("/health"), await client.chat()):
+            assert response.status == 503
+            assert "shutting down" in response.error["message"]
+
+
+async def test_health_after_a_failed_start() -> None:
+    engine = FakeEngine()
+    engine.failure = StartupError("rank 0 has too little memory.")
+    async with serving(engine) as client:
+        with anyio.fail_after(5):
+            await client.app.failed.wait()
+        assert client.app.failure == "rank 0 has too little memory."
+        response = await client.get("/health")
+        assert response.status == 503
+        assert "rank 0 has too little memory" in response.error["message"]
+
+
+async def test_metrics() -> None:
+    async with serving() as first, serving() as second:  # two in one process
+        await first.chat()
+        await first.chat(stream=True)
+        await first.complete(model="nobody")
+        await first.get("/no/such/path")
+        response = await first.get("/metrics")
+        assert response.headers["content-type"].startswith("text/plain; version=")
+        lines = response.body.decode().splitlines()
+        for line in (
+            'fdserve_http_requests_total{endpoint="/v1/chat/completions",status="200"} 2.0',
+            'fdserve_http_requests_total{endpoint="/v1/completions",status="404"} 1.0',
+            'fdserve_http_requests_total{endpoint="other",status="404"} 1.0',
+            "fdserve_time_to_first_token_seconds_count 2.0",
+            "fdserve_request_latency_seconds_count 2.0",
+            "fdserve_requests_running 0.0",
+            "fdserve_prompt_tokens_total 18.0",
+        ):
+            assert line in lines
+        assert "fdserve_prompt_tokens_total 0.0" in (await second.get("/metrics")).body.decode().splitlines()

@@ -1,0 +1,226 @@
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import anyio
+import pytest
+
+from fdserve.config import Config
+from fdserve.errors import Unavailable
+from tests.http.client import Client, serving
+from tests.http.fake_engine import FakeEngine, broken, endless, say, silent
+
+pytestmark = pytest.mark.anyio
+
+
+async def until(condition: Any) -> None:
+    """Wait, at most 5 s, until the condition holds."""
+    with anyio.fail_after(5):
+        while not condition():
+            await anyio.sleep(0.002)
+
+
+@pytest.mark.parametrize(
+    "authorization", [None, "Bearer", "Bearer ", "Bearer wrong", "Basic alpha", "alpha", "Bearer alphabeta", "Bearer ä"]
+)
+async def test_a_wrong_key(authorization: str | None) -> None:
+    headers = {} if authorization is None else {"authorization": authorization}
+    async with serving(config=Config(api_key="alpha,beta")) as client:
+        for method, path in (("GET", "/v1/models"), ("POST", "/v1/chat/completions")):
+            response = await client.request(method, path, headers=headers, body=[b"x" * 1000] * 3)
+            assert (response.status, response.error["code"]) == (401, "invalid_api_key")
+            assert response.error["type"] == "authentication_error"
+            assert response.headers["www-authenticate"] == "Bearer"
+        assert not client.engine.requests
+
+
+async def test_a_right_key() -> None:
+    async with serving(config=Config(api_key="alpha,betä")) as client:
+        for key in ("Bearer alpha", "bearer betä"):
+            assert (await client.get("/v1/models", authorization=key)).status == 200
+
+
+async def test_probes_need_no_key() -> None:
+    async with serving(config=Config(api_key="alpha")) as client:
+        assert (await client.get("/health")).status == 200
+        assert (await client.get("/metrics")).status == 200
+
+
+async def test_the_request_id_is_echoed_or_made() -> None:
+    async with serving() as client:
+        assert (await client.get("/health", x_request_id="abc-1.2:3_D")).headers["x-request-id"] == "abc-1.2:3_D"
+        made = [(await client.get("/health")).headers["x-request-id"] for _ in range(2)]
+        assert len(set(made)) == 2
+        for bad in ("a b", "x" * 129, "a\tb", "ä"):
+            echoed = (await client.get("/health", x_request_id=bad)).headers["x-request-id"]
+            assert echoed != bad
+            assert len(echoed) == 32
+        assert (await client.get("/nowhere", x_request_id="lost")).headers["x-request-id"] == "lost"
+
+
+async def test_too_many_requests() -> None:
+    async with serving(FakeEngine(silent), Config(max_concurrency=2)) as client, anyio.create_task_group() as tasks:
+        for _ in range(2):
+            tasks.start_soon(client.chat)
+        await until(lambda: client.app.active == 2)
+        response = await client.chat()
+        assert (response.status, response.error["code"]) == (429, "queue_full")
+        assert response.error["type"] == "rate_limit_error"
+        assert response.headers["retry-after"] == "1"
+        assert (await client.get("/health")).status == 200
+        tasks.cancel_scope.cancel()
+    assert client.app.active == 0
+
+
+async def test_the_engines_queue_is_full() -> None:
+    async with serving(FakeEngine(max_requests=2)) as client:
+        response = await client.chat(n=3)
+        assert (response.status, response.headers["retry-after"]) == (429, "7")
+        assert len(client.engine.cancelled) == 2  # all or nothing
+        assert (await client.chat(n=2)).status == 200
+
+
+async def test_an_engine_error() -> None:
+    async with serving(FakeEngine(broken("half"))) as client:
+        response = await client.chat()
+        assert (response.status, response.error["type"]) == (500, "internal_error")
+        assert response.error["message"] == "the model's output was not a number"
+        assert client.app.active == 0
+
+
+async def test_an_engine_error_in_a_stream() -> None:
+    error = Unavailable("the request was lost: rank 0 died")
+    async with serving(FakeEngine(broken("half", error))) as client:
+        for send in (client.chat, client.complete):
+            response = await send(stream=True)
+            assert (response.status, response.complete) == (200, True)
+            *chunks, last = response.events
+            assert "half" in str(chunks)
+            assert last == {
+                "error": {
+                    "message": "the request was lost: rank 0 died",
+                    "type": "server_error",
+                    "param": None,
+                    "code": "unavailable",
+                }
+            }
+
+
+async def test_one_broken_choice_ends_the_others() -> None:
+    engine = FakeEngine()
+
+    async def script(request: Any) -> Any:
+        chosen = broken("bad") if request.id.endswith("-1") else silent
+        async for delta in chosen(request):
+            yield delta
+
+    engine.script = script
+    async with serving(engine) as client:
+        assert (await client.chat(n=3)).status == 500
+        assert (await client.chat(n=3, stream=True)).events[-1]["error"]["code"] == "internal_error"
+        assert not engine.active
+        assert len(engine.cancelled) == 4
+
+
+async def test_an_unknown_error_keeps_its_secrets(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with serving() as client:
+
+        def render(*args: Any, **kwargs: Any) -> str:
+            raise KeyError("secret")
+
+        monkeypatch.setattr(client.app.server.template, "render", render)  # type: ignore[union-attr]
+        response = await client.chat()
+        assert (response.status, response.error["code"]) == (500, "internal_error")
+        assert b"secret" not in response.body
+        assert "KeyError: 'secret'" in caplog.text
+
+
+async def test_a_client_that_leaves_a_stream() -> None:
+    engine = FakeEngine(endless())
+    async with serving(engine) as client:
+        for n in (1, 3):
+            engine.cancelled.clear()
+            response = await client.chat(stream=True, n=n, leave_after=4)
+            assert not response.complete
+            assert len(engine.cancelled) == n
+            assert not engine.active
+        assert b'endpoint="/v1/chat/completions",status="499"} 2.0' in (await client.get("/metrics")).body
+    assert client.app.active == 0
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+async def test_a_client_that_leaves_before_the_answer(path: str) -> None:
+    engine = FakeEngine(silent)
+    body = b'{"messages": [{"role": "user", "content": "Hi"}], "prompt": "Hi", "n": 2}'
+    async with serving(engine) as client:
+        response = await client.request("POST", path, body=body, leave_after=0)
+        assert response.status == 0
+        assert not engine.active
+
+
+async def test_cancelling_the_server_cancels_the_requests() -> None:
+    engine = FakeEngine(silent)
+    async with serving(engine) as client, anyio.create_task_group() as tasks:
+        tasks.start_soon(client.chat)
+        await until(lambda: engine.active)
+        tasks.cancel_scope.cancel()
+    assert len(engine.cancelled) == 1
+
+
+async def test_a_slow_reader_is_sent_what_waits_at_once() -> None:
+    """The engine is far ahead of the client: everything goes out in a few sends, and nothing is lost."""
+    text = "0123456789" * 100
+    async with serving(FakeEngine(say(text), max_model_len=4096)) as client:
+        response = await client.complete(max_tokens=2000, stream=True)
+        assert "".join(event["choices"][0]["text"] for event in response.events) == text
+        assert len(response.sends) < 20
+
+
+async def test_one_send_a_token_when_nothing_else_waits() -> None:
+    async with serving(FakeEngine(say("abc", delay=0.01))) as client:
+        response = await client.complete(stream=True)
+        assert [event["choices"][0]["text"] for event in response.events] == ["a", "b", "c", ""]
+        assert [send.count(b"data: ") for send in response.sends] == [1, 1, 1, 1, 1]
+
+
+async def test_streams_refuse_http2() -> None:
+    async with serving() as client:
+        response = await client.complete(stream=True, http_version="2")
+        assert response.error["param"] == "stream"
+
+
+async def test_the_access_log(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "fdserve.access")
+    async with serving() as client:
+        await client.chat(headers={"x-request-id": "mine"})
+        await client.chat(stream=True)
+        await client.get("/no\nwhere")
+        await client.request("POST", "/v1/completions", body=b"{")
+    lines = [record.getMessage() for record in caplog.records if record.name == "fdserve.access"]
+    assert len(lines) == 4
+    assert lines[0].startswith("POST /v1/chat/completions 200 ")
+    assert lines[0].endswith("ms prompt=9 generated=14 id=mine")
+    assert "prompt=9 generated=14" in lines[1]
+    assert lines[2].startswith("GET /no%0Awhere 404 ")
+    assert lines[3].startswith("POST /v1/completions 400 ")
+
+
+async def test_many_requests_at_once() -> None:
+    statuses = []
+    engine = FakeEngine(say("0123456789", delay=0.002), max_requests=1000)
+    async with serving(engine) as client:
+
+        async def one(client: Client, stream: bool) -> None:
+            response = await client.complete(stream=stream)
+            statuses.append(response.status)
+            text = "".join(e["choices"][0]["text"] for e in (response.events if stream else [response.json()]))
+            assert text == "0123456789"
+
+        async with anyio.create_task_group() as tasks:
+            for index in range(100):
+                tasks.start_soon(one, client, index % 2 == 0)
+    assert statuses == [200] * 100
+    assert not engine.cancelled

@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from fdserve.errors import InvalidRequest
+from fdserve.http import request as request_module
+from fdserve.http.request import decode
+from tests.http.client import serving
+
+
+class Inner(msgspec.Struct):
+    name: str
+
+
+class Body(msgspec.Struct):
+    items: list[Inner]
+    number: int = 0
+    deep: dict[str, object] = {}
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "code", "message"),
+    [
+        (b"{}", "items", "missing_required_parameter", "Missing required parameter: 'items'."),
+        (b'{"items": [{}]}', "items[0].name", "missing_required_parameter", "parameter: 'items[0].name'."),
+        (b'{"items": [{"name": "a"}, {"name": 1}]}', "items[1].name", "invalid_value", "expected `str`, got `int`."),
+        (b'{"items": [], "number": "1"}', "number", "invalid_value", "Invalid value for 'number': expected `int`"),
+        (b"[]", None, "invalid_value", "Invalid request: expected `object`, got `array`."),
+        (b"", None, "invalid_json", "not valid JSON"),
+        (b'{"items"', None, "invalid_json", "not valid JSON"),
+        (b"\xff\xfe", None, "invalid_json", "not valid JSON"),
+        (b'{"items": [{"name": "\xff"}]}', None, "invalid_json", "not valid JSON"),
+        (b'{"items": [], "deep": ' + b'{"a":' * 5000 + b"1" + b"}" * 5001, None, "invalid_json", "nested too deeply"),
+        (b'{"items": [], "unknown": ' + b"[" * 100_000, None, "invalid_json", "nested too deeply"),
+    ],
+)
+def test_bad_bodies(body: bytes, param: str | None, code: str, message: str) -> None:
+    with pytest.raises(InvalidRequest) as error:
+        decode(body, msgspec.json.Decoder(Body))
+    assert (error.value.param, error.value.code) == (param, code)
+    assert message in error.value.message
+    assert "$" not in error.value.message
+
+
+@pytest.mark.anyio
+async def test_a_body_in_many_parts() -> None:
+    async with serving() as client:
+        body = b'{"messages": [{"role": "user", "content": "Hi"}]}'
+        response = await client.request("POST", "/v1/chat/completions", body=[body[i : i + 5] for i in range(0, 50, 5)])
+        assert response.status == 200
+
+
+@pytest.mark.anyio
+async def test_a_body_over_the_limit() -> None:
+    from fdserve.config import Config
+
+    async with serving(config=Config(max_request_bytes=2000)) as client:
+        parts = [b"x" * 1000] * 3
+        response = await client.request("POST", "/v1/completions", body=parts)
+        assert (response.status, response.error["code"]) == (413, "request_too_large")
+        assert "2000 bytes" in response.error["message"]
+        # The declared length alone decides, too.
+        response = await client.request("POST", "/v1/completions", body=b"{", headers={"content-length": "2001"})
+        assert response.status == 413
+        # It was read to its end, so the connection can be used again.
+        assert "connection" not in response.headers
+        exact = b'{"prompt": "Hi"}'.ljust(2000)
+        assert (await client.request("POST", "/v1/completions", body=exact)).status == 200
+
+
+@pytest.mark.anyio
+async def test_a_body_too_large_to_be_discarded_closes_the_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fdserve.config import Config
+
+    monkeypatch.setattr(request_module, "DISCARD_BYTES", 5000)
+    async with serving(config=Config(max_request_bytes=1024)) as client:
+        response = await client.request("POST", "/v1/completions", body=[b"x" * 1000] * 20)
+        assert (response.status, response.headers["connection"]) == (413, "close")
+        response = await client.request("POST", "/v1/completions", body=[b"x" * 1000] * 20, http_version="2")
+        assert response.status == 413
+        assert "connection" not in response.headers
+
+
+@pytest.mark.anyio
+async def test_a_client_that_leaves_while_it_sends() -> None:
+    async with serving() as client:
+
+        async def receive() -> dict[str, object]:
+            return {"type": "http.disconnect"}
+
+        async def send(message: object) -> None:
+            raise AssertionError("nobody is there")
+
+        for path in ("/v1/completions", "/nowhere"):
+            scope = {"type": "http", "method": "POST", "path": path, "headers": []}
+            await client.app(scope, receive, send)
+        assert client.app.active == 0
+        assert not client.engine.requests
+        assert b'endpoint="/v1/completions",status="499"' in (await client.get("/metrics")).body
