@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -374,3 +375,32 @@ def test_any_damage_to_the_header_is_one_startup_error(
 def test_checking_imports_no_paddle() -> None:
     code = "import sys, fdserve.models.checkpoint; sys.exit('paddle' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_no_damaged_byte_ends_in_any_other_error(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path)
+    path = tmp_path / SINGLE
+    whole = path.read_bytes()
+    header = int.from_bytes(whole[:8], "little")
+    random = np.random.default_rng(3)
+    refused = 0
+    for _ in range(300):
+        damaged = bytearray(whole)
+        for at in random.integers(0, 8 + header, random.integers(1, 4)):
+            damaged[at] = random.integers(0, 256)
+        path.write_bytes(damaged)
+        try:
+            check_checkpoint(tmp_path)
+        except StartupError:
+            refused += 1
+    assert refused > 200
+
+
+@pytest.mark.parametrize("key", sorted(MOE))
+def test_no_odd_value_ends_in_any_other_error(tmp_path: Path, key: str) -> None:
+    write_checkpoint(tmp_path, MOE)
+    odd = (-1, 0, 1, 1.5, 2**70, 10**400, float("nan"), float("inf"), "", "x", [], [1], ["x"], {}, True, None)
+    for value in odd:
+        write_config(tmp_path, MOE | {key: value})
+        with contextlib.suppress(StartupError):
+            check_checkpoint(tmp_path)
