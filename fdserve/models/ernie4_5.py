@@ -65,7 +65,12 @@ class Ernie4_5:
             x = ops.rms_norm(residual, self._layers[0].input_norm, eps)
             for number, (layer, next_norm) in enumerate(zip(self._layers, self._next_norms, strict=True)):
                 x = layer.attention(x, rope, batch, caches, number)
+                if number == len(self._layers) - 1:
+                    # No token looks at another after the last attention: only the rows asked for go on.
+                    if batch.sample_rows.shape[0] == 0:
+                        return paddle.empty([0, self.config.vocab_size], "float32")
+                    x = paddle.gather(x, batch.sample_rows)
+                    residual = paddle.gather(residual, batch.sample_rows)
                 x, residual = ops.add_rms_norm(x, residual, layer.post_attention_norm, eps)
-                x = layer.mlp(x)
-                x, residual = ops.add_rms_norm(x, residual, next_norm, eps)
-            return self._vocabulary.logits(paddle.gather(x, batch.sample_rows))
+                x, residual = ops.add_rms_norm(layer.mlp(x), residual, next_norm, eps)
+            return self._vocabulary.logits(x)
