@@ -120,9 +120,7 @@ def validate(config: ModelConfig, checkpoint: Checkpoint) -> None:
                 f"and by config.json{_head_sizes(config, name)} it should have {list(shape)}."
             )
         if info.dtype not in READABLE:
-            raise StartupError(
-                f"{info.file}: tensor {name} is {info.dtype}; only BF16 and F32 weights are supported."
-            )
+            raise StartupError(f"{info.file}: tensor {name} is {info.dtype}; only BF16 and F32 weights are supported.")
         needed.add(name)
     for name, info in checkpoint.tensors.items():
         if name not in needed and LAYER.match(name) and not IGNORED.search(name):

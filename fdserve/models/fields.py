@@ -48,9 +48,7 @@ class Fields:
         value = self.optional_integer(*names, low=low)
         return self._required(names[0], default if value is None else value)
 
-    def optional_number(
-        self, name: str, *, low: float, high: float = math.inf, low_open: bool = False
-    ) -> float | None:
+    def optional_number(self, name: str, *, low: float, high: float = math.inf, low_open: bool = False) -> float | None:
         value = self.get(name)
         if value is None:
             return None

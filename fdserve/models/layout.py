@@ -17,9 +17,7 @@ from fdserve.models.config import ModelConfig
 
 FUSED = re.compile(r"\.(qkv_proj|up_gate_proj)\.")
 APART = re.compile(r"\.(q_proj|k_proj|v_proj|gate_proj|up_proj)\.")
-QUANTISED = re.compile(
-    r"\.(quant_weight|weight_scale|weight_scale_inv|activation_scale|qweight|qzeros|scales|g_idx)$"
-)
+QUANTISED = re.compile(r"\.(quant_weight|weight_scale|weight_scale_inv|activation_scale|qweight|qzeros|scales|g_idx)$")
 # Multi-token prediction, buffers and training statistics: nothing that the text model's answer depends on.
 IGNORED = re.compile(r"(^|[._])mtp(_|\.|$)|\.rotary_emb\.|\.expert_usage$")
 LAYER = re.compile(r"^(ernie|model)\.layers\.")
@@ -74,10 +72,7 @@ class Layout:
             [f"{attention}{name}.weight" for name in names],
             f"{attention}qkv_proj.weight",
             [width * config.head_dim for width in widths],
-            [
-                range(part.start * config.head_dim, part.stop * config.head_dim)
-                for part in (heads, kv_heads, kv_heads)
-            ],
+            [range(part.start * config.head_dim, part.stop * config.head_dim) for part in (heads, kv_heads, kv_heads)],
         )
 
     def gate_up(self, mlp: str, width: int, columns: range) -> list[Part]:

@@ -152,9 +152,7 @@ class _Builder:
     def _vocabulary(self) -> Vocabulary:
         rows = self._ranks.share(self._config.vocab_size)
         # The embedding has the vocabulary first in both layouts.
-        table = self._reader.matrix(
-            [Part(self._layout.embedding, rows.start, rows.stop)], self._hidden, in_out=False
-        )
+        table = self._reader.matrix([Part(self._layout.embedding, rows.start, rows.stop)], self._hidden, in_out=False)
         head = table
         if not self._config.tie_word_embeddings:
             head = self._reader.matrix([Part("lm_head.weight", rows.start, rows.stop)], self._hidden)
@@ -210,9 +208,7 @@ class _Builder:
             bias,
             reader.experts([layout.gate_up(expert, width, columns) for expert in names], self._hidden),
             reader.experts([[self._whole(f"{expert}down_proj.weight")] for expert in names], columns),
-            self._dense(f"{name}shared_experts.", width * moe.num_shared_experts)
-            if moe.num_shared_experts
-            else None,
+            self._dense(f"{name}shared_experts.", width * moe.num_shared_experts) if moe.num_shared_experts else None,
             moe.top_k,
             moe.norm_min,
             self._ranks.all_reduce,

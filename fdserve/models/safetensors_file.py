@@ -70,9 +70,7 @@ class SafetensorsFile:
         info = self.tensors[name]
         dtype = READABLE.get(info.dtype)
         if dtype is None:
-            raise StartupError(
-                f"{info.file}: tensor {name} is {info.dtype}; only BF16 and F32 weights are supported."
-            )
+            raise StartupError(f"{info.file}: tensor {name} is {info.dtype}; only BF16 and F32 weights are supported.")
         count = math.prod(info.shape)
         flat: npt.NDArray[Any] = np.frombuffer(self._map, dtype=dtype, count=count, offset=info.begin)
         return np.require(flat, requirements="A").reshape(info.shape)
@@ -95,9 +93,7 @@ def _read_header(path: Path, data: mmap.mmap) -> dict[str, TensorInfo]:
     if length > MAX_HEADER_BYTES:
         raise StartupError(f"{path} is not a safetensors file: its header would be {length} bytes long.")
     if 8 + length > len(data):
-        raise StartupError(
-            f"{path} is truncated: its header is {length} bytes long and the file only {len(data)}."
-        )
+        raise StartupError(f"{path} is truncated: its header is {length} bytes long and the file only {len(data)}.")
     try:
         header = json.loads(data[8 : 8 + length], object_pairs_hook=_unique_names)
     except (ValueError, RecursionError) as error:
@@ -148,9 +144,7 @@ def _check_ranges(path: Path, tensors: dict[str, TensorInfo], size: int) -> None
     reached = 0
     for name, info in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
         if info.end > size:
-            raise StartupError(
-                f"{path} is truncated: tensor {name} ends at byte {info.end} and the file at {size}."
-            )
+            raise StartupError(f"{path} is truncated: tensor {name} ends at byte {info.end} and the file at {size}.")
         if info.begin < reached:
             raise StartupError(f"{path} has a garbled header: tensors {previous} and {name} overlap.")
         previous, reached = name, info.end

@@ -104,9 +104,7 @@ def make(name: str) -> None:
     model.save_pretrained(HERE / name)
     (HERE / name / "model.safetensors").chmod(0o644)
     in_bf16 = model_class.from_pretrained(HERE / name, attn_implementation="eager").eval()
-    in_fp32 = model_class.from_pretrained(
-        HERE / name, dtype=torch.float32, attn_implementation="eager"
-    ).eval()
+    in_fp32 = model_class.from_pretrained(HERE / name, dtype=torch.float32, attn_implementation="eager").eval()
 
     generator = np.random.default_rng(0)
     prompts = [generator.integers(3, SHAPE["vocab_size"], size).tolist() for size in PROMPT_LENGTHS]

@@ -98,9 +98,7 @@ def write_sharded(directory: Path, tensors: Mapping[str, Array], shards: int) ->
     return files
 
 
-def write_checkpoint(
-    directory: Path, config: Mapping[str, Any] = DENSE, *, layout: str = "torch"
-) -> dict[str, Array]:
+def write_checkpoint(directory: Path, config: Mapping[str, Any] = DENSE, *, layout: str = "torch") -> dict[str, Array]:
     """A whole checkpoint of zeros in one file; its tensors."""
     write_config(directory, config)
     tensors = zeros(directory, layout)

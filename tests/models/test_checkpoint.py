@@ -201,9 +201,7 @@ def test_overlapping_tensors(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("layout", ["torch", "paddle"])
 @pytest.mark.parametrize("config", [DENSE, MOE], ids=["dense", "moe"])
-def test_each_tensor_is_needed_and_its_shape_checked(
-    tmp_path: Path, config: dict[str, Any], layout: str
-) -> None:
+def test_each_tensor_is_needed_and_its_shape_checked(tmp_path: Path, config: dict[str, Any], layout: str) -> None:
     tensors = write_checkpoint(tmp_path, config, layout=layout)
     for name in tensors:
         if name.endswith("embed_tokens.weight"):
@@ -284,9 +282,7 @@ def test_no_weights(tmp_path: Path) -> None:
     assert "has no weights: neither model.safetensors nor model.safetensors.index.json" in refusal(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "name", ["model_state.pdparams", "pytorch_model.bin", "model-00001-of-00002.pdparams"]
-)
+@pytest.mark.parametrize("name", ["model_state.pdparams", "pytorch_model.bin", "model-00001-of-00002.pdparams"])
 def test_pickles_are_never_loaded(tmp_path: Path, name: str) -> None:
     write_config(tmp_path, DENSE)
     (tmp_path / name).write_bytes(b"\x80\x02cos\nsystem\n")
@@ -363,9 +359,7 @@ def empty(header: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("damage", [shorten, flip, empty])
-def test_any_damage_to_the_header_is_one_startup_error(
-    tmp_path: Path, damage: Callable[[bytes], bytes]
-) -> None:
+def test_any_damage_to_the_header_is_one_startup_error(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
     tensors: dict[str, Array] = write_checkpoint(tmp_path)
     header = json.dumps(header_entries(tensors, {})).encode()
     write_raw(tmp_path / SINGLE, damage(header), b"".join(tensor.tobytes() for tensor in tensors.values()))

@@ -50,9 +50,7 @@ def test_moe(tmp_path: Path) -> None:
         (2, -1, 2, [3, 5]),
     ],
 )
-def test_which_layers_have_experts(
-    tmp_path: Path, start: int, end: int, interval: int, expected: list[int]
-) -> None:
+def test_which_layers_have_experts(tmp_path: Path, start: int, end: int, interval: int, expected: list[int]) -> None:
     layers = {"moe_layer_start_index": start, "moe_layer_end_index": end, "moe_layer_interval": interval}
     config = read_config(write_config(tmp_path, MOE | {"num_hidden_layers": 6} | layers))
     assert [layer for layer in range(6) if config.layer_is_moe(layer)] == expected
@@ -250,9 +248,7 @@ def test_ranks_that_fit(tmp_path: Path, world_size: int) -> None:
         ),
     ],
 )
-def test_ranks_that_do_not_fit(
-    tmp_path: Path, changes: dict[str, Any], world_size: int, message: str
-) -> None:
+def test_ranks_that_do_not_fit(tmp_path: Path, changes: dict[str, Any], world_size: int, message: str) -> None:
     config = read_config(write_config(tmp_path, MOE | {"intermediate_size": 48, "vocab_size": 48} | changes))
     with pytest.raises(StartupError, match=message) as caught:
         check_world_size(config, world_size)

@@ -68,9 +68,7 @@ def test_float32_logits_in_every_form_of_checkpoint(golden: Golden, variant: str
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_every_form_of_checkpoint_gives_the_same_bits(
-    golden: Golden, variant: str, tmp_path: Path, dtype: str
-) -> None:
+def test_every_form_of_checkpoint_gives_the_same_bits(golden: Golden, variant: str, tmp_path: Path, dtype: str) -> None:
     expected = all_logits(Stepper(load(GOLDEN / golden.name, dtype)), golden.prompts)
     model = load(write_variant(golden.name, variant, tmp_path), dtype)
     np.testing.assert_array_equal(all_logits(Stepper(model), golden.prompts), expected)
@@ -156,9 +154,7 @@ def test_a_shared_block_is_read_in_the_step_that_fills_it(golden: Golden) -> Non
 
 @pytest.mark.parametrize("world_size", [2, 4])
 @pytest.mark.parametrize("variant", ["torch", "paddle", "untied", "untied paddle"])
-def test_ranks_together_give_the_logits(
-    golden: Golden, variant: str, world_size: int, tmp_path: Path
-) -> None:
+def test_ranks_together_give_the_logits(golden: Golden, variant: str, world_size: int, tmp_path: Path) -> None:
     directory = write_variant(golden.name, variant, tmp_path)
 
     def rank_main(ranks: dict[str, Any]) -> Any:
