@@ -34,6 +34,7 @@ from jinja2.visitor import NodeTransformer
 MAX_VALUE_BYTES = 32 << 20
 MAX_TOTAL_BYTES = 512 << 20
 MAX_CPU_SECONDS = 2.0
+MAX_MESSAGE_CHARS = 500
 
 _CONTAINERS = (list, tuple, dict, set, frozenset, KeysView, ValuesView, ItemsView)
 
@@ -109,6 +110,8 @@ class Meter:
         elif name == "*":
             if not all(isinstance(value, (int, float)) for value in values):
                 self._check_bound(prod(map(self._weight, values)))
+        elif name == "~":
+            self._check_bound(sum(map(self._size, values)))
         elif name == "sum":
             if any(isinstance(value, _CONTAINERS) for value in values[1:]):
                 raise SecurityError("the template sums what is not numbers")
@@ -120,9 +123,13 @@ class Meter:
         if _WIDE_FORMAT.search(source.replace("{{", "")):
             raise SecurityError("the template formats with too large a width")
         fields = source.count("%") + source.count("{")
-        self._check_bound(fields * sum(map(self._weight, values[1:])))
+        self._check_bound(fields * sum(map(self._size, values[1:])))
+
+    def _size(self, value: Any) -> int:
+        return self._full_size(value) if isinstance(value, _CONTAINERS) else sys.getsizeof(value)
 
     def _weight(self, value: Any) -> int:
+        """What a value adds to a product: as a width or a count, a number is worth itself."""
         if isinstance(value, (str, bytes)):
             return len(value)
         if isinstance(value, int):
@@ -187,7 +194,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         tests: dict[str, Any] = dict(self.tests)
         self.filters.update({name: _metered_filter(name, filter) for name, filter in filters.items()})
         self.tests.update({name: _metered_test(test) for name, test in tests.items()})
-        self.filters[_ADMIT], self.filters[_TICK] = _admit, _tick
+        self.filters.update({_ADMIT: _admit, _CONCAT: _concat, _TICK: _tick})
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         tree = super()._parse(source, name, filename)
@@ -211,12 +218,19 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 
 
 # Names that no template can write, for filters that only the rewrite uses.
-_ADMIT, _TICK = "(admit)", "(tick)"
+_ADMIT, _CONCAT, _TICK = "(admit)", "(concat)", "(tick)"
 
 
 @pass_context  # without it the optimizer would run them once, at compile time
 def _admit(context: Context, value: Any) -> Any:
     return current_meter().admit(value)
+
+
+@pass_context
+def _concat(context: Context, parts: tuple[Any, ...]) -> Any:
+    meter = current_meter()
+    meter.check_growth("~", parts)
+    return meter.admit("".join(map(str, parts)))
 
 
 @pass_context
@@ -273,8 +287,7 @@ class _Rewriter(NodeTransformer):
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Expr:
         self.generic_visit(node)
-        node.nodes = [_filtered(_ADMIT, part) for part in node.nodes]
-        return _filtered(_ADMIT, node)
+        return _filtered(_CONCAT, nodes.Tuple(node.nodes, "load", lineno=node.lineno))
 
     def visit_Output(self, node: nodes.Output) -> nodes.Node:
         self.generic_visit(node)
@@ -304,8 +317,8 @@ def _ticked(size: int, lineno: int) -> nodes.Filter:
 
 
 def template_message(error: Exception) -> str:
-    """One line on what went wrong, without a traceback."""
+    """What went wrong, without a traceback; cut where the template's own message is long."""
     if isinstance(error, TemplateError):
         where = f" (line {error.lineno})" if isinstance(error, TemplateSyntaxError) else ""
-        return f"{error.message or type(error).__name__}{where}"
-    return f"{type(error).__name__}: {error}"
+        return f"{error.message or type(error).__name__}"[:MAX_MESSAGE_CHARS] + where
+    return f"{type(error).__name__}: {error}"[:MAX_MESSAGE_CHARS]

@@ -179,7 +179,11 @@ def test_namespaces_print_without_their_attributes() -> None:
     ("source", "expected"),
     [
         ("{{ 'ab'.center(6) }}|{{ 'x' | indent(2, first=true) }}", "  ab  |  x"),
-        ("{{ 'ID 123456: %s' % 7 }}", "ID 123456: 7"),
+        ("{{ 'ID 123456: %s' % 1700000000 }}", "ID 123456: 1700000000"),
+        (
+            "{{ 'at ' ~ 1700000000 ~ none ~ [1] ~ nothing }}{{ '{}'.format(10**12) }}",
+            "at 1700000000None[1]1000000000000",
+        ),
         ("{{ '**%s** %d%%' | format('a', 5) }}", "**a** 5%"),
         ("{{ '{{{}}} 123456 {:>4}'.format('a', 5) }}", "{a} 123456    5"),
         ("{{ big.replace('x', '') ~ big.count('x') }}", "1000000"),
