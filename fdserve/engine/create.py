@@ -13,7 +13,7 @@ from fdserve.engine.scheduler import Scheduler
 from fdserve.errors import StartupError
 from fdserve.executor.executor import open_executor
 from fdserve.executor.wire import Load, Loading, Ready
-from fdserve.models.config import ModelConfig
+from fdserve.models.config import ModelConfig, check_world_size
 
 logger = logging.getLogger("fdserve")
 
@@ -22,11 +22,8 @@ MAX_DEFAULT_CACHE_BYTES = 4 << 30
 
 def create_engine(config: Config, directory: Path, model: ModelConfig) -> Engine:
     """An engine for the checkpoint in `directory`; `Engine.run` starts it. Raises StartupError for what cannot work."""
-    if config.tensor_parallel_size > 1:
-        raise StartupError(
-            f"--tensor-parallel-size {config.tensor_parallel_size}: this version runs a model on one rank only; "
-            "leave the setting out or give 1."
-        )
+    ranks = config.tensor_parallel_size
+    check_world_size(model, ranks)
     if config.max_model_len > model.max_position_embeddings:
         raise StartupError(
             f"--max-model-len {config.max_model_len} is more than the {model.max_position_embeddings} positions "
@@ -35,19 +32,23 @@ def create_engine(config: Config, directory: Path, model: ModelConfig) -> Engine
     load = Load(
         directory=str(directory),
         rank=0,
-        world_size=1,
+        world_size=ranks,
         dtype=config.dtype,
         block_size=config.block_size,
         num_blocks=config.num_gpu_blocks_override,
-        kv_cache_bytes=config.kv_cache_bytes or default_cache_bytes(),
+        kv_cache_bytes=config.kv_cache_bytes or default_cache_bytes() // ranks,
         max_num_seqs=config.max_num_seqs,
         max_model_len=config.max_model_len,
-        num_threads=config.num_threads,
+        num_threads=config.num_threads or max(1, len(os.sched_getaffinity(0)) // ranks),
         parent=os.getpid(),
     )
 
+    # The largest collective: a step's activations, or this rank's logits of all rows.
+    logits = config.max_num_seqs * -(-model.vocab_size // ranks)
+    slot_bytes = 4 * max(config.max_num_batched_tokens * model.hidden_size, logits)
+
     def open_ranks() -> AbstractAsyncContextManager[Ranks]:
-        return open_executor([load], LoadingLog())
+        return open_executor(load, LoadingLog(), slot_bytes=slot_bytes)
 
     def make_scheduler(ready: Ready) -> Scheduler:
         capacity = ready.num_blocks * config.block_size

@@ -28,6 +28,7 @@ logger = logging.getLogger("fdserve.engine")
 
 Status = Literal["loading", "ready", "restarting", "failed", "draining"]
 MAX_BACKOFF_SECONDS = 30.0
+IDLE_CHECK_SECONDS = 0.5
 GIVE_UP_WAITING_AFTER = 3
 """Failed restarts in a row after which the waiting requests are told."""
 
@@ -39,6 +40,7 @@ class Ranks(Protocol):
     def ready(self) -> Ready: ...
     async def send(self, plan: Plan) -> None: ...
     async def receive(self) -> StepResult: ...
+    def check(self) -> None: ...
 
 
 class EngineStats(msgspec.Struct, frozen=True):
@@ -173,7 +175,7 @@ class Engine:
             self._fan_out(outputs)
             outputs = []
             if plan is None:
-                await self._wait_for_work(scheduler)
+                await self._wait_for_work(scheduler, ranks)
             else:
                 outputs = scheduler.update(await self._result(ranks, plan))
 
@@ -188,8 +190,8 @@ class Engine:
         self._step_seconds += result.seconds
         return Sampled(result)
 
-    async def _wait_for_work(self, scheduler: Scheduler) -> None:
-        """Nothing to do: look the bookkeeping over, and sleep until a request comes."""
+    async def _wait_for_work(self, scheduler: Scheduler, ranks: Ranks) -> None:
+        """Nothing to do: look the bookkeeping over, and sleep until a request comes, with an eye on the ranks."""
         if not scheduler.running:
             try:
                 scheduler.check_integrity()
@@ -197,7 +199,10 @@ class Engine:
                 logger.critical("the KV cache's books do not agree (%s): starting with an empty cache", error)
                 scheduler.forget_cache()
         self._work = anyio.Event()
-        await self._work.wait()
+        while not self._work.is_set():
+            with anyio.move_on_after(IDLE_CHECK_SECONDS):
+                await self._work.wait()
+            ranks.check()
 
     def _mark_started(self, scheduler: Scheduler) -> None:
         now = time.monotonic()

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+import os
+import socket
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
+
+from msgspec.structs import replace
 
 from fdserve.errors import RankError
 from fdserve.executor.process import RankProcess
@@ -30,6 +34,11 @@ class Executor:
             raise RankError(f"rank 0 sent {type(message).__name__} where a result was due")
         return message
 
+    def check(self) -> None:
+        """Raise RankError if a rank's process has ended, also while nothing is asked of it."""
+        for rank in self._ranks:
+            rank.check()
+
     @property
     def pids(self) -> list[int]:
         """The ranks' process ids."""
@@ -37,19 +46,47 @@ class Executor:
 
 
 @asynccontextmanager
-async def open_executor(loads: list[Load], on_loading: Callable[[Loading], None]) -> AsyncIterator[Executor]:
-    """Start one rank for each of `loads` and wait until all are ready; stop them on leaving, however it is left.
+async def open_executor(
+    load: Load, on_loading: Callable[[Loading], None], *, slot_bytes: int = 0
+) -> AsyncIterator[Executor]:
+    """Start `load.world_size` ranks and wait until all are ready; stop them on leaving, however it is left.
 
-    Raises RankError if one cannot start.
+    `load` is rank 0's; `slot_bytes` is what their largest collective needs of shared memory for each of them. Raises
+    RankError if one cannot start.
     """
     async with AsyncExitStack() as stack:
         ranks = []
-        for load in loads:
-            rank = await RankProcess.start(load)
-            stack.push_async_callback(rank.stop)
-            ranks.append(rank)
+        with connected(load, slot_bytes) as loads:
+            for each in loads:
+                rank = await RankProcess.start(each)
+                stack.push_async_callback(rank.stop)
+                ranks.append(rank)
         ready = [await _loaded(rank, on_loading) for rank in ranks]
         yield Executor(ranks, ready[0])
+
+
+@contextmanager
+def connected(load: Load, slot_bytes: int) -> Iterator[list[Load]]:
+    """Each rank's `load`, with the descriptors by which the ranks reach each other; closed here on leaving.
+
+    The memory has no name: it is gone with the last rank, however that ends.
+    """
+    if load.world_size == 1:
+        yield [load]
+        return
+    with ExitStack() as stack:
+        memory = os.memfd_create("fdserve-ranks")
+        stack.callback(os.close, memory)
+        os.ftruncate(memory, 2 * load.world_size * slot_bytes)
+        loads = []
+        ends = []
+        for rank in range(1, load.world_size):
+            zero, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+            stack.enter_context(zero)
+            stack.enter_context(other)
+            ends.append(zero.fileno())
+            loads.append(replace(load, rank=rank, peers=(other.fileno(),), shared_memory=memory))
+        yield [replace(load, peers=tuple(ends), shared_memory=memory), *loads]
 
 
 async def _loaded(rank: RankProcess, on_loading: Callable[[Loading], None]) -> Ready:

@@ -50,7 +50,7 @@ class RankProcess:
             # A session of its own: a Ctrl-C in the terminal is for the API process, which then stops the ranks.
             process = subprocess.Popen(
                 [sys.executable, "-m", "fdserve.worker", str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
+                pass_fds=[theirs.fileno(), *load.peers, *([load.shared_memory] if load.peers else [])],
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
                 env=_environment(load.num_threads),
@@ -77,6 +77,11 @@ class RankProcess:
         if isinstance(message, Failed):
             raise RankError(f"rank {self.rank}: {message.message}")
         return message
+
+    def check(self) -> None:
+        """Raise RankError if the process has ended."""
+        if self._process.poll() is not None:
+            raise self._ended()
 
     async def stop(self) -> None:
         """Close the connection, which ends the rank, and wait for its exit; after some seconds kill it."""
@@ -109,6 +114,9 @@ class RankProcess:
     async def _gone(self) -> RankError:
         if not await self._exited(1.0):
             return RankError(f"rank {self.rank} (pid {self.pid}) closed its connection")
+        return self._ended()
+
+    def _ended(self) -> RankError:
         status = self._process.returncode
         how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"exited with status {status}"
         return RankError(f"rank {self.rank} (pid {self.pid}) {how}")

@@ -74,6 +74,10 @@ class Load(msgspec.Struct, frozen=True, tag="load"):
     """0: as many as the process may run on cores."""
     parent: int
     """The API process: a rank whose parent is another one has lost it already."""
+    peers: tuple[int, ...] = ()
+    """Descriptors of the socket pairs between the ranks: to each other rank on rank 0, to rank 0 on the others."""
+    shared_memory: int = -1
+    """Descriptor of the memory that the ranks share."""
 
 
 class NewRow(msgspec.Struct, frozen=True, array_like=True):

@@ -10,7 +10,7 @@ import sys
 import traceback
 import warnings
 
-from fdserve.errors import StartupError
+from fdserve.errors import RankError, StartupError
 from fdserve.executor.wire import (
     HEADER,
     MAX_FRAME_BYTES,
@@ -65,7 +65,7 @@ def main() -> None:
         _serve(connection)
     except (BrokenPipeError, ConnectionResetError):
         pass  # the API process is gone, and with it whoever could use an answer
-    except StartupError as error:
+    except (StartupError, RankError) as error:
         _tell(connection, str(error))
     except Exception as error:
         traceback.print_exc()
@@ -90,7 +90,9 @@ def _serve(connection: Connection) -> None:
     while (plan := connection.receive()) is not None:
         if not isinstance(plan, Plan):
             raise ValueError("a plan was due")
-        connection.send(runner.step(plan))
+        result = runner.step(plan)
+        if load.rank == 0:
+            connection.send(result)
 
 
 def _tell(connection: Connection, message: str) -> None:

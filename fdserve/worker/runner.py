@@ -14,7 +14,9 @@ from fdserve.executor.wire import Load, Plan, Ready, StepResult
 from fdserve.models.config import ModelConfig, read_config
 from fdserve.models.layers import ForwardBatch
 from fdserve.models.loader import load_model
+from fdserve.models.parallel import identity
 from fdserve.worker.batch import Batch, assemble
+from fdserve.worker.collectives import Collectives
 from fdserve.worker.rows import Rows
 from fdserve.worker.sampler import Sampled, sample
 
@@ -30,12 +32,15 @@ class Runner:
         self.dtype = _resolve_dtype(load.dtype, self.config)
         if load.num_threads > 0:
             ops.set_num_threads(load.num_threads)
+        collectives = Collectives(load) if load.world_size > 1 else None
         self.model = load_model(
             directory,
             self.config,
             rank=load.rank,
             world_size=load.world_size,
             dtype=self.dtype,
+            all_reduce=collectives.all_reduce if collectives else identity,
+            all_gather=collectives.all_gather if collectives else identity,
             progress=lambda done, total: progress("weights", done, total),
         )
         bytes_per_block = self.model.kv_bytes_per_block(load.block_size)

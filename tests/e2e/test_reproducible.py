@@ -28,9 +28,9 @@ SAMPLING = {"max_tokens": 40, "seed": 7, "temperature": 0.0, "logprobs": 5}
 
 
 @asynccontextmanager
-async def serving(**settings: int | bool) -> AsyncIterator[Engine]:
+async def serving(checkpoint: Path = CHECKPOINT, **settings: int | bool) -> AsyncIterator[Engine]:
     config = Config(**{"max_model_len": 512, "max_num_seqs": 32, "block_size": 16, **settings})  # type: ignore[arg-type]
-    engine = create_engine(config, CHECKPOINT, check_checkpoint(CHECKPOINT))
+    engine = create_engine(config, checkpoint, check_checkpoint(checkpoint))
     with anyio.fail_after(120):
         async with anyio.create_task_group() as group:
             group.start_soon(engine.run)

@@ -29,6 +29,7 @@ class FakeRanks:
         self.rank: SimulatedRank | None = None
         self.starts = 0
         self.fail_starts = 0
+        self.dead_while_idle = False
         self.step_seconds = 0.0
         self.before_step: Callable[[Plan], None] = lambda plan: None
         self.plans: list[Plan] = []
@@ -49,6 +50,11 @@ class FakeRanks:
         )
         self.rank = SimulatedRank(self.scheduler)
         return self.scheduler
+
+    def check(self) -> None:
+        if self.dead_while_idle:
+            self.dead_while_idle = False
+            raise RankError("rank 0 was killed by SIGKILL")
 
     async def send(self, plan: Plan) -> None:
         self.before_step(plan)
@@ -229,6 +235,17 @@ async def test_a_step_that_takes_too_long_counts_as_a_lost_rank() -> None:
         assert "longer than 0.05 s" in str(last.error)
         ranks.step_seconds = 0
         await wait_until(lambda: engine.status == "ready")
+
+
+async def test_a_rank_lost_while_idle_is_noticed() -> None:
+    ranks = FakeRanks()
+    async with serving(ranks) as engine:
+        ranks.dead_while_idle = True
+        await wait_until(lambda: engine.status == "restarting")
+        await wait_until(lambda: engine.status == "ready")
+        with engine.submit(make_request([1])) as generation:
+            _, last = await drain(generation)
+        assert last.finish_reason == "length"
 
 
 async def test_a_first_start_that_fails_is_a_startup_error() -> None:

@@ -56,7 +56,7 @@ def first_plan() -> Plan:
 async def test_a_rank_loads_steps_and_stops(checkpoint: Path) -> None:
     seen: list[Loading] = []
     with anyio.fail_after(60):
-        async with open_executor([make_load(checkpoint)], seen.append) as ranks:
+        async with open_executor(make_load(checkpoint), seen.append) as ranks:
             (pid,) = ranks.pids
             assert ranks.ready.num_blocks == 8
             assert ranks.ready.dtype == "float32"
@@ -75,25 +75,24 @@ async def test_a_rank_loads_steps_and_stops(checkpoint: Path) -> None:
 
 async def test_a_killed_rank_is_noticed_in_the_middle_of_a_wait(checkpoint: Path) -> None:
     with anyio.fail_after(60):
-        async with open_executor([make_load(checkpoint)], lambda loading: None) as ranks:
+        async with open_executor(make_load(checkpoint), lambda loading: None) as ranks:
             (pid,) = ranks.pids
             os.kill(pid, signal.SIGKILL)
             with pytest.raises(RankError, match="killed by SIGKILL"):
                 await ranks.receive()
-            with pytest.raises(RankError):
-                for _ in range(10):
-                    await ranks.send(first_plan())
+            with pytest.raises(RankError, match="killed by SIGKILL"):
+                ranks.check()
 
 
 async def test_a_rank_that_cannot_load_says_why(tmp_path: Path) -> None:
-    with anyio.fail_after(60), pytest.raises(RankError, match="config.json"):
-        async with open_executor([make_load(tmp_path)], lambda loading: None):
+    with anyio.fail_after(60), pytest.raises(RankError, match=r"config\.json"):
+        async with open_executor(make_load(tmp_path), lambda loading: None):
             pass
 
 
 async def test_a_cache_that_is_too_small_is_one_sentence(checkpoint: Path) -> None:
     with anyio.fail_after(60), pytest.raises(RankError, match="--kv-cache-memory"):
-        async with open_executor([make_load(checkpoint, num_blocks=0, kv_cache_bytes=4096)], lambda loading: None):
+        async with open_executor(make_load(checkpoint, num_blocks=0, kv_cache_bytes=4096), lambda loading: None):
             pass
 
 
@@ -104,7 +103,7 @@ from tests.executor.test_process import make_load
 from pathlib import Path
 
 async def main():
-    async with open_executor([make_load(Path(sys.argv[1]))], lambda loading: None) as ranks:
+    async with open_executor(make_load(Path(sys.argv[1])), lambda loading: None) as ranks:
         print(ranks.pids[0], flush=True)
         await anyio.sleep(60)
 

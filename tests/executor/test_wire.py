@@ -31,7 +31,9 @@ def test_frames_to_a_rank_round_trip(message: Load | Plan) -> None:
     assert decode_to_rank(frame[HEADER.size :]) == message
 
 
-@pytest.mark.parametrize("message", [Failed("why"), StepResult(1, b"\xff\xff\xff\xff", 1, b"abcd", b"efgh", b"ijkl", 0.5)])
+@pytest.mark.parametrize(
+    "message", [Failed("why"), StepResult(1, b"\xff\xff\xff\xff", 1, b"abcd", b"efgh", b"ijkl", 0.5)]
+)
 def test_frames_from_a_rank_round_trip(message: Failed | StepResult) -> None:
     assert decode_from_rank(encode_frame(message)[HEADER.size :]) == message
 
