@@ -62,9 +62,7 @@ class Dispatcher:
         except ClientDisconnected:
             pass
         finally:
-            # The end of an answer looks like a disconnect too.
-            left = request.disconnected and not reply.finished
-            status = CLIENT_CLOSED if left or reply.status is None else reply.status
+            status = CLIENT_CLOSED if request.disconnected or reply.status is None else reply.status
             self._observe(endpoint, status)
             _log_access(scope, request, reply, status)
 
@@ -94,7 +92,7 @@ class Dispatcher:
 
 async def _answer(route: Route, request: Request, reply: Reply) -> None:
     """Run the handler until it is done or the client leaves; tell the client of what it raises."""
-    async with request.watched():
+    async with request.watched(reply):
         try:
             await route.handler(request, reply)
         except ServerError as error:
@@ -106,7 +104,7 @@ async def _answer(route: Route, request: Request, reply: Reply) -> None:
 
 async def _refuse(request: Request, reply: Reply, error: ServerError) -> None:
     await request.discard()
-    async with request.watched():
+    async with request.watched(reply):
         await _send_error(request, reply, error)
 
 

@@ -15,6 +15,7 @@ import msgspec
 from fdserve.errors import InvalidRequest, PayloadTooLarge
 from fdserve.http.asgi import Receive, Scope
 from fdserve.http.errors import invalid_field
+from fdserve.http.response import Reply
 
 T = TypeVar("T")
 
@@ -90,14 +91,14 @@ class Request:
         return chunk
 
     @asynccontextmanager
-    async def watched(self) -> AsyncIterator[None]:
+    async def watched(self, reply: Reply) -> AsyncIterator[None]:
         """Cancel the block when the client disconnects; `disconnected` then tells, and the block just ends.
 
         Sending never fails for a client that has gone, so this is the only way to notice. Whatever is left of
         the body is received and dropped meanwhile: an unread body can wedge the connection.
         """
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(self._watch, tasks.cancel_scope)
+            tasks.start_soon(self._watch, reply, tasks.cancel_scope)
             try:
                 yield
             finally:
@@ -107,12 +108,15 @@ class Request:
                     # The answer is out and the connection is being closed: the disconnect is about to come.
                     tasks.cancel_scope.deadline = anyio.current_time() + DISCARD_SECONDS
 
-    async def _watch(self, scope: anyio.CancelScope) -> None:
+    async def _watch(self, reply: Reply, scope: anyio.CancelScope) -> None:
         while True:
             message = await self._receive()
             if message["type"] == "http.disconnect":
-                self.disconnected = True
-                scope.cancel()
+                # It also follows the last part of every answer. The server may be closing the connection inside of
+                # that last send, and to cancel it there would leave the connection open.
+                if not reply.finished:
+                    self.disconnected = True
+                    scope.cancel()
                 return
             if not message.get("more_body", False):
                 self.body_complete = True

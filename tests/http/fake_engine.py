@@ -202,7 +202,8 @@ class FakeEngine:
             if delta.finish_reason is not None:
                 del self.active[request.id]
             if not generation.deliver(delta):
-                self._cancel(request.id)
+                self.active.pop(request.id, None)
+                self.cancelled.append(request.id)
                 return
 
 

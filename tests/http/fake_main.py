@@ -9,7 +9,9 @@ import os
 import sys
 from collections.abc import AsyncIterator
 
-from fdserve.__main__ import main
+import anyio
+
+import fdserve.__main__ as launcher
 from fdserve.app import create_app
 from fdserve.config import Config
 from fdserve.engine.request import Request, TokenDelta
@@ -18,12 +20,20 @@ from fdserve.server import Server
 from tests.http.fake_engine import FakeEngine, broken, endless, make_server, say, silent
 
 
+async def flood(request: Request) -> AsyncIterator[TokenDelta]:
+    """Many tokens in little time, for ever."""
+    while True:
+        await anyio.sleep(0.001)
+        for _ in range(20):
+            yield TokenDelta([120] * 200)
+
+
 async def scripted(request: Request) -> AsyncIterator[TokenDelta]:
-    """ "endless", "flood" (endless and large), "silent", "broken", "slow" (2 s), else a greeting."""
+    """ "endless", "flood" (endless, as fast as it goes), "silent", "broken", "slow" (2 s), else a greeting."""
     prompt = bytes(token for token in request.prompt if token < 256).decode()
     scripts = {
         "endless": endless(),
-        "flood": endless(0.0005, "x" * 2000),
+        "flood": flood,
         "silent": silent,
         "broken": broken("half an ans"),
         "slow": say("0123456789" * 2, delay=0.1),
@@ -35,7 +45,7 @@ async def scripted(request: Request) -> AsyncIterator[TokenDelta]:
 
 async def build_fake(config: Config) -> Server:
     """FAKE_FAILURE=startup or engine makes the start fail there."""
-    engine = FakeEngine(scripted, max_model_len=100_000)
+    engine = FakeEngine(scripted, max_model_len=100_000, max_requests=1000)
     failure = os.environ.get("FAKE_FAILURE")
     if failure == "startup":
         raise StartupError("the fake start failed.")
@@ -48,4 +58,5 @@ async def build_fake(config: Config) -> Server:
 app = create_app(build=build_fake)
 
 if __name__ == "__main__":
-    sys.exit(main(build=build_fake))
+    launcher.FORCE_AFTER_SECONDS = float(os.environ.get("FAKE_FORCE_AFTER", launcher.FORCE_AFTER_SECONDS))
+    sys.exit(launcher.main(build=build_fake))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import anyio
 import msgspec
 import pytest
 
@@ -98,3 +99,34 @@ async def test_a_client_that_leaves_while_it_sends() -> None:
         assert client.app.active == 0
         assert not client.engine.requests
         assert b'endpoint="/v1/completions",status="499"' in (await client.get("/metrics")).body
+
+
+@pytest.mark.anyio
+async def test_the_disconnect_after_an_answer_does_not_interrupt_its_last_send() -> None:
+    """Servers report the end of every answer as a disconnect, while they still close the connection in that send."""
+    steps = []
+    gone = anyio.Event()
+
+    async def receive() -> dict[str, object]:
+        if not steps:
+            steps.append("body")
+            return {"type": "http.request", "body": b"{", "more_body": True}
+        await gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: dict[str, object]) -> None:
+        if message["type"] == "http.response.body":
+            gone.set()
+            for _ in range(5):
+                await anyio.lowlevel.checkpoint()
+            steps.append("closed")
+
+    async with serving() as client:
+        headers = [(b"content-length", b"99999999999")]
+        with anyio.fail_after(5):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(request_module, "DISCARD_BYTES", 1)
+                scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": headers}
+                await client.app(scope, receive, send)
+        assert steps == ["body", "closed"]
+        assert b'endpoint="/v1/completions",status="413"} 1.0' in (await client.get("/metrics")).body

@@ -1,0 +1,138 @@
+"""The launcher: starts, failures, and ends."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import time
+
+import pytest
+
+from tests.http.processes import ServerProcess, read_until, until
+
+FAKE = ["-m", "tests.http.fake_main", "--port", "0"]
+
+
+def test_start_and_stop() -> None:
+    with ServerProcess(*FAKE, "--served-model-name", "mine") as server:
+        server.listening()
+        server.wait_line("ready: mine, 100000 tokens at most")
+        assert server.get("/health") == (200, b'{"status":"ok"}')
+        status, content = server.post("Hi")
+        assert status == 200
+        assert b"Hello, world!" in content
+        server.stop()
+        assert server.wait() == 0
+        assert "Traceback" not in "".join(server.output)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_running_requests_finish(number: signal.Signals) -> None:
+    with ServerProcess(*FAKE) as server:
+        server.listening().wait_line("ready")
+        sock = server.open("slow", stream=True)
+        read_until(sock, b'"text":"0')
+        server.stop(number)
+        server.wait_line("stopping: 1 requests")
+        status, content = server.get("/health")
+        assert status == 503
+        assert b"shutting down" in content
+        assert server.post("Hi")[0] == 503
+        data = read_until(sock, b"data: [DONE]\n\n")
+        assert b'"finish_reason":"stop"' in data
+        assert b"error" not in data
+        sock.close()
+        assert server.wait() == 0
+
+
+def test_requests_that_take_too_long_are_told() -> None:
+    with ServerProcess(*FAKE, "--graceful-timeout", "0.3") as server:
+        server.listening().wait_line("ready")
+        stream = server.open("endless", stream=True)
+        whole = server.open("silent")
+        read_until(stream, b'"text":"x')
+        until(lambda: server.running() == 2)
+        server.stop()
+        assert b"the server is shutting down" in read_until(stream, b"data: [DONE]\n\n")
+        assert b" 503 " in read_until(whole, b"the server is shutting down")
+        for sock in (stream, whole):
+            sock.close()
+        assert server.wait() == 0
+
+
+def test_a_client_that_does_not_read_holds_up_no_stop() -> None:
+    with ServerProcess(*FAKE, "--graceful-timeout", "0.2", FAKE_FORCE_AFTER="1") as server:
+        server.listening().wait_line("ready")
+        sock = server.open("flood", stream=True, small_buffers=True)
+        until(lambda: server.running() == 1)
+        time.sleep(0.5)
+        server.stop()
+        began = time.monotonic()
+        assert server.wait() == 0
+        assert time.monotonic() - began < 3.5
+        sock.close()
+
+
+def test_a_second_signal_ends_at_once() -> None:
+    with ServerProcess(*FAKE) as server:
+        server.listening().wait_line("ready")
+        sock = server.open("silent")
+        until(lambda: server.running() == 1)
+        server.stop()
+        server.wait_line("stopping")
+        server.stop()
+        assert server.wait() == 128 + signal.SIGTERM
+        sock.close()
+
+
+def test_a_stop_while_loading() -> None:
+    with ServerProcess(*FAKE, FAKE_FAILURE="loading") as server:
+        server.listening()
+        assert server.get("/health")[0] == 503
+        server.stop()
+        assert server.wait() == 0
+
+
+@pytest.mark.parametrize(("where", "sentence"), [("startup", "fake start failed."), ("engine", "fake rank failed.")])
+def test_a_failed_start(where: str, sentence: str) -> None:
+    with ServerProcess(*FAKE, FAKE_FAILURE=where) as server:
+        assert server.wait() == 1
+        output = "".join(server.output)
+        assert output.count(sentence) == 1
+        assert "Traceback" not in output
+
+
+def test_an_address_in_use() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with ServerProcess("-m", "tests.http.fake_main", "--port", str(port)) as server:
+            assert server.wait() == 1
+            assert server.output == [
+                f"fdserve: cannot listen on 127.0.0.1 port {port}: Address already in use; "
+                "choose another --host or --port.\n"
+            ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "output"),
+    [
+        (["--prot", "1"], 1, "fdserve: the flag --prot is unknown: did you mean --port?\n"),
+        (["--host", "999.0.0.1"], 1, "fdserve: cannot listen on 999.0.0.1 port 8188: "),
+        (["--version"], 0, "fdserve "),
+        (["--port", "0", "--model", "/no/where"], 1, "there is no such directory.\n"),
+    ],
+)
+def test_python_m_fdserve(arguments: list[str], status: int, output: str) -> None:
+    with ServerProcess("-m", "fdserve", *arguments) as server:
+        assert server.wait() == status
+        assert output in "".join(server.output)
+        assert len(server.output) == 1
+
+
+def test_ipv6() -> None:
+    with ServerProcess(*FAKE, "--host", "::1") as server:
+        match = server.wait_line(r"http://\[::1\]:(\d+)")
+        server.wait_line("ready")
+        with socket.create_connection(("::1", int(match[1])), timeout=10) as sock:
+            sock.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert b" 200 " in read_until(sock, b"\r\n\r\n")
