@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
@@ -83,17 +84,17 @@ def default_cache_bytes() -> int:
 
 
 class LoadingLog:
-    """Log the ranks' progress: what is loading, and every quarter of it."""
+    """Logs what the ranks load, and how far they are at most once a second."""
 
     def __init__(self) -> None:
         self._what = ""
-        self._quarter = 0
+        self._logged = 0.0
 
     def __call__(self, progress: Loading) -> None:
-        quarter = 4 * progress.done // max(progress.total, 1)
+        now = time.monotonic()
         if progress.what != self._what:
-            self._what, self._quarter = progress.what, 0
+            self._what, self._logged = progress.what, now
             logger.info("loading %s", progress.what)
-        if quarter > self._quarter and progress.total > 1:
-            self._quarter = quarter
-            logger.info("loading %s: %d of %d", progress.what, progress.done, progress.total)
+        elif now - self._logged >= 1.0:
+            self._logged = now
+            logger.info("loading %s: %d %%", progress.what, 100 * progress.done // max(progress.total, 1))

@@ -53,7 +53,7 @@ class RankProcess:
                 pass_fds=[theirs.fileno(), *load.peers, *([load.shared_memory] if load.peers else [])],
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
-                env=_environment(load.num_threads),
+                env=_environment(),
             )
         rank = cls(load.rank, process, await UNIXSocketStream.from_socket(ours))
         await rank.send(encode_frame(load))
@@ -129,10 +129,8 @@ class RankProcess:
         return self._process.returncode is not None
 
 
-def _environment(num_threads: int) -> dict[str, str]:
+def _environment() -> dict[str, str]:
     package_parent = str(Path(__file__).resolve().parents[2])
     paths = [package_parent, *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
-    if num_threads > 0:
-        environment["OMP_NUM_THREADS"] = str(num_threads)
-    return environment
+    # The kernels have threads of their own; those of Paddle's libraries would only be in their way.
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
