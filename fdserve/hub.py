@@ -40,12 +40,20 @@ def _looks_like_repository(name: str) -> bool:
     return len(parts) == 2 and all(part and part[0] not in ".~" for part in parts)
 
 
-def _cached(name: str) -> Path | None:
+def _snapshot(name: str, *, local_files_only: bool) -> Path:
+    # Imported here: it takes a while, and a local directory needs none of it.
     from huggingface_hub import snapshot_download
+
+    return Path(
+        snapshot_download(name, allow_patterns=_PATTERNS, ignore_patterns=["*/*"], local_files_only=local_files_only)
+    )
+
+
+def _cached(name: str) -> Path | None:
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        directory = Path(snapshot_download(name, local_files_only=True))
+        directory = _snapshot(name, local_files_only=True)
     except LocalEntryNotFoundError:
         return None
     except ValueError as error:  # not a repository's name
@@ -68,11 +76,10 @@ def _complete(directory: Path) -> bool:
 
 
 def _download(name: str) -> Path:
-    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=_PATTERNS, ignore_patterns=["*/*"]))
+        return _snapshot(name, local_files_only=False)
     except GatedRepoError:
         problem = "its owner grants access to it: ask for it on the hub and set HF_TOKEN."
     except RepositoryNotFoundError:
