@@ -15,7 +15,7 @@ import hypercorn.trio
 import trio
 
 import fdserve
-from fdserve.app import App, Build, create_app
+from fdserve.app import App, Build, configure_logging, create_app
 from fdserve.config import Config
 from fdserve.errors import StartupError
 from fdserve.server import build
@@ -38,9 +38,7 @@ def main(argv: Sequence[str] | None = None, build: Build = build) -> int:
     except StartupError as error:
         print(f"fdserve: {error}", file=sys.stderr)
         return 1
-    logging.basicConfig(
-        level=config.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+    configure_logging(config)
     logging.getLogger("hypercorn.error").setLevel(logging.WARNING)
     return trio.run(_Launcher(config, create_app(config, build), sock).run)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Awaitable, Callable
 from functools import partial
 
@@ -90,7 +91,10 @@ class App:
         await send({"type": "lifespan.shutdown.complete"})
 
     async def _start(self) -> Server:
-        config = self._config or Config.load(None, os.environ)
+        config = self._config
+        if config is None:
+            config = Config.load(None, os.environ)
+            configure_logging(config)
         server = await self._build(config)
         self._dispatcher = Dispatcher(
             Router(_routes(server)),
@@ -132,6 +136,13 @@ def _routes(server: Server) -> list[Route]:
         Route("GET", "/health", to(health), public=True),
         Route("GET", "/metrics", to(metrics), public=True),
     ]
+
+
+def configure_logging(config: Config) -> None:
+    """Log to stderr from the configured level on, unless logging was configured already."""
+    logging.basicConfig(
+        level=config.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
 
 
 def create_app(config: Config | None = None, build: Build = build) -> App:
