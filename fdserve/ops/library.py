@@ -36,6 +36,7 @@ class _Library:
         # Straight to Paddle's entry: the Python wrappers it generates cost several microseconds a call.
         self.run: Any = paddle._C_ops._run_custom_op
         self.c = ctypes.CDLL(str(path))
+        self.c.fdserve_keep_freed_memory()
 
 
 _library: _Library | None = None

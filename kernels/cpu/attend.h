@@ -160,27 +160,27 @@ void value_rows(const float* weights, int64_t head_dim, const KeyTile& tile, int
 
 #endif
 
-// scores[64] of one row to weights (in place in float, and as E for the values); returns what the old state decays by.
+// scores[64] of one row to weights; returns what the old state decays by.
 template <class E>
-FD_INLINE float weigh(float* scores, int seen, float scale, float* peak, float* mass, E* weights) {
-  vf lane;
-  for (int i = 0; i < VL; ++i) lane[i] = static_cast<float>(i);
-  vf highest = splat(-__builtin_inff());
-  for (int64_t i = 0; i < KEY_TILE; i += VL) {
-    const vf visible = load(scores + i) * splat(scale);
-    const vf x = lane + splat(static_cast<float>(i)) < splat(static_cast<float>(seen)) ? visible : splat(-__builtin_inff());
-    store(scores + i, x);
-    highest = max(x, highest);
+FD_INLINE float weigh(const float* scores, int seen, float scale, float* peak, float* mass, E* weights) {
+  constexpr int VECTORS = KEY_TILE / VL;
+  vf x[VECTORS], highest = splat(-__builtin_inff());
+  for (int v = 0; v < VECTORS; ++v) x[v] = load(scores + v * VL) * splat(scale);
+  if (seen < KEY_TILE) {
+    vi lane;
+    for (int i = 0; i < VL; ++i) lane[i] = i;
+    for (int v = 0; v < VECTORS; ++v) x[v] = lane + v * VL < seen ? x[v] : splat(-__builtin_inff());
   }
+  for (int v = 0; v < VECTORS; ++v) highest = max(x[v], highest);
   const float old = *peak, row = max_lane(highest);
   const float top = row > old ? row : old;
   vf total = {};
-  for (int64_t i = 0; i < KEY_TILE; i += VL) {
-    const vf w = exp(load(scores + i) - splat(top));
+  for (int v = 0; v < VECTORS; ++v) {
+    const vf w = exp(x[v] - splat(top));
     total = total + w;
-    store(weights + i, w);
+    store(weights + v * VL, w);
   }
-  const float decay = exp1(old - top);
+  const float decay = top == old ? 1.0f : exp1(old - top);
   *mass = *mass * decay + sum(total);
   *peak = top;
   return decay;

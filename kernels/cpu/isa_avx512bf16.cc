@@ -7,7 +7,6 @@
 #define FD_ISA avx512bf16
 #define VL 16
 #define FD_BF16
-#define PREFETCH_BYTES 4096
 
 #include "vec.h"
 #include "gemm.h"

@@ -13,7 +13,8 @@
 namespace fdserve {
 namespace {
 
-constexpr int64_t SLICE_BYTES = 64 << 10;  // of a panel: half a megabyte of L2 is left to the rows
+// Of a panel: short slices overlap memory and arithmetic best while memory is the bound, long ones spare stores after.
+constexpr int64_t FEW_ROWS = 18, FEW_SLICE_BYTES = 16 << 10, SLICE_BYTES = 64 << 10;
 constexpr int64_t ROW_BLOCK = 192;         // rows whose sums and inputs share L2 with a slice
 constexpr int64_t TASK_BYTES = 1 << 20;    // of panels a task streams: long runs suit the hardware's prefetch
 
@@ -32,7 +33,8 @@ Rows padded_rows(const void* x, int64_t rows, int64_t k, Dtype dtype, ScratchSlo
 void panel_product(const RowKernels& kernels, Dtype dtype, Rows x, int64_t rows, int64_t k, const void* panel,
                    float* acc) {
   const bool pairs = dtype == Dtype::kBfloat16;
-  const int64_t depth = pairs ? (k + 1) / 2 : k, slice = SLICE_BYTES / (PANEL * 4);
+  const int64_t depth = pairs ? (k + 1) / 2 : k;
+  const int64_t slice = (rows <= FEW_ROWS ? FEW_SLICE_BYTES : SLICE_BYTES) / (PANEL * 4);
   const int64_t a_step = slice * 4, panel_step = slice * PANEL * 4;  // both dtypes: 4 bytes a row and step of depth
   const char *a = static_cast<const char*>(x.data), *b = static_cast<const char*>(panel);
   for (int64_t done = 0; done < depth; done += slice, a += a_step, b += panel_step)

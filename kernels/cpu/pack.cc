@@ -58,15 +58,20 @@ void pack_all(To* panels, const From* weight, int64_t n, int64_t k, bool in_out,
   });
 }
 
+// In memory not yet touched: they spare the streaming kernels a TLB miss every 4 KiB.
+void ask_huge_pages(void* memory, int64_t bytes) {
+  constexpr uintptr_t HUGE_PAGE = 2 << 20;
+  const uintptr_t start = reinterpret_cast<uintptr_t>(memory);
+  const uintptr_t begin = (start + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
+  const uintptr_t end = (start + static_cast<uintptr_t>(bytes)) / HUGE_PAGE * HUGE_PAGE;
+  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+}
+
 }  // namespace
 
 void pack(void* panels, const void* weight, int64_t n, int64_t k, Dtype source, Dtype dtype, bool in_out) {
   const int64_t bytes = panel_bytes(dtype, k), total = bytes * ((n + PANEL - 1) / PANEL);
-  // Huge pages, where the kernel grants them, spare the streaming kernels a TLB miss every 4 KiB.
-  constexpr uintptr_t HUGE_PAGE = 2 << 20;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(panels) + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(panels) + static_cast<uintptr_t>(total)) / HUGE_PAGE * HUGE_PAGE;
-  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+  ask_huge_pages(panels, total);
   const int64_t panel_size = bytes / size_of(dtype);
   if (dtype == Dtype::kBfloat16) {
     auto* to = static_cast<bf16*>(panels);

@@ -61,6 +61,9 @@ FD_INLINE vf rounded(vf x, const float*) { return x; }
 
 // Lanes are combined in halves, always in the same order.
 FD_INLINE float sum(vf x) {
+#if VL == 16
+  return _mm512_reduce_add_ps((__m512)x);
+#endif
   float lane[VL];
   store(lane, x);
   for (int width = VL / 2; width > 0; width /= 2)
@@ -68,6 +71,9 @@ FD_INLINE float sum(vf x) {
   return lane[0];
 }
 FD_INLINE float max_lane(vf x) {
+#if VL == 16
+  return _mm512_reduce_max_ps((__m512)x);
+#endif
   float lane[VL];
   store(lane, x);
   for (int width = VL / 2; width > 0; width /= 2)

@@ -44,7 +44,7 @@ def arguments(rows: list[Row]) -> list[npt.NDArray[Any]]:
     return [
         np.array([row.floats for row in rows], np.float32).reshape(-1, 6),
         np.array([[row.top_k, row.seed, row.position, row.forced] for row in rows], np.int64).reshape(-1, 4),
-        np.array(sum(histories, []), np.int32),
+        np.array([token for each in histories for token in each], np.int32),
         np.cumsum([0, *map(len, histories)]).astype(np.int32),
         np.array([len(row.prompt) for row in rows], np.int32),
         np.array([token for row in rows for token in row.bias], np.int32),
