@@ -17,10 +17,10 @@ def test_defaults() -> None:
 
 def test_flags_win_over_variables_over_the_file_over_defaults(tmp_path: Path) -> None:
     file = tmp_path / "settings.yaml"
-    file.write_text("port: 1\nmax-num-seqs: 2\nblock_size: 3\nenable_logprob: true\n")
+    file.write_text("port: 1\nmax-num-seqs: 2\nblock_size: 32\nenable_logprob: true\n")
     environ = {"FDSERVE_PORT": "10", "FDSERVE_MAX_NUM_SEQS": "20", "OTHER": "x"}
     config = Config.load(["--config", str(file), "--port", "100"], environ)
-    assert (config.port, config.max_num_seqs, config.block_size) == (100, 20, 3)
+    assert (config.port, config.max_num_seqs, config.block_size) == (100, 20, 32)
     assert config.enable_logprob is True
     assert config.max_concurrency == Config().max_concurrency
 
@@ -63,13 +63,14 @@ def test_every_setting_has_a_flag_a_variable_a_key_and_help(tmp_path: Path, caps
     assert exit.value.code == 0
     help = capsys.readouterr().out
     samples = {"int": "8", "float": "8", "bool": "true", "str": "8"}
-    special = {"dtype": "float32", "tokenizer_backend": "native", "log_level": "debug"}
+    special = {
+        **{"dtype": "float32", "tokenizer_backend": "native", "log_level": "debug"},
+        **{"max_request_bytes": "4096", "block_size": "16"},
+    }
     for field in dataclasses.fields(Config):
         flag = "--" + field.name.replace("_", "-")
         assert f"  {flag} " in help
         text = special.get(field.name, samples[str(field.type)])
-        if field.name == "max_request_bytes":
-            text = "4096"
         file = tmp_path / "one.yaml"
         file.write_text(f"{field.name}: {text}\n")
         by_flag = Config.load([flag, text], {})
@@ -99,6 +100,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["--dtype", "int4"], {}, "dtype is 'int4': choose one of auto, bfloat16, float32."),
         (["--enable-logprob", "maybe"], {}, "--enable-logprob is 'maybe': expected true or false."),
         (["--kv-cache-memory", "lots"], {}, "kv_cache_memory is 'lots': expected a number of bytes"),
+        (["--block-size", "40"], {}, "block_size is 40: it must be a multiple of 16."),
         (["--host", ""], {}, "host is empty"),
         (["--api-key", "a,,b"], {}, "api_key holds an empty key"),
         (["--config", "/nowhere.yaml"], {}, "/nowhere.yaml cannot be read"),

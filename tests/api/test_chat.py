@@ -211,6 +211,12 @@ async def test_a_stop_string(batch: int) -> None:
         assert (held["message"]["content"], held["stop_reason"]) == ("Hello, world!", None)
 
 
+async def test_a_stop_string_before_min_tokens_does_not_stop() -> None:
+    async with serving() as client:
+        whole = choice(await client.chat(stop="o", min_tokens=6))
+        assert (whole["message"]["content"], whole["stop_reason"]) == ("Hello, w", "o")
+
+
 async def test_a_stop_string_on_the_last_allowed_token() -> None:
     async with serving() as client:
         whole = choice(await client.chat(stop="o", max_tokens=5))
@@ -279,15 +285,19 @@ async def test_a_thinking_budget() -> None:
     async with serving(config=Config(reasoning_parser="ernie_x1"), template="<think>") as client:
         await client.chat(reasoning_max_tokens=5)
         params = client.engine.requests[-1].params
-        assert (params.thinking_budget, params.think_end_ids) == (5, tuple(ids("\n</think>\n\n")))
+        # The newline that is forced before the tag is thought, too.
+        assert (params.thinking_budget, params.think_end_ids) == (4, tuple(ids("\n</think>\n\n")))
         assert params.think_end_id == ids("</think>")[0]
         await client.chat(reasoning_max_tokens=5, max_tokens=3)
-        assert client.engine.requests[-1].params.thinking_budget == 3
+        assert client.engine.requests[-1].params.thinking_budget == 2
+        await client.chat(reasoning_max_tokens=1, max_tokens=1)
+        assert client.engine.requests[-1].params.thinking_budget == 0
         await client.chat()
         assert client.engine.requests[-1].params.thinking_budget is None
     async with serving(config=Config(reasoning_parser="qwen3"), template="<think>") as client:
         await client.chat(extra_body={"reasoning_max_tokens": 5})
-        assert client.engine.requests[-1].params.think_end_ids == (ids("</think>")[0],)
+        params = client.engine.requests[-1].params
+        assert (params.thinking_budget, params.think_end_ids) == (5, (ids("</think>")[0],))
     async with serving(config=Config(reasoning_parser="qwen3"), template="<think></think>") as client:
         await client.chat(reasoning_max_tokens=5)
         assert client.engine.requests[-1].params.thinking_budget is None
