@@ -30,8 +30,10 @@ class BuildKernels(build_ext):
             extension.include_dirs += paddle.include_dirs
             extension.library_dirs += paddle.library_dirs
             extension.extra_compile_args += paddle.extra_compile_args
-            # Not its run-time paths: Paddle is always loaded first, and a wheel should not name the build's folders.
+            # A wheel should not name the build's folders: no run-time paths (Paddle is always loaded first), and
+            # Paddle's own error messages without its headers' location.
             extension.extra_link_args += paddle.extra_link_args
+            extension.extra_compile_args += [f"-fmacro-prefix-map={folder}=." for folder in paddle.include_dirs]
         super().run()
 
 
