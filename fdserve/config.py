@@ -17,6 +17,8 @@ import fdserve
 from fdserve.errors import StartupError
 
 PREFIX = "FDSERVE_"
+BLOCK_MULTIPLE = 16
+"""The attention kernels take blocks of a multiple of this many tokens."""
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 _BOOLEANS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
 
@@ -54,7 +56,7 @@ class Config:
     tensor_parallel_size: int = _setting(1, "N", "rank processes that share every layer", low=1, high=64)
     max_num_seqs: int = _setting(256, "N", "sequences that run at the same time", low=1, high=65536)
     max_num_batched_tokens: int = _setting(512, "N", "tokens that one step computes at most", low=1)
-    block_size: int = _setting(64, "N", "tokens in one block of the KV cache", low=1, high=1024)
+    block_size: int = _setting(64, "N", "tokens in one block of the KV cache", low=16, high=1024)
     num_gpu_blocks_override: int = _setting(0, "N", "blocks in the KV cache; 0 to derive it from the memory", low=0)
     kv_cache_memory: str = _setting(
         "",
@@ -98,6 +100,8 @@ class Config:
             raise StartupError("host is empty: give an address to listen on, such as 127.0.0.1.")
         if self.api_key and not all(self.api_keys):
             raise StartupError("api_key holds an empty key: separate keys by single commas.")
+        if self.block_size % BLOCK_MULTIPLE:
+            raise StartupError(f"block_size is {self.block_size}: it must be a multiple of {BLOCK_MULTIPLE}.")
         if self.kv_cache_memory and self.num_gpu_blocks_override:
             raise StartupError("kv_cache_memory and num_gpu_blocks_override both size the KV cache: give only one.")
         if self.kv_cache_memory:

@@ -139,6 +139,7 @@ def _choices(request: ChatRequest, server: Server, http: Request, prompt: list[i
             stop=stop_strings(request),
             skip_special_tokens=request.skip_special_tokens is not False,
             include_stop_str_in_output=bool(request.include_stop_str_in_output),
+            min_tokens=params.min_tokens,
         )
         engine_request = EngineRequest(
             id=f"{uuid.uuid4().hex}-{index}",
@@ -151,13 +152,13 @@ def _choices(request: ChatRequest, server: Server, http: Request, prompt: list[i
 
 
 def _with_thinking_budget(params: SamplingParams, server: Server, budget: int) -> SamplingParams:
-    """After `budget` tokens without the end tag, the end of the thought is forced as the model would write it."""
+    """After at most `budget` tokens of thought its end is forced, as the model would write it."""
     assert server.reasoning is not None
     end = server.reasoning.think_end
     forced = server.tokenizer.encode("\n</think>\n\n") if server.reasoning.name == "ernie_x1" else [end]
-    return msgspec.structs.replace(
-        params, thinking_budget=min(budget, params.max_tokens), think_end_ids=tuple(forced), think_end_id=end
-    )
+    # What is forced before the tag is thought, too.
+    free = max(0, min(budget, params.max_tokens) - forced.index(end))
+    return msgspec.structs.replace(params, thinking_budget=free, think_end_ids=tuple(forced), think_end_id=end)
 
 
 class _Answer:

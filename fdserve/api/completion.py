@@ -98,6 +98,7 @@ def _choices(request: CompletionRequest, server: Server, http: Request, prompts:
                 stop=stop_strings(request),
                 skip_special_tokens=request.skip_special_tokens is not False,
                 include_stop_str_in_output=bool(request.include_stop_str_in_output),
+                min_tokens=params.min_tokens,
             )
             engine_request = EngineRequest(
                 id=f"{uuid.uuid4().hex}-{index}",

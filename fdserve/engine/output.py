@@ -74,8 +74,8 @@ class Generation:
         return True
 
     def end(self, last: TokenDelta) -> None:
-        """The engine's side: end it with `last`, also when the channel is full."""
-        self._last = last
+        """The engine's side: end it with `last`, also when the channel is full. The first end counts."""
+        self._last = self._last or last
         self._send.close()
 
     def __enter__(self) -> Generation:

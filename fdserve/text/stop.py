@@ -52,9 +52,10 @@ class StopStrings:
             state = self._fallback[state]
         return self._next[state][char]
 
-    def push(self, text: str) -> tuple[str, str | None]:
+    def push(self, text: str, armed: bool = True) -> tuple[str, str | None]:
         """Take more text; return the text to pass on and the stop string, if one is now complete.
 
+        A stop string that becomes complete while not `armed` is text like any other.
         With `include_in_output` the text passed on ends with the stop string, else just before it.
         After a match nothing is taken or passed on any more.
         """
@@ -64,7 +65,7 @@ class StopStrings:
         pending = self._held + text
         for at, char in enumerate(text, len(self._held) + 1):
             state = self._step(state, char)
-            if (stop := self._match[state]) is not None:
+            if armed and (stop := self._match[state]) is not None:
                 self.matched, self._held = stop, ""
                 return pending[: at if self._include else at - len(stop)], stop
         self._state = state

@@ -28,7 +28,8 @@ class TextStream:
     """Turns one choice's ids into reasoning and content.
 
     Joined, the deltas of `push` and of the closing `finish` do not depend on how the ids were split over the
-    pushes. Stop strings are looked for in the content only, which is all text when `format` is None.
+    pushes. Stop strings are looked for in the content only, which is all text when `format` is None, and not before
+    `min_tokens` ids were pushed.
     `thinking` says whether the first id is a thought (see `starts_in_thinking`). The ids of `hidden` (eos and
     stop tokens) never show and are no reasoning tokens, whatever `skip_special_tokens` says.
     """
@@ -42,6 +43,7 @@ class TextStream:
         stop: Sequence[str] = (),
         skip_special_tokens: bool = True,
         include_stop_str_in_output: bool = False,
+        min_tokens: int = 0,
         hidden: Collection[int] = (),
     ) -> None:
         self._splitter: ReasoningSplitter | None = None
@@ -50,6 +52,7 @@ class TextStream:
         self._detokenizer = Detokenizer(tokenizer, skip_special_tokens)
         self._stop = StopStrings(stop, include_stop_str_in_output)
         self._hidden = frozenset(hidden)
+        self._free_tokens = min_tokens - 1  # ids to come that complete no stop string
 
     @property
     def reasoning_tokens(self) -> int:
@@ -66,12 +69,14 @@ class TextStream:
             if self._stop.matched is not None:
                 break
             used += 1
+            free = self._free_tokens > 0
+            self._free_tokens -= free
             if token_id in self._hidden:
                 continue
             reasoning, content = self._text_of(token_id)
             reasonings.append(reasoning)
             if content:
-                content, matched = self._stop.push(content)
+                content, matched = self._stop.push(content, armed=not free)
                 contents.append(content)
         return TextDelta("".join(reasonings), "".join(contents), matched, used)
 

@@ -175,6 +175,18 @@ async def test_a_reader_too_far_behind_loses_its_own_request_only() -> None:
     assert isinstance(deltas[-1].error, SlowReader)
 
 
+async def test_a_slow_reader_is_told_why_its_request_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fdserve.engine.output.MAX_PENDING_DELTAS", 5)
+    async with serving(FakeRanks()) as engine:
+        with engine.submit(make_request([1], max_tokens=50)) as slow:
+            with engine.submit(make_request([2], max_tokens=50)) as other:
+                tokens, _ = await drain(other)
+            assert len(tokens) == 50
+            _, last = await drain(slow)
+        assert isinstance(last.error, SlowReader)
+        assert engine.stats().kv_blocks_used == 0
+
+
 async def test_a_lost_rank_ends_what_ran_and_what_waited_then_runs() -> None:
     ranks = FakeRanks()
     ranks.step_seconds = 0.002

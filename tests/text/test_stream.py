@@ -159,3 +159,14 @@ def test_long_outputs_take_linear_time(format: ReasoningFormat | None) -> None:
         stream.push(ids)
     stream.finish()
     assert time.process_time() - started < 5
+
+
+def test_no_stop_string_ends_the_text_before_min_tokens(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("one stop two stop three")
+    stops_at = [len(ids[: at + 1]) for at in range(len(ids)) if decode(tokenizer, ids[: at + 1]).endswith("stop")]
+    assert len(stops_at) == 2
+    for minimum, expected in ((0, stops_at[0]), (stops_at[0], stops_at[0]), (stops_at[0] + 1, stops_at[1])):
+        for step in (1, len(ids)):
+            stream = TextStream(tokenizer, stop=["stop"], min_tokens=minimum)
+            deltas = [stream.push(ids[at : at + step]) for at in range(0, len(ids), step)]
+            assert sum(delta.tokens_used for delta in deltas) == expected
