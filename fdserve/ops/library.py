@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ class KernelsMissing(RuntimeError):
 
 
 def kernels_path() -> Path | None:
-    """Where the compiled library is, or None. Imports no paddle."""
-    return next(iter(sorted(Path(__file__).parent.glob("_kernels*.so"))), None)
+    """Where the library compiled for this interpreter is, or None. Imports no paddle."""
+    path = Path(__file__).with_name("_kernels" + EXTENSION_SUFFIXES[0])
+    return path if path.exists() else None
 
 
 class _Library:

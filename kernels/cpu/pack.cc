@@ -28,33 +28,45 @@ inline void convert(float from, bf16& to) {
   to = static_cast<bf16>(nan ? (bits >> 16) | 0x40 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
-// One panel: 64 columns of `out` (fewer at the end), k in steps of PAIR. Blocks of 16 x 16 keep both sides in L1.
+// One panel: 64 columns of `out` (fewer at the end), k in steps of PAIR, from a matrix [K][N].
 template <class From, class To>
-void pack_panel(const From* weight, int64_t n, int64_t k, int64_t first, bool in_out, To* out) {
-  constexpr int64_t PAIR = 4 / sizeof(To), BLOCK = 16;
-  const int64_t columns = std::min(PANEL, n - first), depth = (k + PAIR - 1) / PAIR * PAIR;
-  if (columns < PANEL || depth != k) std::memset(out, 0, static_cast<size_t>(depth * PANEL) * sizeof(To));
-  if (in_out) {
-    for (int64_t i = 0; i < k; ++i) {
-      const From* row = weight + i * n + first;
-      To* to = out + i / PAIR * PAIR * PANEL + i % PAIR;
-      for (int64_t c = 0; c < columns; ++c) convert(row[c], to[c * PAIR]);
-    }
-    return;
+void pack_in_out(const From* weight, int64_t n, int64_t k, int64_t columns, To* out) {
+  constexpr int64_t PAIR = 4 / sizeof(To);
+  for (int64_t i = 0; i < k; ++i) {
+    To* to = out + i / PAIR * PAIR * PANEL + i % PAIR;
+    for (int64_t c = 0; c < columns; ++c) convert(weight[i * n + c], to[c * PAIR]);
   }
-  for (int64_t i = 0; i < k; i += 2 * BLOCK)
-    for (int64_t c = 0; c < columns; c += BLOCK)
-      for (int64_t cc = c; cc < std::min(c + BLOCK, columns); ++cc) {
-        const From* row = weight + (first + cc) * k;
-        for (int64_t ii = i; ii < std::min(i + 2 * BLOCK, k); ++ii)
-          convert(row[ii], out[(ii / PAIR * PANEL + cc) * PAIR + ii % PAIR]);
+}
+
+// The same from a matrix [N][K]: blocks of 16 columns by 16 steps are turned within the first-level cache.
+template <class From, class To>
+void pack_out_in(const From* weight, int64_t k, int64_t columns, To* out) {
+  constexpr int64_t PAIR = 4 / sizeof(To), BLOCK = 16;
+  for (int64_t i = 0; i < k; i += BLOCK * PAIR)
+    for (int64_t c = 0; c < columns; c += BLOCK) {
+      const int64_t wide = std::min(BLOCK, columns - c), deep = std::min(BLOCK * PAIR, k - i);
+      To block[BLOCK][BLOCK * PAIR] = {};
+      for (int64_t cc = 0; cc < wide; ++cc)
+        for (int64_t ii = 0; ii < deep; ++ii) convert(weight[(c + cc) * k + i + ii], block[cc][ii]);
+      for (int64_t step = 0; step < (deep + PAIR - 1) / PAIR; ++step) {
+        To* to = out + ((i / PAIR + step) * PANEL + c) * PAIR;
+        for (int64_t cc = 0; cc < wide; ++cc) std::memcpy(to + cc * PAIR, &block[cc][step * PAIR], 4);
       }
+    }
+}
+
+template <class From, class To>
+void pack_panel(const From* weight, int64_t n, int64_t k, int64_t first, bool in_out, To* out, int64_t panel_size) {
+  const int64_t columns = std::min(PANEL, n - first);
+  if (columns < PANEL || panel_size != k * PANEL) std::memset(out, 0, static_cast<size_t>(panel_size) * sizeof(To));
+  if (in_out) pack_in_out(weight + first, n, k, columns, out);
+  else pack_out_in(weight + first * k, k, columns, out);
 }
 
 template <class From, class To>
 void pack_all(To* panels, const From* weight, int64_t n, int64_t k, bool in_out, int64_t panel_size) {
   parallel((n + PANEL - 1) / PANEL, [&](int64_t p) {
-    pack_panel(weight, n, k, p * PANEL, in_out, panels + p * panel_size);
+    pack_panel(weight, n, k, p * PANEL, in_out, panels + p * panel_size, panel_size);
   });
 }
 

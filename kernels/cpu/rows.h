@@ -41,10 +41,9 @@ void rms_norm_row(const void* x_, const void* residual_, const void* weight_, fl
 }
 
 FD_INLINE vf silu_times(vf gate, vf up) {
-  // silu(g) = g * e^min(g,0) / (1 + e^-|g|): no exponent is ever positive.
-  vf low = gate < vf{} ? gate : vf{};
-  vf magnitude = gate < vf{} ? gate : -gate;
-  return gate * exp(low) / (splat(1.0f) + exp(magnitude)) * up;
+  // silu(g) = g / (1 + e^-g) = g e^g / (1 + e^g): whichever has no positive exponent.
+  const vf e = exp(gate < vf{} ? gate : -gate);
+  return gate * (gate < vf{} ? e : splat(1.0f)) / (splat(1.0f) + e) * up;
 }
 
 template <class E>
