@@ -144,7 +144,7 @@ def sampling_params(
         seed=random.getrandbits(63) if request.seed is None else request.seed,
         temperature=temperature if temperature >= MIN_TEMPERATURE else 0.0,
         top_p=max(_first(request.top_p, defaults.top_p, 1.0), MIN_TOP_P),
-        top_k=max(int(_first(request.top_k, defaults.top_k, 0)), 0),
+        top_k=min(max(int(_first(request.top_k, defaults.top_k, 0)), 0), server.model.vocab_size),
         min_p=_first(request.min_p, defaults.min_p, 0.0),
         repetition_penalty=_first(request.repetition_penalty, defaults.repetition_penalty, 1.0),
         presence_penalty=_first(request.presence_penalty, defaults.presence_penalty, 0.0),

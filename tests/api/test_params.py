@@ -109,6 +109,8 @@ async def test_edges_of_sampling() -> None:
         assert (await params_of(client, temperature=1e-4)).temperature == 1e-4
         assert (await params_of(client, top_p=0)).top_p > 0
         assert (await params_of(client, top_k=-1)).top_k == 0
+        vocab_size = client.app.server.model.vocab_size  # no integer is too large for a rank
+        assert (await params_of(client, top_k=2**64)).top_k == vocab_size
         assert (await params_of(client, ignore_eos=True, max_tokens=5)).eos_token_ids == ()
 
 
