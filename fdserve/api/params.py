@@ -43,8 +43,8 @@ _DECODERS: dict[type, msgspec.json.Decoder[Any]] = {
 def read_request(body: bytes, kind: type[R]) -> R:
     """The request in a JSON body.
 
-    Fields inside `extra_body`, and FastDeploy's own inside `chat_template_kwargs`, count like fields of the body:
-    the body's come first, then those of extra_body, then those of chat_template_kwargs. Raises InvalidRequest.
+    Fields inside `extra_body`, and FastDeploy's own inside a chat's `chat_template_kwargs`, count like fields of the
+    body: the body's come first, then those of extra_body, then those of chat_template_kwargs. Raises InvalidRequest.
     """
     request: R = decode(body, _DECODERS[kind])
     if not request.extra_body and not getattr(request, "chat_template_kwargs", None):
@@ -52,7 +52,7 @@ def read_request(body: bytes, kind: type[R]) -> R:
     fields = {name: value for name, value in msgspec.json.decode(body).items() if value is not None}
     fields = {**fields.pop("extra_body", {}), **fields}
     kwargs = fields.get("chat_template_kwargs")
-    if isinstance(kwargs, dict):
+    if kind is ChatRequest and isinstance(kwargs, dict):
         fields = {**{name: kwargs[name] for name in EXTRA_FIELDS & kwargs.keys()}, **fields}
     try:
         return msgspec.convert(fields, kind)

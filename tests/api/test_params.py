@@ -11,6 +11,7 @@ from fdserve.engine.request import SamplingParams
 from fdserve.errors import InvalidRequest
 from fdserve.models.config import GenerationDefaults
 from fdserve.protocol.chat import ChatRequest
+from fdserve.protocol.completion import CompletionRequest
 from tests.http.client import Client, serving
 from tests.http.fake_engine import EOS, FakeEngine
 
@@ -36,6 +37,12 @@ def test_template_kwargs_inside_extra_body() -> None:
     request = read(extra_body={"chat_template_kwargs": {"enable_thinking": False, "temperature": 0.5}})
     assert request.enable_thinking is False
     assert request.temperature is None  # no extra field: the template may mean anything by it
+
+
+def test_completions_have_no_template_kwargs() -> None:
+    body = msgspec.json.encode({"prompt": "x", "extra_body": {"seed": 1}, "chat_template_kwargs": {"top_k": 3}})
+    request = read_request(body, CompletionRequest)
+    assert (request.seed, request.top_k) == (1, None)
 
 
 def test_null_gives_way() -> None:
