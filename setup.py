@@ -35,6 +35,9 @@ class BuildKernels(build_ext):
             extension.extra_link_args += paddle.extra_link_args
             extension.extra_compile_args += [f"-fmacro-prefix-map={folder}=." for folder in paddle.include_dirs]
         super().run()
+        if not self.inplace:
+            # The package in the sources hides the installed one from whoever runs Python here: it gets the library too.
+            self.copy_extensions_to_source()
 
 
 kernels = Extension(

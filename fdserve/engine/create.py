@@ -15,6 +15,7 @@ from fdserve.errors import StartupError
 from fdserve.executor.executor import open_executor
 from fdserve.executor.wire import Load, Loading, Ready
 from fdserve.models.config import ModelConfig, check_world_size
+from fdserve.ops.library import KERNELS_MISSING, kernels_path
 
 logger = logging.getLogger("fdserve")
 
@@ -23,6 +24,8 @@ MAX_DEFAULT_CACHE_BYTES = 4 << 30
 
 def create_engine(config: Config, directory: Path, model: ModelConfig) -> Engine:
     """An engine for the checkpoint in `directory`; `Engine.run` starts it. Raises StartupError for what cannot work."""
+    if kernels_path() is None:
+        raise StartupError(KERNELS_MISSING)
     ranks = config.tensor_parallel_size
     check_world_size(model, ranks)
     if config.max_model_len > model.max_position_embeddings:
@@ -31,7 +34,7 @@ def create_engine(config: Config, directory: Path, model: ModelConfig) -> Engine
             "the model has."
         )
     load = Load(
-        directory=str(directory),
+        directory=str(directory.resolve()),
         rank=0,
         world_size=ranks,
         dtype=config.dtype,

@@ -31,6 +31,7 @@ from fdserve.executor.wire import (
 )
 
 STOP_SECONDS = 5.0
+PACKAGE_PARENT = Path(__file__).resolve().parents[2]
 
 
 class RankProcess:
@@ -52,6 +53,7 @@ class RankProcess:
                 [sys.executable, "-m", "fdserve.worker", str(theirs.fileno())],
                 pass_fds=[theirs.fileno(), *load.peers, *([load.shared_memory] if load.peers else [])],
                 stdin=subprocess.DEVNULL,
+                cwd=PACKAGE_PARENT,  # so that the rank runs this package, not one in the current directory
                 start_new_session=True,
                 env=_environment(),
             )
@@ -130,7 +132,6 @@ class RankProcess:
 
 
 def _environment() -> dict[str, str]:
-    package_parent = str(Path(__file__).resolve().parents[2])
-    paths = [package_parent, *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [str(PACKAGE_PARENT), *filter(None, [os.environ.get("PYTHONPATH")])]
     # The kernels have threads of their own; those of Paddle's libraries would only be in their way.
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}

@@ -11,6 +11,9 @@ ISAS = ("baseline", "avx2", "avx512", "avx512bf16")
 """Instruction sets the kernels are compiled for, weakest first."""
 
 
+KERNELS_MISSING = "fdserve's kernels are not compiled for this Python: install fdserve with pip (`pip install '.[cpu]'` in a checkout)."
+
+
 class KernelsMissing(RuntimeError):
     """The compiled library is not there."""
 
@@ -27,10 +30,7 @@ class _Library:
     def __init__(self) -> None:
         path = kernels_path()
         if path is None:
-            raise KernelsMissing(
-                "fdserve's kernels are not compiled: install fdserve with pip, or run "
-                "`python setup.py build_ext --inplace` in a checkout."
-            )
+            raise KernelsMissing(KERNELS_MISSING)
         import paddle
         from paddle.utils.cpp_extension.extension_utils import load_op_meta_info_and_register_op
 

@@ -208,9 +208,9 @@ def test_held_out_sums_are_right() -> None:
     with ServerProcess("-m", "fdserve", "--port", "0", **SETTINGS) as server:
         server.listening()
         server.wait_line("^ready")
-        with openai.OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="null") as client:
-            with concurrent.futures.ThreadPoolExecutor(16) as pool:
-                answers = list(pool.map(lambda s: ask(client, s[0], temperature=0).choices[0].message.content, sums))
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="null")
+        with client, concurrent.futures.ThreadPoolExecutor(16) as pool:
+            answers = list(pool.map(lambda s: ask(client, s[0], temperature=0).choices[0].message.content, sums))
     right = [re.findall(r"\d+", text)[-1:] == [str(a + b)] for (_, a, b), text in zip(sums, answers, strict=True)]
     assert sum(right) >= 95
 
