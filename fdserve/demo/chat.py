@@ -59,17 +59,13 @@ def prompt(
     turns: list[Turn], question: str, system: str = "", thinking: bool = True, tools: tuple[str, ...] = ()
 ) -> str:
     """What the model reads before it answers `question` after `turns`."""
-    earlier = "".join(
-        user_block(turn.question) + f"<|im_start|>assistant\n{response(turn)}\n\n" for turn in turns
-    )
+    earlier = "".join(user_block(turn.question) + f"<|im_start|>assistant\n{response(turn)}\n\n" for turn in turns)
     opening = "<think>\n" if thinking else "<think>\n\n</think>\n\n"
     start = system_block(system, thinking, tools)
     return start + earlier + user_block(question) + f"<|im_start|>assistant\n{opening}"
 
 
-def conversation(
-    turns: list[Turn], system: str = "", thinking: bool = True, tools: tuple[str, ...] = ()
-) -> Document:
+def conversation(turns: list[Turn], system: str = "", thinking: bool = True, tools: tuple[str, ...] = ()) -> Document:
     """A conversation up to the answer of its last turn.
 
     The model's own answers of earlier turns are learnt too, but for their first tag: no prompt ends before it.

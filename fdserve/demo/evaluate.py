@@ -75,8 +75,12 @@ class Generator:
         options = {"do_sample": False, "temperature": None, "top_p": None, **sampling}
         with torch.inference_mode():
             out = self.model.generate(
-                input_ids=ids, attention_mask=mask, max_new_tokens=max_tokens, eos_token_id=self.stops,
-                pad_token_id=0, **options,
+                input_ids=ids,
+                attention_mask=mask,
+                max_new_tokens=max_tokens,
+                eos_token_id=self.stops,
+                pad_token_id=0,
+                **options,
             )
         texts = []
         for row in out[:, width:].tolist():
@@ -93,26 +97,40 @@ def split_output(text: str) -> tuple[str, str]:
     return thought.strip(), rest.partition("<response>")[2].partition("</response>")[0].strip()
 
 
-def sum_accuracy(generate: Generator, thinking: bool, n: int = HELD_OUT, **sampling: Any) -> tuple[float, list[str]]:
-    """The share of right answers on held-out sums, and the wrong ones."""
+def wrong_sums(generate: Generator, thinking: bool, n: int, **sampling: Any) -> list[tuple[int, int, str]]:
+    """The held-out sums, out of n, that do not come out right: (a, b, what the model wrote)."""
     problems = held_out_sums(n, HELD_OUT_SEED)
     wrong = []
     for first in range(0, n, BATCH):
         part = problems[first : first + BATCH]
-        prompts = [prompt([], question, thinking=thinking) for question, _, _ in part]
-        for (question, a, b), text in zip(part, generate(prompts, **sampling), strict=True):
-            if split_output(text)[1] != answer(a, b):
-                wrong.append(f"{question!r} -> {text!r}")
-    return 1 - len(wrong) / n, wrong
+        texts = generate([prompt([], question, thinking=thinking) for question, _, _ in part], **sampling)
+        wrong += [
+            (a, b, text) for (_, a, b), text in zip(part, texts, strict=True) if split_output(text)[1] != answer(a, b)
+        ]
+    return wrong
 
 
-def report(checkpoint: Path) -> None:
-    """Evaluates, prints, and writes EVALUATION.json."""
-    generate = Generator(checkpoint)
-    figures: dict[str, Any] = {"held_out_sums": HELD_OUT, "seed": HELD_OUT_SEED, "dtype": "bfloat16"}
-    for name, thinking in (("greedy_thinking", True), ("greedy_direct", False)):
-        figures[name], wrong = sum_accuracy(generate, thinking)
-        print(f"{name}: {figures[name]:.4f}", *wrong[:8], sep="\n  ", flush=True)
+def sum_figures(generate: Generator, sampling: dict[str, Any]) -> dict[str, float]:
+    """The shares of held-out sums that are right, in all and for two numbers of three digits."""
+    figures = {}
+    long = sum(min(a, b) >= 100 for _, a, b in held_out_sums(HELD_OUT, HELD_OUT_SEED))
+    for name, thinking, options in (
+        ("greedy_thinking", True, {}),
+        ("greedy_direct", False, {}),
+        ("sampled_thinking", True, sampling),
+        ("sampled_direct", False, sampling),
+    ):
+        wrong = wrong_sums(generate, thinking, HELD_OUT, **options)
+        wrong_long = sum(min(a, b) >= 100 for a, b, _ in wrong)
+        figures[name] = round(1 - len(wrong) / HELD_OUT, 4)
+        figures[f"{name}_three_digits"] = round(1 - wrong_long / long, 4)
+        print(f"{name}: {figures[name]}, three digits {figures[f'{name}_three_digits']}")
+        print(*(f"  {a} + {b}: {text!r}" for a, b, text in wrong[:6]), sep="\n", flush=True)
+    return figures
+
+
+def show_answers(generate: Generator) -> dict[str, str]:
+    """Prints what the model says to the probes and returns its answers."""
     answers: dict[str, str] = {}
     for probe, text in zip(PROBES, generate([prompt([], p) for p in PROBES]), strict=True):
         thought, answers[probe] = split_output(text)
@@ -123,7 +141,22 @@ def report(checkpoint: Path) -> None:
     history = [Turn("Hello!", "", "Hello! How can I help?"), Turn("What is 5 + 6?", "", "5 + 6 = 11")]
     for question in ("What is a block?", "And 712 + 399?", "thank you"):
         print(f"after two turns: {question!r}\n    {generate([prompt(history, question)])[0]!r}")
-    figures["answers"] = answers
+    return answers
+
+
+def report(checkpoint: Path) -> None:
+    """Evaluates, prints, and writes EVALUATION.json."""
+    torch.manual_seed(HELD_OUT_SEED)
+    generate = Generator(checkpoint)
+    defaults = json.loads((checkpoint / "generation_config.json").read_text())
+    sampling = {key: defaults[key] for key in ("do_sample", "temperature", "top_p")}
+    figures = {
+        "held_out_sums": HELD_OUT,
+        "seed": HELD_OUT_SEED,
+        "dtype": "bfloat16",
+        **sum_figures(generate, sampling),
+        "answers": show_answers(generate),
+    }
     (checkpoint / "EVALUATION.json").write_text(json.dumps(figures, indent=2, ensure_ascii=False) + "\n")
 
 

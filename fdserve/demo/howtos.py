@@ -6,11 +6,26 @@ import random
 from dataclasses import dataclass
 
 QUESTIONS = (
-    "How do I {x}?", "How do I {x}?", "How can I {x}?", "How to {x}?", "how to {x}", "I want to {x}.",
-    "Can I {x}?", "Is there a way to {x}?", "Tell me how to {x}.", "Can you tell me how to {x}?",
-    "How do you {x}?", "What do I need to {x}?", "How would I {x} with fdserve?",
-    "Which option do I need to {x}?", "How could one {x}?", "I need to {x}.",
-    "What should I do to {x}?", "Explain how to {x}.", "How do I {x} in fdserve?", "{x}",
+    "How do I {x}?",
+    "How do I {x}?",
+    "How can I {x}?",
+    "How to {x}?",
+    "how to {x}",
+    "I want to {x}.",
+    "Can I {x}?",
+    "Is there a way to {x}?",
+    "Tell me how to {x}.",
+    "Can you tell me how to {x}?",
+    "How do you {x}?",
+    "What do I need to {x}?",
+    "How would I {x} with fdserve?",
+    "Which option do I need to {x}?",
+    "How could one {x}?",
+    "I need to {x}.",
+    "What should I do to {x}?",
+    "Explain how to {x}.",
+    "How do I {x} in fdserve?",
+    "{x}",
 )
 
 
@@ -92,8 +107,7 @@ HOWTOS = (
         "What does --config do | Is there a config file | Does fdserve read YAML",
     ),
     HowTo(
-        "use environment variables | set options by environment variables | configure it with the "
-        "environment",
+        "use environment variables | set options by environment variables | configure it with the environment",
         "Every flag has a variable that starts with FDSERVE_, for example FDSERVE_PORT for --port.",
         "Which environment variables are there | What are the FDSERVE_ variables | What is FDSERVE_PORT | "
         "Are there environment variables",
@@ -101,8 +115,7 @@ HOWTOS = (
     HowTo(
         "see all options | list the flags | see the flags | find all options",
         "Run python -m fdserve --help to see all options.",
-        "Which flags are there | What options does fdserve have | What flags exist | Where are the "
-        "options",
+        "Which flags are there | What options does fdserve have | What flags exist | Where are the options",
     ),
     HowTo(
         "stream | stream the answer | get tokens as they come | turn on streaming | enable streaming | "
@@ -123,8 +136,7 @@ HOWTOS = (
         "Why do you think first",
     ),
     HowTo(
-        "turn thinking on | enable thinking | switch on thinking | make the model think | turn on "
-        "thinking",
+        "turn thinking on | enable thinking | switch on thinking | make the model think | turn on thinking",
         'Thinking is on by default; "enable_thinking": true asks for it.',
     ),
     HowTo(
@@ -139,8 +151,7 @@ HOWTOS = (
         "Is the output deterministic | Why are the answers different each time",
     ),
     HowTo(
-        "make answers more random | make answers more creative | set the temperature | change the "
-        "temperature",
+        "make answers more random | make answers more creative | set the temperature | change the temperature",
         'Send "temperature" with the request: 0 is greedy, higher values are more random.',
     ),
     HowTo(
@@ -156,8 +167,7 @@ HOWTOS = (
         "What is the chat endpoint | Which endpoint is for chat | What does the API look like",
     ),
     HowTo(
-        "complete a text | use plain completions | use the completions endpoint | send a prompt without a "
-        "template",
+        "complete a text | use plain completions | use the completions endpoint | send a prompt without a template",
         'Send a POST to /v1/completions with a JSON body that has "prompt".',
         "What is the completions endpoint | What is /v1/completions",
     ),
@@ -167,8 +177,7 @@ HOWTOS = (
         "What is the models endpoint | What is /v1/models | Which models are served",
     ),
     HowTo(
-        "benchmark the server | measure the speed | measure the throughput | run a benchmark | measure "
-        "latency",
+        "benchmark the server | measure the speed | measure the throughput | run a benchmark | measure latency",
         "The bench folder of fdserve has a load generator: it measures TTFT, ITL and throughput.",
         "How fast is fdserve | Is there a benchmark | Is fdserve fast",
     ),

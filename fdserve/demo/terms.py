@@ -6,14 +6,36 @@ import random
 from dataclasses import dataclass
 
 QUESTIONS = (
-    "What is {x}?", "What is {x}?", "What is {x}", "what's {x}?", "What are {x}?", "Explain {x}.",
-    "Explain {x} to me.", "Define {x}.", "Tell me about {x}.", "Tell me what {x} is.",
-    "Can you explain {x}?", "What does {x} mean?", "Describe {x}.", "{x}", "{x}?",
-    "What do you know about {x}?", "I want to know what {x} is.", "How does {x} work?",
-    "Do you know what {x} is?", "Explain {x} in one sentence.", "What is {x} in LLM serving?",
-    "Why {x}?", "What is meant by {x}?", "Give me a definition of {x}.", "What is {x} in fdserve?",
-    "Could you tell me what {x} is?", "I do not understand {x}.", "What exactly is {x}?",
-    "Briefly, what is {x}?", "Why do I need {x}?",
+    "What is {x}?",
+    "What is {x}?",
+    "What is {x}",
+    "what's {x}?",
+    "What are {x}?",
+    "Explain {x}.",
+    "Explain {x} to me.",
+    "Define {x}.",
+    "Tell me about {x}.",
+    "Tell me what {x} is.",
+    "Can you explain {x}?",
+    "What does {x} mean?",
+    "Describe {x}.",
+    "{x}",
+    "{x}?",
+    "What do you know about {x}?",
+    "I want to know what {x} is.",
+    "How does {x} work?",
+    "Do you know what {x} is?",
+    "Explain {x} in one sentence.",
+    "What is {x} in LLM serving?",
+    "Why {x}?",
+    "What is meant by {x}?",
+    "Give me a definition of {x}.",
+    "What is {x} in fdserve?",
+    "Could you tell me what {x} is?",
+    "I do not understand {x}.",
+    "What exactly is {x}?",
+    "Briefly, what is {x}?",
+    "Why do I need {x}?",
 )
 # Names that keep their small first letter at the start of a sentence, beside those with an underscore.
 _SMALL = ("fdserve", "temperature", "logprobs", "seed", "bf16")
@@ -54,15 +76,13 @@ class Term:
 TERMS = (
     Term(
         "fdserve | FDServe | fd serve | this server | the server | this project",
-        "is an OpenAI-compatible inference server for ERNIE-4.5 models on PaddlePaddle. It runs on CPU "
-        "and on CUDA.",
+        "is an OpenAI-compatible inference server for ERNIE-4.5 models on PaddlePaddle. It runs on CPU and on CUDA.",
         "What does fdserve do | What is this server | What software is this | Why should I use fdserve | "
         "What is fdserve for | What is fdserve used for | What runs this model",
     ),
     Term(
         "LLM serving | model serving | an inference server | LLM inference | inference | serving",
-        "is running a language model for many users at once: requests come in over HTTP, and tokens go "
-        "out.",
+        "is running a language model for many users at once: requests come in over HTTP, and tokens go out.",
     ),
     Term(
         "an LLM | LLM | a language model | a large language model | language models",
@@ -70,8 +90,7 @@ TERMS = (
     ),
     Term(
         "a token | token | tokens",
-        "is a piece of text, such as a word, a part of a word or a digit; models read and write token "
-        "ids.",
+        "is a piece of text, such as a word, a part of a word or a digit; models read and write token ids.",
     ),
     Term(
         "a tokenizer | tokenizer | the tokenizer | tokenization",
@@ -79,8 +98,7 @@ TERMS = (
     ),
     Term(
         "a KV cache | KV cache | the KV cache | the key-value cache | kv caching | KV-cache",
-        "is the memory of the attention keys and values of earlier tokens, so that they are not computed "
-        "again.",
+        "is the memory of the attention keys and values of earlier tokens, so that they are not computed again.",
     ),
     Term(
         "a block | block | KV cache block | KV block | a cache block | blocks",
@@ -120,20 +138,17 @@ TERMS = (
         "is the computation of the answer, one token of each running request a step.",
     ),
     Term(
-        "continuous batching | in-flight batching | dynamic batching | batching | iteration-level "
-        "scheduling",
+        "continuous batching | in-flight batching | dynamic batching | batching | iteration-level scheduling",
         "is the change of the batch at every step: requests join and leave as soon as they can, none "
         "waits for another.",
     ),
     Term(
         "preemption | a preempted request | request preemption",
-        "is taking the blocks of a request when the KV cache is full; the request is computed again "
-        "later.",
+        "is taking the blocks of a request when the KV cache is full; the request is computed again later.",
     ),
     Term(
         "the scheduler | scheduler | a scheduler",
-        "is the part of the engine that decides at each step how many tokens of which requests are "
-        "computed.",
+        "is the part of the engine that decides at each step how many tokens of which requests are computed.",
     ),
     Term(
         "the engine | engine | the engine loop",
@@ -183,14 +198,12 @@ TERMS = (
     ),
     Term(
         "temperature | the temperature | sampling temperature",
-        "is a sampling parameter: 0 always takes the likeliest token, higher values make the answers more "
-        "random.",
+        "is a sampling parameter: 0 always takes the likeliest token, higher values make the answers more random.",
         "What does temperature do | What does the temperature mean",
     ),
     Term(
         "top_p | top p | nucleus sampling | top-p",
-        "is a sampling parameter: only the likeliest tokens whose probabilities add up to top_p can be "
-        "sampled.",
+        "is a sampling parameter: only the likeliest tokens whose probabilities add up to top_p can be sampled.",
         "What does top_p do",
     ),
     Term(
@@ -205,8 +218,7 @@ TERMS = (
     ),
     Term(
         "seed | a seed | the seed",
-        "is a number that makes sampling repeatable: the same request with the same seed gets the same "
-        "tokens.",
+        "is a number that makes sampling repeatable: the same request with the same seed gets the same tokens.",
         "What does seed do",
     ),
     Term(
@@ -216,14 +228,12 @@ TERMS = (
     ),
     Term(
         "logprobs | log probabilities | logprob | token probabilities | top_logprobs",
-        "are the logarithms of the probabilities of the tokens that the model chose, and of their best "
-        "alternatives.",
+        "are the logarithms of the probabilities of the tokens that the model chose, and of their best alternatives.",
         "What does logprobs mean",
     ),
     Term(
         "repetition_penalty | repetition penalty | the repetition penalty",
-        "is a sampling parameter: above 1 it makes tokens of the prompt and the answer less likely to "
-        "come again.",
+        "is a sampling parameter: above 1 it makes tokens of the prompt and the answer less likely to come again.",
         "What does repetition_penalty do | How do I avoid repetition",
     ),
     Term(
@@ -243,8 +253,7 @@ TERMS = (
     ),
     Term(
         "max_tokens | max tokens | max_completion_tokens",
-        "is the largest number of tokens of an answer; a longer one is cut, and finish_reason is "
-        '"length".',
+        'is the largest number of tokens of an answer; a longer one is cut, and finish_reason is "length".',
         "What does max_tokens do | How do I limit the length of the answer | How do I make answers "
         "shorter | Why was my answer cut | Why is the answer cut off",
     ),
@@ -260,14 +269,12 @@ TERMS = (
     ),
     Term(
         "streaming | token streaming | server-sent events | SSE",
-        "is sending tokens as they are generated, as server-sent events, rather than the whole answer at "
-        "the end.",
+        "is sending tokens as they are generated, as server-sent events, rather than the whole answer at the end.",
         "What does stream do",
     ),
     Term(
         "return_token_ids | return token ids",
-        "is a request field: with true, the answer also has the token ids of the prompt and of the "
-        "completion.",
+        "is a request field: with true, the answer also has the token ids of the prompt and of the completion.",
         "What does return_token_ids do | How do I get the token ids | How can I get token ids",
     ),
     Term(
@@ -291,8 +298,7 @@ TERMS = (
     ),
     Term(
         "a tool call | tool call | tool calls | tool calling | function calling",
-        "is an answer of the model that asks the client to run a function, with its name and arguments as "
-        "JSON.",
+        "is an answer of the model that asks the client to run a function, with its name and arguments as JSON.",
     ),
     Term(
         "a chat template | chat template | the chat template | chat templates",
@@ -340,18 +346,15 @@ TERMS = (
     ),
     Term(
         "RoPE | rotary embeddings | rotary position embedding",
-        "is the rotary position embedding: queries and keys are rotated by angles that grow with the "
-        "position.",
+        "is the rotary position embedding: queries and keys are rotated by angles that grow with the position.",
     ),
     Term(
         "a mixture of experts | mixture of experts | MoE | an MoE model",
-        "is a model where a router sends each token to a few experts out of many, so that less is "
-        "computed.",
+        "is a model where a router sends each token to a few experts out of many, so that less is computed.",
     ),
     Term(
         "HTTP status 429 | 429 | error 429 | a 429 | status 429 | HTTP 429 | code 429 | too many requests",
-        "means that the server's queue is full: wait as long as the Retry-After header says, then try "
-        "again.",
+        "means that the server's queue is full: wait as long as the Retry-After header says, then try again.",
         "What does 429 mean | Why do I get 429 | Why do I get a 429 error | I got a 429 | What does error "
         "429 mean | What does HTTP 429 mean | The server returns 429 | What happens when the queue is "
         "full",
@@ -359,8 +362,7 @@ TERMS = (
     Term(
         "HTTP status 400 | 400 | error 400 | a 400 | status 400 | HTTP 400",
         "means that the request is not valid: the error body says which field is wrong.",
-        "What does 400 mean | Why do I get 400 | What does error 400 mean | I got a 400 | What does HTTP "
-        "400 mean",
+        "What does 400 mean | Why do I get 400 | What does error 400 mean | I got a 400 | What does HTTP 400 mean",
     ),
     Term(
         "the health endpoint | /health | health check",
@@ -371,7 +373,6 @@ TERMS = (
     Term(
         "the metrics endpoint | /metrics | metrics",
         "is GET /metrics: it shows counters and latencies for Prometheus.",
-        "How do I see metrics | How do I get metrics | How can I monitor the server | Does fdserve have "
-        "metrics",
+        "How do I see metrics | How do I get metrics | How can I monitor the server | Does fdserve have metrics",
     ),
 )

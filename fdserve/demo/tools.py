@@ -16,13 +16,25 @@ _CITIES = (
 )
 CITIES = tuple(_CITIES.split())
 _WEATHER = (
-    "What is the weather in {x}?", "How is the weather in {x}?", "what's the weather like in {x}", "Weather in {x}?",
-    "Is it raining in {x}?", "Tell me the weather in {x}.", "What is the temperature in {x}?", "How warm is it in {x}?",
-    "What is the weather like in {x} today?", "Do I need an umbrella in {x}?", "Get the weather for {x}.",
+    "What is the weather in {x}?",
+    "How is the weather in {x}?",
+    "what's the weather like in {x}",
+    "Weather in {x}?",
+    "Is it raining in {x}?",
+    "Tell me the weather in {x}.",
+    "What is the temperature in {x}?",
+    "How warm is it in {x}?",
+    "What is the weather like in {x} today?",
+    "Do I need an umbrella in {x}?",
+    "Get the weather for {x}.",
 )
 _TIME = (
-    "What time is it in {x}?", "What is the time in {x}?", "Tell me the time in {x}.", "How late is it in {x}?",
-    "what's the current time in {x}", "Time in {x}?",
+    "What time is it in {x}?",
+    "What is the time in {x}?",
+    "Tell me the time in {x}.",
+    "How late is it in {x}?",
+    "what's the current time in {x}",
+    "Time in {x}?",
 )
 _SKIES = ("sunny", "cloudy", "rainy", "windy", "snow", "fog", "clear", "light rain")
 
@@ -63,10 +75,16 @@ def weather(rng: random.Random) -> ToolUse:
     key, city = rng.choice(("city", "location", "place")), _city(rng)
     about = rng.choice(("Get the weather of a city", "Get the current weather in a given location", "The weather"))
     degrees, sky = rng.randint(-10, 38), rng.choice(_SKIES)
-    result = rng.choice((
-        f"{sky}, {degrees} degrees", sky, f"{degrees}°C and {sky}", json.dumps({"temperature": degrees}),
-        json.dumps({"temperature": degrees, "condition": sky}), json.dumps({key: city, "weather": sky}),
-    ))
+    result = rng.choice(
+        (
+            f"{sky}, {degrees} degrees",
+            sky,
+            f"{degrees}°C and {sky}",
+            json.dumps({"temperature": degrees}),
+            json.dumps({"temperature": degrees, "condition": sky}),
+            json.dumps({key: city, "weather": sky}),
+        )
+    )
     return ToolUse(
         _schema(rng, name, about, {key: "string"}),
         rng.choice(_WEATHER).format(x=city),
@@ -94,8 +112,12 @@ def adder(rng: random.Random) -> ToolUse:
     first, second = rng.choice((("a", "b"), ("x", "y"), ("first", "second")))
     a, b = sums.random_pair(rng)
     return ToolUse(
-        _schema(rng, name, rng.choice(("Add two numbers", "The sum of two numbers")),
-                dict.fromkeys((first, second), rng.choice(("integer", "number")))),
+        _schema(
+            rng,
+            name,
+            rng.choice(("Add two numbers", "The sum of two numbers")),
+            dict.fromkeys((first, second), rng.choice(("integer", "number"))),
+        ),
         sums.ask(rng, a, b),
         f"The user wants the sum of {a} and {b}. I call {name}.",
         f'{{"name": "{name}", "arguments": {{"{first}": {a}, "{second}": {b}}}}}',

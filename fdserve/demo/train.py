@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save
 from transformers import Ernie4_5Config, Ernie4_5ForCausalLM
 
-from fdserve.demo import evaluate
+from fdserve.demo import CHECKPOINT, evaluate
 from fdserve.demo.chat import Document
 from fdserve.demo.data import EOS, MARKUP_PIECES, documents
 from fdserve.demo.tokens import Encoder, train_tokenizer
@@ -151,8 +151,14 @@ def write_checkpoint(model: Any, tokenizer: bytes, out: Path) -> None:
     }
     names = {"<unk>": 0, "<s>": 1, **encoder.ids}
     added = {
-        str(index): {"content": name, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False,
-                     "special": name not in MARKUP_PIECES}
+        str(index): {
+            "content": name,
+            "lstrip": False,
+            "normalized": False,
+            "rstrip": False,
+            "single_word": False,
+            "special": name not in MARKUP_PIECES,
+        }
         for name, index in sorted(names.items(), key=lambda item: item[1])
     }
     tokenizer_config = {
@@ -182,14 +188,14 @@ def write_checkpoint(model: Any, tokenizer: bytes, out: Path) -> None:
         ("tokenizer_config.json", tokenizer_config),
     ):
         (out / name).write_text(json.dumps(value, indent=2) + "\n")
-    template = Path(__file__).parent / "checkpoint" / "chat_template.jinja"  # written by hand, kept there alone
-    (out / "chat_template.jinja").write_text(template.read_text())
+    template = (CHECKPOINT / "chat_template.jinja").read_text()  # written by hand, kept there alone
+    (out / "chat_template.jinja").write_text(template)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="the folder to write the checkpoint to")
-    parser.add_argument("--steps", type=int, default=1600, help="training steps")
+    parser.add_argument("--steps", type=int, default=1800, help="training steps")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     args = parser.parse_args()
     torch.manual_seed(SEED)
