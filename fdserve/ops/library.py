@@ -11,7 +11,7 @@ ISAS = ("baseline", "avx2", "avx512", "avx512bf16")
 """Instruction sets the kernels are compiled for, weakest first."""
 
 
-KERNELS_MISSING = "fdserve's kernels are not compiled for this Python: install fdserve with pip (`pip install '.[cpu]'` in a checkout)."
+KERNELS_MISSING = "fdserve's kernels are not compiled for this Python: run `pip install '.[cpu]'` in a checkout."
 
 
 class KernelsMissing(RuntimeError):
