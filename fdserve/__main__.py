@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Sequence
 
 import hypercorn.config
@@ -73,6 +74,7 @@ class _Launcher:
         host, port = sock.getsockname()[:2]
         self._url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         self._sock = sock
+        self._began = time.monotonic()
         self._stopping = trio.Event()
         self._status = 0
 
@@ -114,7 +116,8 @@ class _Launcher:
         gc.collect()
         gc.freeze()
         gc.set_threshold(20_000, 10, 10)
-        print(f"ready: {server.model_name}, {server.engine.max_model_len} tokens at most", flush=True)
+        seconds = time.monotonic() - self._began
+        print(f"ready in {seconds:.1f} s: {server.model_name}, {server.engine.max_model_len} tokens at most", flush=True)
 
     async def _watch_engine(self) -> None:
         await self._app.failed.wait()

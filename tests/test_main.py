@@ -16,7 +16,7 @@ FAKE = ["-m", "tests.http.fake_main", "--port", "0"]
 def test_start_and_stop() -> None:
     with ServerProcess(*FAKE, "--served-model-name", "mine") as server:
         server.listening()
-        server.wait_line("ready: mine, 100000 tokens at most")
+        server.wait_line(r"ready in [\d.]+ s: mine, 100000 tokens at most")
         assert server.get("/health") == (200, b'{"status":"ok"}')
         status, content = server.post("Hi")
         assert status == 200
