@@ -14,6 +14,7 @@ from fdserve.api.generation import (
     Piece,
     collect_all,
     for_each,
+    new_choice,
     off_loop_if_long,
     submitted,
     usage,
@@ -28,10 +29,8 @@ from fdserve.api.params import (
     for_choice,
     read_request,
     sampling_params,
-    stop_strings,
     unsupported,
 )
-from fdserve.engine.request import Request as EngineRequest
 from fdserve.engine.request import SamplingParams
 from fdserve.errors import InvalidRequest
 from fdserve.http.request import Request
@@ -50,7 +49,6 @@ from fdserve.protocol.chat import (
 from fdserve.protocol.generation import OptionalUsage
 from fdserve.server import Server
 from fdserve.text.reasoning import starts_in_thinking
-from fdserve.text.stream import TextStream
 
 _RESERVED_KWARGS = ("messages", "tools", "add_generation_prompt")
 
@@ -130,25 +128,19 @@ def _choices(request: ChatRequest, server: Server, http: Request, prompt: list[i
     )
     if thinking and request.reasoning_max_tokens is not None:
         params = _with_thinking_budget(params, server, request.reasoning_max_tokens)
-    choices = []
-    for index in range(request.n or 1):
-        text = TextStream(
-            server.tokenizer,
-            format=server.reasoning,
-            thinking=thinking,
-            stop=stop_strings(request),
-            skip_special_tokens=request.skip_special_tokens is not False,
-            include_stop_str_in_output=bool(request.include_stop_str_in_output),
-            min_tokens=params.min_tokens,
-        )
-        engine_request = EngineRequest(
-            id=f"{uuid.uuid4().hex}-{index}",
+    return [
+        new_choice(
+            request,
+            server,
+            http,
+            index=index,
             prompt=prompt,
             params=for_choice(params, index),
-            priority=request.priority or 0,
+            format=server.reasoning,
+            thinking=thinking,
         )
-        choices.append(Choice(server, http, index, engine_request, text))
-    return choices
+        for index in range(request.n or 1)
+    ]
 
 
 def _with_thinking_budget(params: SamplingParams, server: Server, budget: int) -> SamplingParams:

@@ -12,6 +12,7 @@ from fdserve.api.generation import (
     Piece,
     collect_all,
     for_each,
+    new_choice,
     off_loop_if_long,
     submitted,
     usage,
@@ -26,17 +27,14 @@ from fdserve.api.params import (
     for_choice,
     read_request,
     sampling_params,
-    stop_strings,
     unsupported,
 )
-from fdserve.engine.request import Request as EngineRequest
 from fdserve.errors import InvalidRequest
 from fdserve.http.request import Request
 from fdserve.http.response import Reply, event
 from fdserve.protocol.completion import Completion, CompletionChoice, CompletionRequest
 from fdserve.protocol.generation import OptionalUsage
 from fdserve.server import Server
-from fdserve.text.stream import TextStream
 
 DEFAULT_MAX_TOKENS = 16
 
@@ -93,20 +91,8 @@ def _choices(request: CompletionRequest, server: Server, http: Request, prompts:
             param="prompt",
         )
         for index in range(request.n or 1):
-            text = TextStream(
-                server.tokenizer,
-                stop=stop_strings(request),
-                skip_special_tokens=request.skip_special_tokens is not False,
-                include_stop_str_in_output=bool(request.include_stop_str_in_output),
-                min_tokens=params.min_tokens,
-            )
-            engine_request = EngineRequest(
-                id=f"{uuid.uuid4().hex}-{index}",
-                prompt=prompt,
-                params=for_choice(params, index),
-                priority=request.priority or 0,
-            )
-            choices.append(Choice(server, http, len(choices), engine_request, text))
+            own = for_choice(params, index)
+            choices.append(new_choice(request, server, http, index=len(choices), prompt=prompt, params=own))
     return choices
 
 

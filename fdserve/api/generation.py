@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import uuid
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -11,9 +12,10 @@ from typing import TypeVar
 import anyio
 from anyio import to_thread
 
+from fdserve.api.params import stop_strings
 from fdserve.engine.output import Generation
 from fdserve.engine.request import Request as EngineRequest
-from fdserve.engine.request import TokenDelta, TokenLogprobs
+from fdserve.engine.request import SamplingParams, TokenDelta, TokenLogprobs
 from fdserve.errors import InternalError, ServerError, Unavailable
 from fdserve.http.request import Request
 from fdserve.protocol.generation import (
@@ -24,6 +26,7 @@ from fdserve.protocol.generation import (
     Usage,
 )
 from fdserve.server import Server
+from fdserve.text.reasoning import ReasoningFormat
 from fdserve.text.stream import TextStream
 
 T = TypeVar("T")
@@ -132,6 +135,33 @@ class Choice:
             self._last_token = now
         if finish_reason is not None:
             metrics.whole.observe(now - self._http.started)
+
+
+def new_choice(
+    request: GenerationRequest,
+    server: Server,
+    http: Request,
+    *,
+    index: int,
+    prompt: list[int],
+    params: SamplingParams,
+    format: ReasoningFormat | None = None,
+    thinking: bool = False,
+) -> Choice:
+    """Choice number `index` of a response; `thinking` says whether its first token is a thought in `format`."""
+    text = TextStream(
+        server.tokenizer,
+        format=format,
+        thinking=thinking,
+        stop=stop_strings(request),
+        skip_special_tokens=request.skip_special_tokens is not False,
+        include_stop_str_in_output=bool(request.include_stop_str_in_output),
+        min_tokens=params.min_tokens,
+    )
+    engine_request = EngineRequest(
+        id=f"{uuid.uuid4().hex}-{index}", prompt=prompt, params=params, priority=request.priority or 0
+    )
+    return Choice(server, http, index, engine_request, text)
 
 
 def _as_server_error(delta: TokenDelta) -> ServerError:

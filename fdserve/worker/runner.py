@@ -29,6 +29,7 @@ class Runner:
     def __init__(self, load: Load, progress: Progress) -> None:
         directory = Path(load.directory)
         self.config = read_config(directory)
+        paddle.set_device("cpu")  # where the kernels are, also under Paddle's GPU build
         self.dtype = _resolve_dtype(load.dtype, self.config)
         if load.num_threads > 0:
             ops.set_num_threads(load.num_threads)
