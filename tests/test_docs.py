@@ -1,0 +1,135 @@
+"""The documents agree with the code, as far as a machine can tell."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from fdserve import errors
+from fdserve.api.metrics import Metrics
+from fdserve.api.params import EXTRA_FIELDS
+from fdserve.config import Config
+from fdserve.engine.engine import EngineStats
+from fdserve.engine.output import SlowReader
+from fdserve.errors import ServerError
+from fdserve.protocol.chat import ChatMessage, ChatRequest
+from fdserve.protocol.completion import CompletionRequest
+
+ROOT = Path(__file__).parents[1]
+PROTOCOL = (ROOT / "docs/protocol.md").read_text()
+OPERATIONS = (ROOT / "docs/operations.md").read_text()
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def section(text: str, heading: str) -> str:
+    """What stands under a heading, up to the next one of its level or a higher one."""
+    _, found, rest = text.partition(f"\n{heading}\n")
+    assert found, heading
+    level = heading.count("#")
+    return re.split(rf"^#{{1,{level}}} ", rest, maxsplit=1, flags=re.MULTILINE)[0]
+
+
+def first_cells(text: str) -> set[str]:
+    """The names in the first column of the text's tables."""
+    cells = re.findall(r"^\| (`.*?) \|", text, re.MULTILINE)
+    return {name for cell in cells for name in re.findall(r"`(\w+)`", cell)}
+
+
+REFUSED = first_cells(section(PROTOCOL, "### What is refused"))
+BOTH, CHAT, COMPLETIONS, MESSAGES = (
+    first_cells(section(PROTOCOL, heading))
+    for heading in ("### Both endpoints", "### Chat only", "### Completions only", "### Messages")
+)
+
+
+def row(field: dataclasses.Field[object]) -> str:
+    """The row of a setting in the table of operations.md."""
+    data = field.metadata
+    value = data["metavar"].replace("|", " or ")
+    if data["high"] is not None:
+        value += f", {data['low']}…{data['high']}"
+    elif data["low"] is not None:
+        value += f" ≥ {data['low']}"
+    default = str(field.default).lower() if field.type == "bool" else str(field.default)
+    return f"| `{field.name}` | {value} | {f'`{default}`' if default else 'empty'} | {data['help']} |"
+
+
+def test_every_setting_has_its_row() -> None:
+    rows = [row(field) for field in dataclasses.fields(Config)]
+    assert re.findall(r"^\| `.*", section(OPERATIONS, "## Settings"), re.MULTILINE) == rows
+
+
+def test_the_example_file_is_one(tmp_path: Path) -> None:
+    (example,) = re.findall(r"```yaml\n(.*?)```", OPERATIONS, re.DOTALL)
+    path = tmp_path / "fdserve.yaml"
+    path.write_text(example)
+    config = Config.load(None, {"FDSERVE_CONFIG": str(path)})
+    assert (config.max_model_len, config.kv_cache_bytes, config.enable_logprob) == (32768, 4 << 30, True)
+    assert Config.load(["--config", str(path)], {}) == config
+
+
+@pytest.mark.parametrize(("request_type", "own"), [(ChatRequest, CHAT), (CompletionRequest, COMPLETIONS)])
+def test_every_field_of_a_request_is_documented(request_type: type[msgspec.Struct], own: set[str]) -> None:
+    fields = set(request_type.__struct_fields__)
+    assert fields >= BOTH
+    assert fields >= own
+    assert fields <= BOTH | own | REFUSED
+
+
+def test_nothing_is_documented_that_no_request_has() -> None:
+    fields = {*ChatRequest.__struct_fields__, *CompletionRequest.__struct_fields__}
+    assert fields == BOTH | CHAT | COMPLETIONS | REFUSED
+    assert set(ChatMessage.__struct_fields__) == MESSAGES
+
+
+def test_the_extension_fields_are_listed() -> None:
+    text = section(PROTOCOL, "### Where extension fields may stand")
+    (listed,) = re.findall(r"inside `chat_template_kwargs`:(.*?)\. These", text, re.DOTALL)
+    assert set(re.findall(r"`(\w+)`", listed)) == EXTRA_FIELDS
+
+
+def test_every_error_is_documented() -> None:
+    table = section(PROTOCOL, "## Errors")
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, ServerError)]
+    for kind in (*kinds, SlowReader):
+        if kind not in (ServerError, errors.NotFound):  # the latter always says what was not found
+            assert f"| {kind.status} | `{kind.type}` | `{kind.code}` |" in table
+    sources = [path.read_text() for path in (ROOT / "fdserve").rglob("*.py")]
+    codes = {code for source in sources for code in re.findall(r'code="(\w+)"', source)}
+    assert len(codes) > 4
+    for code in codes:
+        assert f"| `{code}` |" in table
+
+
+def test_every_metric_has_its_row() -> None:
+    text = Metrics(EngineStats).render().decode()
+    metrics = re.findall(r"^# HELP (\S+) (.*)\n# TYPE \S+ (\S+)$", text, re.MULTILINE)
+    rows = [f"| `{name}` | {kind} | {help} |" for name, help, kind in metrics if not name.endswith("_created")]
+    assert len(rows) > 10
+    assert re.findall(r"^\| `.*", section(OPERATIONS, "## Metrics"), re.MULTILINE) == rows
+
+
+def anchors(path: Path) -> set[str]:
+    """The names that a document's headings can be linked by."""
+    headings = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_and_paths_lead_somewhere(document: Path) -> None:
+    text = document.read_text()
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        file = document.parent / path if path else document
+        assert file.exists(), target
+        assert not anchor or anchor in anchors(file), target
+    # Files of the repository by name: from its root, or inside the package.
+    named = re.findall(r"`((?:[\w.-]+/)+(?:[\w-]+\.(?:py|md|cc|h|cu|toml|json|jinja))?)`", text)
+    for name in named:
+        assert any((base / name).exists() for base in (ROOT, ROOT / "fdserve")), name
