@@ -116,8 +116,8 @@ class _Launcher:
         gc.collect()
         gc.freeze()
         gc.set_threshold(20_000, 10, 10)
-        seconds = time.monotonic() - self._began
-        print(f"ready in {seconds:.1f} s: {server.model_name}, {server.engine.max_model_len} tokens at most", flush=True)
+        seconds, longest = time.monotonic() - self._began, server.engine.max_model_len
+        print(f"ready in {seconds:.1f} s: {server.model_name}, {longest} tokens at most", flush=True)
 
     async def _watch_engine(self) -> None:
         await self._app.failed.wait()

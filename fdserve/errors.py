@@ -66,6 +66,14 @@ class MethodNotAllowed(ServerError):
         self.allow = allow
 
 
+class RequestTimeout(ServerError):
+    """The request's body did not come in time."""
+
+    status = 408
+    type = "invalid_request_error"
+    code = "request_timeout"
+
+
 class PayloadTooLarge(ServerError):
     """The request body is over the size limit."""
 

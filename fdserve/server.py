@@ -58,7 +58,8 @@ class Server:
     def check_ready(self) -> None:
         """Raise Unavailable, with the reason, unless the engine takes requests."""
         if self.engine.status != "ready":
-            raise Unavailable(f"The server is not ready: {self.engine.reason or self.engine.status}.")
+            reason = self.engine.reason or self.engine.status
+            raise Unavailable(f"The server is not ready: {reason.rstrip('.')}.")
 
 
 async def build(config: Config) -> Server:

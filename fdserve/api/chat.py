@@ -126,7 +126,8 @@ def _choices(request: ChatRequest, server: Server, http: Request, prompt: list[i
         logprobs=(request.top_logprobs or 0) if request.logprobs else None,
         param="messages",
     )
-    if thinking and request.reasoning_max_tokens is not None:
+    # A budget that max_tokens ends first would only spoil the last tokens.
+    if thinking and request.reasoning_max_tokens is not None and request.reasoning_max_tokens < params.max_tokens:
         params = _with_thinking_budget(params, server, request.reasoning_max_tokens)
     return [
         new_choice(
@@ -149,7 +150,7 @@ def _with_thinking_budget(params: SamplingParams, server: Server, budget: int) -
     end = server.reasoning.think_end
     forced = server.tokenizer.encode("\n</think>\n\n") if server.reasoning.name == "ernie_x1" else [end]
     # What is forced before the tag is thought, too.
-    free = max(0, min(budget, params.max_tokens) - forced.index(end))
+    free = max(0, budget - forced.index(end))
     return msgspec.structs.replace(params, thinking_budget=free, think_end_ids=tuple(forced), think_end_id=end)
 
 

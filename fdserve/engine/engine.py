@@ -102,14 +102,18 @@ class Engine:
                     async with self._open_ranks() as ranks:
                         self._begin(ranks.ready)
                         failures = 0
-                        await self._serve(ranks)
+                        try:
+                            await self._serve(ranks)
+                        except RankError as error:
+                            self._lose(error)  # before the ranks are stopped, which may take time
+                            raise
                 except RankError as error:
                     if self._scheduler is None:
                         raise StartupError(str(error)) from error
                     failures += 1
                     await self._recover(error, failures)
         finally:
-            self._fail_all(Unavailable("the server is shutting down"))
+            self._fail_all(Unavailable("The server is shutting down."))
 
     async def wait_ready(self) -> None:
         """Wait until the engine was ready for the first time."""
@@ -122,9 +126,9 @@ class Engine:
     def submit(self, request: Request) -> Generation:
         """Queue a request. Raises Unavailable while there is no model, Overloaded if the queue is full."""
         if self._scheduler is None or self.status != "ready":
-            raise Unavailable(self.reason)
+            raise Unavailable(f"The server is not ready: {self.reason.rstrip('.')}.")
         if len(self._generations) >= self._max_requests:
-            raise Overloaded(f"{self._max_requests} requests are already queued or running; try again later")
+            raise Overloaded(f"{self._max_requests} requests are already queued or running: try again later.")
         sequence = self._scheduler.add(request)
         generation = Generation(lambda: self._cancel(sequence))
         self._generations[sequence] = generation
@@ -215,7 +219,7 @@ class Engine:
             if generation is None:
                 continue  # cancelled while the step ran
             if delta.finish_reason == "error":
-                delta.error = InternalError("the model's output for this request was not a number")
+                delta.error = InternalError("The model's output for this request was not a number.")
             if delta.finish_reason is not None:
                 del self._generations[sequence]
             if not generation.deliver(delta):
@@ -239,21 +243,24 @@ class Engine:
         for sequence in list(self._generations):
             self._fail(sequence, error)
 
-    async def _recover(self, error: RankError, failures: int) -> None:
-        """End what ran, keep what waits (not for ever), and pause before the next start."""
+    def _lose(self, error: RankError) -> None:
+        """The ranks are lost: say so, and end what ran. What waits goes on waiting."""
         scheduler = self._scheduler
         assert scheduler is not None
         if self.status != "draining":
             self.status, self.reason = "restarting", f"restarting after a failure: {error}"
-        lost = Unavailable(f"the request was lost: {error}")
         for sequence in list(self._generations):
             # Those that ended with the last result but were not told lose their last tokens with it.
             if sequence.row >= 0 or sequence.finish_reason is not None:
-                self._fail(sequence, lost)
+                self._fail(sequence, Unavailable(f"The request was lost: {error}."))
         scheduler.forget_cache()
+
+    async def _recover(self, error: RankError, failures: int) -> None:
+        """Pause before the next start; after several failures in a row, end what waits, too."""
+        self._lose(error)
         if failures >= GIVE_UP_WAITING_AFTER:
-            self._fail_all(lost)
+            self._fail_all(Unavailable(f"The ranks do not start: {error}."))
         self._restarts += 1
-        pause = min(MAX_BACKOFF_SECONDS, 0.5 * 2 ** (failures - 1))
+        pause = min(MAX_BACKOFF_SECONDS, 0.5 * 2 ** min(failures - 1, 10))
         logger.error("%s; restarting the ranks in %.1f s", error, pause)
         await anyio.sleep(pause)

@@ -64,7 +64,7 @@ class Generation:
         try:
             self._send.send_nowait(delta)
         except anyio.WouldBlock:
-            error = SlowReader(f"the client fell more than {MAX_PENDING_DELTAS} tokens behind")
+            error = SlowReader(f"The client fell more than {MAX_PENDING_DELTAS} tokens behind.")
             self.end(TokenDelta([], finish_reason="error", error=error))
             return False
         except (anyio.BrokenResourceError, anyio.ClosedResourceError):
@@ -89,4 +89,4 @@ class Generation:
         self._receive.close()
 
     def _end(self) -> TokenDelta:
-        return self._last or TokenDelta([], finish_reason="error", error=Unavailable("the request was ended"))
+        return self._last or TokenDelta([], finish_reason="error", error=Unavailable("The request was ended."))

@@ -12,12 +12,14 @@ from typing import TypeVar
 import anyio
 import msgspec
 
-from fdserve.errors import InvalidRequest, PayloadTooLarge
+from fdserve.errors import InvalidRequest, PayloadTooLarge, RequestTimeout
 from fdserve.http.asgi import Receive, Scope
 from fdserve.http.errors import invalid_field
 from fdserve.http.response import Reply
 
 T = TypeVar("T")
+
+BODY_SECONDS = 60.0
 
 # What is read of a body that nobody wants before the answer, so that clients that send first and read later see it.
 DISCARD_BYTES = 64 << 20
@@ -55,9 +57,16 @@ class Request:
     async def read(self, limit: int) -> None:
         """Read the whole body into `body`.
 
-        Raises PayloadTooLarge as soon as it is known to exceed `limit` bytes, and ClientDisconnected. When
-        cancelled, what was read is lost.
+        Raises PayloadTooLarge as soon as it is known to exceed `limit` bytes, RequestTimeout, and
+        ClientDisconnected. When cancelled, what was read is lost.
         """
+        try:
+            with anyio.fail_after(BODY_SECONDS):
+                await self._read(limit)
+        except TimeoutError:
+            raise RequestTimeout(f"The body did not come within {BODY_SECONDS:g} seconds.") from None
+
+    async def _read(self, limit: int) -> None:
         declared = self.headers.get("content-length", "")
         if declared.isdecimal() and int(declared) > limit:
             raise _too_large(limit)

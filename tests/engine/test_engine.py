@@ -30,6 +30,7 @@ class FakeRanks:
         self.starts = 0
         self.fail_starts = 0
         self.dead_while_idle = False
+        self.stop_seconds = 0.0
         self.step_seconds = 0.0
         self.before_step: Callable[[Plan], None] = lambda plan: None
         self.plans: list[Plan] = []
@@ -42,7 +43,10 @@ class FakeRanks:
             raise RankError("rank 0: no such model")
         if self.scheduler is not None:
             self.rank = SimulatedRank(self.scheduler)
-        yield self
+        try:
+            yield self
+        finally:
+            await anyio.sleep(self.stop_seconds)
 
     def make_scheduler(self, ready: Ready) -> Scheduler:
         self.scheduler = Scheduler(
@@ -247,6 +251,40 @@ async def test_a_step_that_takes_too_long_counts_as_a_lost_rank() -> None:
         assert "longer than 0.05 s" in str(last.error)
         ranks.step_seconds = 0
         await wait_until(lambda: engine.status == "ready")
+
+
+async def test_a_lost_rank_is_told_before_it_has_stopped() -> None:
+    """Stopping a rank that hangs takes seconds; neither health nor clients wait for that."""
+    ranks = FakeRanks()
+    ranks.step_seconds = 10
+    ranks.stop_seconds = 3600
+    async with serving(ranks, step_timeout=0.05) as engine:
+        with engine.submit(make_request([1])) as generation:
+            _, last = await drain(generation)
+        assert last.finish_reason == "error"
+        assert engine.status == "restarting"
+
+
+async def test_ranks_that_never_come_back_end_what_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fdserve.engine.engine.MAX_BACKOFF_SECONDS", 0.001)
+    ranks = FakeRanks()
+    ranks.step_seconds = 0.002
+
+    def die(plan: Plan) -> None:
+        if plan.step == 3:
+            ranks.fail_starts = 2000
+            raise RankError("rank 0 was killed by SIGKILL")
+
+    ranks.before_step = die
+    async with serving(ranks) as engine:
+        generations = [engine.submit(make_request([index], max_tokens=20)) for index in range(6)]
+        for generation in generations:
+            _, last = await drain(generation)
+            assert isinstance(last.error, Unavailable)
+        assert ranks.starts >= 3
+        # However long that goes on: 2 ** 1100 is too large for a float.
+        await wait_until(lambda: ranks.starts > 1100)
+        assert engine.status == "restarting"
 
 
 async def test_a_rank_lost_while_idle_is_noticed() -> None:

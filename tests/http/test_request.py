@@ -4,9 +4,9 @@ import anyio
 import msgspec
 import pytest
 
-from fdserve.errors import InvalidRequest
+from fdserve.errors import InvalidRequest, RequestTimeout
 from fdserve.http import request as request_module
-from fdserve.http.request import decode
+from fdserve.http.request import Request, decode
 from tests.http.client import serving
 
 
@@ -130,3 +130,16 @@ async def test_the_disconnect_after_an_answer_does_not_interrupt_its_last_send()
                 await client.app(scope, receive, send)
         assert steps == ["body", "closed"]
         assert b'endpoint="/v1/completions",status="413"} 1.0' in (await client.get("/metrics")).body
+
+
+@pytest.mark.anyio
+async def test_a_body_that_never_ends_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fdserve.http.request.BODY_SECONDS", 0.05)
+
+    async def receive() -> dict[str, object]:
+        await anyio.sleep(0.02)
+        return {"type": "http.request", "body": b" ", "more_body": True}
+
+    request = Request({"type": "http", "method": "POST", "path": "/", "headers": []}, receive)
+    with pytest.raises(RequestTimeout, match=r"within 0\.05 seconds"):
+        await request.read(1024)
