@@ -290,7 +290,10 @@ async def test_a_thinking_budget() -> None:
         assert params.think_end_id == ids("</think>")[0]
         await client.chat(reasoning_max_tokens=5, max_tokens=3)
         assert client.engine.requests[-1].params.thinking_budget is None
-        await client.chat(reasoning_max_tokens=1, max_tokens=1)
+        # Where max_tokens ends the answer first, nothing is forced.
+        await client.chat(reasoning_max_tokens=3, max_tokens=3)
+        assert client.engine.requests[-1].params.thinking_budget is None
+        await client.chat(reasoning_max_tokens=1, max_tokens=9)
         assert client.engine.requests[-1].params.thinking_budget == 0
         await client.chat()
         assert client.engine.requests[-1].params.thinking_budget is None
