@@ -21,6 +21,7 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/installed: $(VENV)/bin/python $(SOURCES)
+	@echo "installing fdserve into $(VENV) and building its kernels: a minute or two"
 	$(BIN)/python -m pip install --quiet '.[cpu]'
 	@touch $@
 

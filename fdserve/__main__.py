@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
@@ -19,6 +20,7 @@ import fdserve
 from fdserve.app import App, Build, configure_logging, create_app
 from fdserve.config import Config
 from fdserve.errors import StartupError
+from fdserve.http import hypercorn_fixes
 from fdserve.server import build
 
 log = logging.getLogger("fdserve")
@@ -41,7 +43,15 @@ def main(argv: Sequence[str] | None = None, build: Build = build) -> int:
         return 1
     configure_logging(config)
     logging.getLogger("hypercorn.error").setLevel(logging.WARNING)
+    hypercorn_fixes.apply()
+    _raise_descriptor_limit()
     return trio.run(_Launcher(config, create_app(config, build), sock).run)
+
+
+def _raise_descriptor_limit() -> None:
+    """As many connections as the system lets the process have: the usual soft limit is 1024."""
+    _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -225,7 +225,8 @@ class _Answer:
 
     def _events(self, choice: Choice, piece: Piece) -> bytes:
         """The piece as chunks: reasoning, then content, then the end; nothing where there is nothing to tell."""
-        deltas = [Delta(reasoning_content=piece.reasoning)] if piece.reasoning else []
+        # Content is never left out: clients print it without looking, as FastDeploy's own example does.
+        deltas = [Delta(content="", reasoning_content=piece.reasoning)] if piece.reasoning else []
         if piece.content:
             deltas.append(Delta(content=piece.content))
         wants_ids = bool(self._request.return_token_ids)
@@ -243,7 +244,7 @@ class _Answer:
             chunks.append(
                 ChatChunkChoice(
                     index=choice.index,
-                    delta=Delta(),
+                    delta=Delta(content=""),
                     finish_reason=piece.finish_reason,
                     stop_reason=choice.stop_reason,
                     arrival_time=choice.arrival_time,

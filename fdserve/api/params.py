@@ -22,6 +22,7 @@ R = TypeVar("R", bound=GenerationRequest)
 
 MIN_TEMPERATURE = 1e-5  # below it sampling is greedy, as in FastDeploy
 MIN_TOP_P = 1e-5
+MAX_STOP_CHARACTERS = 16_384
 
 # Fields that OpenAI does not have; a client may also put them into chat_template_kwargs.
 EXTRA_FIELDS = frozenset(
@@ -104,8 +105,12 @@ def check_token_ids(token_ids: Sequence[int], server: Server, param: str) -> Non
 
 
 def stop_strings(request: GenerationRequest) -> list[str]:
-    """The stop strings as a list."""
-    return [request.stop] if isinstance(request.stop, str) else list(request.stop or ())
+    """The stop strings as a list. Raises InvalidRequest if matching them would hold up other requests."""
+    stops = [request.stop] if isinstance(request.stop, str) else list(request.stop or ())
+    if sum(map(len, stops)) > MAX_STOP_CHARACTERS:
+        message = f"The stop strings have more than {MAX_STOP_CHARACTERS} characters together."
+        raise InvalidRequest(message, param="stop")
+    return stops
 
 
 def sampling_params(

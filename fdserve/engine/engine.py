@@ -107,6 +107,13 @@ class Engine:
                         except RankError as error:
                             self._lose(error)  # before the ranks are stopped, which may take time
                             raise
+                        except Exception as error:
+                            logger.exception("a defect in the engine's loop")
+                            lost = RankError(f"the engine failed with {type(error).__name__}")
+                            self._lose(lost)
+                            # Whatever waits may be what it fails on.
+                            self._fail_all(Unavailable(f"The request was lost: {lost}."))
+                            raise lost from error
                 except RankError as error:
                     if self._scheduler is None:
                         raise StartupError(str(error)) from error
@@ -164,6 +171,7 @@ class Engine:
             self.max_model_len = self._scheduler.max_model_len
         if self.status != "draining":
             self.status, self.reason = "ready", ""
+        logger.info("the ranks are ready")
         self._was_ready.set()
 
     async def _serve(self, ranks: Ranks) -> None:
@@ -174,8 +182,8 @@ class Engine:
         while True:
             plan = scheduler.schedule()
             if plan is not None:
-                await ranks.send(plan)
                 self._mark_started(scheduler)
+                await ranks.send(plan)
             self._fan_out(outputs)
             outputs = []
             if plan is None:

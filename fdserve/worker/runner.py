@@ -108,5 +108,8 @@ def _num_blocks(load: Load, config: ModelConfig, bytes_per_block: int) -> int:
             f"{load.max_model_len}: give it more with --kv-cache-memory, or lower --max-model-len."
         )
     if num_blocks < 2:
-        raise StartupError("The KV cache would hold less than two blocks: give it more with --kv-cache-memory.")
+        raise StartupError(
+            "The KV cache would hold less than two blocks: give it more with --kv-cache-memory or "
+            "--num-gpu-blocks-override."
+        )
     return num_blocks

@@ -74,7 +74,7 @@ async def test_a_stream() -> None:
         assert [e["choices"][0]["delta"] for e in events] == [
             {"role": "assistant", "content": ""},
             *({"content": letter} for letter in "Hello"),
-            {},
+            {"content": ""},
         ]
         assert [e["choices"][0]["finish_reason"] for e in events] == [None] * 6 + ["stop"]
         assert len({(e["id"], e["created"], e["model"], e["object"]) for e in events}) == 1
@@ -278,7 +278,9 @@ async def test_thinking_in_a_stream_comes_first() -> None:
     async with serving(FakeEngine(say(text)), config, template="<think>") as client:
         events = (await client.chat(stream=True, return_token_ids=True)).events
         deltas = [list(e["choices"][0]["delta"]) for e in events]
-        assert deltas[1:] == [["reasoning_content", "completion_token_ids"], ["content"], []]
+        assert deltas[1:] == [["content", "reasoning_content", "completion_token_ids"], ["content"], ["content"]]
+        # Whoever prints the content of every delta prints the answer and nothing else.
+        assert "".join(e["choices"][0]["delta"]["content"] for e in events) == "Yes."
 
 
 async def test_a_thinking_budget() -> None:
@@ -374,3 +376,11 @@ async def test_streaming_says_the_same(seed: int) -> None:
             "finish_reason": whole["finish_reason"],
             "stop_reason": whole["stop_reason"],
         }
+
+
+async def test_stop_strings_that_would_hold_up_others_are_refused() -> None:
+    async with serving() as client:
+        response = await client.chat(stop=["x" * 8192, "y" * 8193])
+        assert response.status == 400
+        assert response.error["param"] == "stop"
+        assert (await client.chat(stop=["x" * 8192, "y" * 8192])).status == 200

@@ -7,8 +7,10 @@ import json
 import os
 import re
 import signal
+import socket
 import time
 from collections.abc import Iterator
+from random import Random
 from typing import Any
 
 import openai
@@ -177,9 +179,28 @@ def test_a_prompt_that_is_too_long(client: openai.OpenAI) -> None:
 def test_a_client_that_leaves_frees_its_blocks(server: ServerProcess) -> None:
     sock = server.open("Once upon a time", stream=True, max_tokens=900, ignore_eos=True)
     read_until(sock, b'"text"')
-    assert blocks_used(server) > 0
+    assert metric(server, "kv_blocks_used") > 0
     sock.close()
-    assert until(lambda: blocks_used(server) == 0) < 1.0
+    assert until(lambda: metric(server, "kv_blocks_used") == 0) < 1.0
+
+
+@pytest.mark.parametrize("half_closed", [False, True])
+def test_clients_that_leave_at_any_moment_leave_nothing_behind(server: ServerProcess, half_closed: bool) -> None:
+    restarts = metric(server, "rank_restarts_total")
+    random = Random(5)
+
+    def come_and_go(_: int) -> None:
+        sock = server.open("a", stream=True, max_tokens=60)
+        if half_closed:
+            sock.shutdown(socket.SHUT_WR)
+        time.sleep(0.006 * random.random())
+        sock.close()
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        list(pool.map(come_and_go, range(400)))
+    until(lambda: metric(server, "kv_blocks_used") == 0)
+    assert metric(server, "rank_restarts_total") == restarts
+    assert server.post("Chunked prefill is", max_tokens=3)[0] == 200
 
 
 def test_many_clients_at_once_get_what_they_get_alone(server: ServerProcess) -> None:
@@ -194,11 +215,11 @@ def test_many_clients_at_once_get_what_they_get_alone(server: ServerProcess) -> 
         together = list(pool.map(answer, questions))
     assert together[:4] == alone
     assert sum(str(4 * a + 7) in text for a, text in zip(range(10, 42), together, strict=True)) >= 30
-    until(lambda: blocks_used(server) == 0)
+    until(lambda: metric(server, "kv_blocks_used") == 0)
 
 
-def blocks_used(server: ServerProcess) -> int:
-    match = re.search(rb"^fdserve_kv_blocks_used (\d+)", server.get("/metrics")[1], re.MULTILINE)
+def metric(server: ServerProcess, name: str) -> int:
+    match = re.search(rf"^fdserve_{name} (\d+)", server.get("/metrics")[1].decode(), re.MULTILINE)
     assert match is not None
     return int(match[1])
 

@@ -158,6 +158,39 @@ async def test_cancelling_a_receive_loses_nothing() -> None:
         assert tokens == expected_output(request, 64)
 
 
+async def test_a_request_may_be_cancelled_while_its_first_plan_is_sent() -> None:
+    ranks = FakeRanks()
+    async with serving(ranks) as engine:
+        generation = engine.submit(make_request([1]))
+        ranks.before_step = lambda plan: generation.cancel()
+        _, last = await drain(generation)
+        assert last.finish_reason == "cancelled"
+        ranks.before_step = lambda plan: None
+        with engine.submit(make_request([2])) as other:
+            _, last = await drain(other)
+        assert last.finish_reason == "length"
+        assert engine.stats().rank_restarts == 0
+
+
+async def test_a_defect_in_the_loop_costs_the_requests_and_not_the_server(caplog: pytest.LogCaptureFixture) -> None:
+    ranks = FakeRanks()
+
+    def fail_once(plan: Plan) -> None:
+        if ranks.starts == 1:
+            raise KeyError("a defect")
+
+    ranks.before_step = fail_once
+    async with serving(ranks) as engine:
+        with engine.submit(make_request([1])) as generation:
+            _, last = await drain(generation)
+        assert isinstance(last.error, Unavailable)
+        assert "defect" in caplog.text
+        await wait_until(lambda: engine.status == "ready")
+        with engine.submit(make_request([1])) as generation:
+            _, last = await drain(generation)
+        assert last.finish_reason == "length"
+
+
 async def test_a_full_queue_refuses() -> None:
     ranks = FakeRanks()
     ranks.step_seconds = 0.01
