@@ -10,6 +10,7 @@ from pathlib import Path
 
 from fdserve.config import Config
 from fdserve.engine.engine import Engine, Ranks
+from fdserve.engine.machine import available_cores, available_memory
 from fdserve.engine.scheduler import Scheduler
 from fdserve.errors import StartupError
 from fdserve.executor.executor import open_executor
@@ -20,6 +21,7 @@ from fdserve.ops.library import KERNELS_MISSING, kernels_path
 logger = logging.getLogger("fdserve")
 
 MAX_DEFAULT_CACHE_BYTES = 4 << 30
+"""The KV cache takes a quarter of the memory that is available unless told otherwise, and no more than this."""
 
 
 def create_engine(config: Config, directory: Path, model: ModelConfig) -> Engine:
@@ -40,10 +42,10 @@ def create_engine(config: Config, directory: Path, model: ModelConfig) -> Engine
         dtype=config.dtype,
         block_size=config.block_size,
         num_blocks=config.num_gpu_blocks_override,
-        kv_cache_bytes=config.kv_cache_bytes or default_cache_bytes() // ranks,
+        kv_cache_bytes=config.kv_cache_bytes or min(available_memory() // 4, MAX_DEFAULT_CACHE_BYTES) // ranks,
         max_num_seqs=config.max_num_seqs,
         max_model_len=config.max_model_len,
-        num_threads=config.num_threads or max(1, len(os.sched_getaffinity(0)) // ranks),
+        num_threads=config.num_threads or max(1, available_cores() // ranks),
         parent=os.getpid(),
     )
 
@@ -74,16 +76,6 @@ def create_engine(config: Config, directory: Path, model: ModelConfig) -> Engine
         )
 
     return Engine(open_ranks, make_scheduler, max_requests=config.max_concurrency, step_timeout=config.step_timeout)
-
-
-def default_cache_bytes() -> int:
-    """A quarter of the memory that is available now, 4 GiB at most."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        available = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration, ValueError):
-        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return min(available // 4, MAX_DEFAULT_CACHE_BYTES)
 
 
 class LoadingLog:
