@@ -102,6 +102,14 @@ class Unavailable(ServerError):
     code = "unavailable"
 
 
+class SlowReader(ServerError):
+    """The client read so slowly that its request was ended."""
+
+    status = 503
+    type = "server_error"
+    code = "slow_reader"
+
+
 class InternalError(ServerError):
     """A defect of the server; the message never holds a traceback."""
 

@@ -14,7 +14,6 @@ from fdserve.api.metrics import Metrics
 from fdserve.api.params import EXTRA_FIELDS
 from fdserve.config import Config
 from fdserve.engine.engine import EngineStats
-from fdserve.engine.output import SlowReader
 from fdserve.errors import ServerError
 from fdserve.protocol.chat import ChatMessage, ChatRequest
 from fdserve.protocol.completion import CompletionRequest
@@ -95,7 +94,7 @@ def test_the_extension_fields_are_listed() -> None:
 def test_every_error_is_documented() -> None:
     table = section(PROTOCOL, "## Errors")
     kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, ServerError)]
-    for kind in (*kinds, SlowReader):
+    for kind in kinds:
         if kind not in (ServerError, errors.NotFound):  # the latter always says what was not found
             assert f"| {kind.status} | `{kind.type}` | `{kind.code}` |" in table
     sources = [path.read_text() for path in (ROOT / "fdserve").rglob("*.py")]

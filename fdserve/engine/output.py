@@ -8,17 +8,9 @@ from types import TracebackType
 import anyio
 
 from fdserve.engine.request import TokenDelta
-from fdserve.errors import ServerError, Unavailable
+from fdserve.errors import SlowReader, Unavailable
 
 MAX_PENDING_DELTAS = 4096
-
-
-class SlowReader(ServerError):
-    """The reader fell so far behind that its request was ended."""
-
-    status = 503
-    type = "server_error"
-    code = "slow_reader"
 
 
 class Generation:

@@ -10,10 +10,10 @@ import anyio
 import pytest
 
 from fdserve.engine.engine import Engine
-from fdserve.engine.output import MAX_PENDING_DELTAS, Generation, SlowReader
+from fdserve.engine.output import MAX_PENDING_DELTAS, Generation
 from fdserve.engine.request import TokenDelta
 from fdserve.engine.scheduler import Scheduler
-from fdserve.errors import Overloaded, RankError, StartupError, Unavailable
+from fdserve.errors import Overloaded, RankError, SlowReader, StartupError, Unavailable
 from fdserve.executor.wire import Plan, Ready, StepResult
 from tests.engine.simulation import SimulatedRank, expected_output, make_request
 
