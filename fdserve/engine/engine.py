@@ -102,18 +102,7 @@ class Engine:
                     async with self._open_ranks() as ranks:
                         self._begin(ranks.ready)
                         failures = 0
-                        try:
-                            await self._serve(ranks)
-                        except RankError as error:
-                            self._lose(error)  # before the ranks are stopped, which may take time
-                            raise
-                        except Exception as error:
-                            logger.exception("a defect in the engine's loop")
-                            lost = RankError(f"the engine failed with {type(error).__name__}")
-                            self._lose(lost)
-                            # Whatever waits may be what it fails on.
-                            self._fail_all(Unavailable(f"The request was lost: {lost}."))
-                            raise lost from error
+                        await self._serve_until_lost(ranks)
                 except RankError as error:
                     if self._scheduler is None:
                         raise StartupError(str(error)) from error
@@ -173,6 +162,24 @@ class Engine:
             self.status, self.reason = "ready", ""
         logger.info("the ranks are ready")
         self._was_ready.set()
+
+    async def _serve_until_lost(self, ranks: Ranks) -> None:
+        """Serve; when RankError ends it, what ran was told already: stopping the ranks may take time.
+
+        A defect in the loop counts as lost ranks: it must cost requests, not the server.
+        """
+        try:
+            await self._serve(ranks)
+        except RankError as error:
+            self._lose(error)
+            raise
+        except Exception as defect:
+            logger.exception("a defect in the engine's loop")
+            error = RankError(f"the engine failed with {type(defect).__name__}")
+            self._lose(error)
+            # Whatever waits may be what it fails on.
+            self._fail_all(Unavailable(f"The request was lost: {error}."))
+            raise error from defect
 
     async def _serve(self, ranks: Ranks) -> None:
         """Step for ever; RankError ends it."""
