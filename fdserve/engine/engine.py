@@ -175,11 +175,11 @@ class Engine:
             raise
         except Exception as defect:
             logger.exception("a defect in the engine's loop")
-            error = RankError(f"the engine failed with {type(defect).__name__}")
-            self._lose(error)
+            lost = RankError(f"the engine failed with {type(defect).__name__}")
+            self._lose(lost)
             # Whatever waits may be what it fails on.
-            self._fail_all(Unavailable(f"The request was lost: {error}."))
-            raise error from defect
+            self._fail_all(Unavailable(f"The request was lost: {lost}."))
+            raise lost from defect
 
     async def _serve(self, ranks: Ranks) -> None:
         """Step for ever; RankError ends it."""
