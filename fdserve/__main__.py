@@ -11,6 +11,7 @@ import socket
 import sys
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import hypercorn.config
 import hypercorn.trio
@@ -94,7 +95,9 @@ class _Launcher:
             nursery.start_soon(self._watch_engine)
             nursery.start_soon(self._announce)
             try:
-                await hypercorn.trio.serve(self._app, self._hypercorn(), shutdown_trigger=self._stopping.wait)  # type: ignore[arg-type]
+                # Hypercorn types its applications' messages by structs of its own, where ASGI has plain dictionaries.
+                app: Any = self._app
+                await hypercorn.trio.serve(app, self._hypercorn(), shutdown_trigger=self._stopping.wait)
             except Exception:
                 if self._app.failure is None:
                     raise

@@ -56,11 +56,14 @@ async def open_executor(
     """
     async with AsyncExitStack() as stack:
         ranks = []
-        with connected(load, slot_bytes) as loads:
-            for each in loads:
-                rank = await RankProcess.start(each)
-                stack.push_async_callback(rank.stop)
-                ranks.append(rank)
+        try:
+            with connected(load, slot_bytes) as loads:
+                for each in loads:
+                    rank = await RankProcess.start(each)
+                    stack.push_async_callback(rank.stop)
+                    ranks.append(rank)
+        except OSError as error:  # no descriptors, processes or memory left: that may pass
+            raise RankError(f"the ranks cannot be started: {error.strerror}") from error
         ready = [await _loaded(rank, on_loading) for rank in ranks]
         yield Executor(ranks, ready[0])
 

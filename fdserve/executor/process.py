@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import anyio
+import msgspec
 from anyio.abc import UNIXSocketStream
 
 from fdserve.errors import RankError
@@ -45,7 +46,10 @@ class RankProcess:
 
     @classmethod
     async def start(cls, load: Load) -> RankProcess:
-        """Start the process and tell it what to load; `receive` then gives its progress."""
+        """Start the process and tell it what to load; `receive` then gives its progress.
+
+        Raises OSError if the system has no process to give. When cancelled, no process is left.
+        """
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         with theirs:
             # A session of its own: a Ctrl-C in the terminal is for the API process, which then stops the ranks.
@@ -58,7 +62,11 @@ class RankProcess:
                 env=_environment(),
             )
         rank = cls(load.rank, process, await UNIXSocketStream.from_socket(ours))
-        await rank.send(encode_frame(load))
+        try:
+            await rank.send(encode_frame(load))
+        except BaseException:
+            await rank.stop()
+            raise
         return rank
 
     @property
@@ -101,7 +109,10 @@ class RankProcess:
                 raise await self._gone() from error
         body = bytes(self._buffer[HEADER.size : end])
         del self._buffer[:end]
-        return decode_from_rank(body)
+        try:
+            return decode_from_rank(body)
+        except msgspec.DecodeError as error:
+            raise RankError(f"rank {self.rank} sent a frame that cannot be read: {error}") from error
 
     def _frame_end(self) -> int | None:
         """Where the first frame in the buffer ends, or None while it is not whole."""

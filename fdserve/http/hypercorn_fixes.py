@@ -32,4 +32,5 @@ class PromptlyClosingServer(TCPServer):
 
 def apply() -> None:
     """Have hypercorn's trio server use them."""
+    # Where its `serve` looks the class up; the name is not one that the module exports.
     hypercorn.trio.run.TCPServer = PromptlyClosingServer  # type: ignore[attr-defined]

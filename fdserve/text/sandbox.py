@@ -298,10 +298,10 @@ class _Rewriter(NodeTransformer):
         ]
         return node
 
-    def _ticked_body(self, node: Any) -> nodes.Node:
+    def _ticked_body(self, node: nodes.Macro | nodes.CallBlock | nodes.Block) -> nodes.Node:
         self.generic_visit(node)
         node.body.insert(0, nodes.Output([_ticked(0, node.lineno)], lineno=node.lineno))
-        return node  # type: ignore[no-any-return]
+        return node
 
     visit_Macro = visit_CallBlock = visit_Block = _ticked_body
 

@@ -29,9 +29,9 @@ def test_it_serves_within_memory(checkpoint: Path) -> None:
         until(lambda: server.get("/health")[0] == 200, 60)
         prompt = list(range(1000, 1700))
         fields = {"temperature": 0, "max_tokens": 8, "ignore_eos": True, "logprobs": 2, "return_token_ids": True}
-        status, cold = server.post(prompt, **fields)  # type: ignore[arg-type]
+        status, cold = server.post(prompt, **fields)
         assert status == 200
-        _, warm = server.post(prompt, **fields)  # type: ignore[arg-type]
+        _, warm = server.post(prompt, **fields)
         first, second = json.loads(cold), json.loads(warm)
         assert len(first["choices"][0]["completion_token_ids"]) == 8
         assert second["choices"][0]["completion_token_ids"] == first["choices"][0]["completion_token_ids"]

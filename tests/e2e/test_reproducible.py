@@ -29,7 +29,7 @@ SAMPLING = {"max_tokens": 40, "seed": 7, "temperature": 0.0, "logprobs": 5}
 
 @asynccontextmanager
 async def serving(checkpoint: Path = CHECKPOINT, **settings: int | bool) -> AsyncIterator[Engine]:
-    config = Config(**{"max_model_len": 512, "max_num_seqs": 32, "block_size": 16, **settings})  # type: ignore[arg-type]
+    config = Config(**{"max_model_len": 512, "max_num_seqs": 32, "block_size": 16, **settings})
     engine = create_engine(config, checkpoint, check_checkpoint(checkpoint))
     with anyio.fail_after(120):
         async with anyio.create_task_group() as group:
@@ -44,7 +44,7 @@ def prompt() -> list[int]:
 
 
 async def generate(engine: Engine, ids: list[int], **changes: float) -> Output:
-    params = SamplingParams(**{**SAMPLING, **changes})  # type: ignore[arg-type]
+    params = SamplingParams(**{**SAMPLING, **changes})
     tokens: list[int] = []
     logprobs: list[TokenLogprobs] = []
     with engine.submit(Request(id="r", prompt=ids, params=params)) as generation:

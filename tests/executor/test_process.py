@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -94,6 +95,36 @@ async def test_a_cache_that_is_too_small_is_one_sentence(checkpoint: Path) -> No
     with anyio.fail_after(60), pytest.raises(RankError, match="--kv-cache-memory"):
         async with open_executor(make_load(checkpoint, num_blocks=0, kv_cache_bytes=4096), lambda loading: None):
             pass
+
+
+async def test_a_system_without_processes_to_give_is_a_lost_rank(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that the engine tries again, and does not end with it."""
+
+    def no_process(*_: object, **__: object) -> None:
+        raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(subprocess, "Popen", no_process)
+    with pytest.raises(RankError, match="cannot be started: Resource temporarily unavailable"):
+        async with open_executor(make_load(checkpoint), lambda loading: None):
+            pass
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("delay", [0.0, 0.005, 0.05, 0.5])
+async def test_a_start_that_is_cancelled_leaves_no_process(checkpoint: Path, ranks: int, delay: float) -> None:
+    with anyio.move_on_after(delay):
+        async with open_executor(make_load(checkpoint, world_size=ranks), lambda loading: None, slot_bytes=1 << 16):
+            await anyio.sleep(60)
+    assert rank_pids() == []
+
+
+def rank_pids() -> list[int]:
+    """This process's rank processes, zombies included."""
+    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    names = {pid: Path(f"/proc/{pid}/stat").read_text() for pid in children}
+    return [int(pid) for pid, stat in names.items() if "python" in stat]
 
 
 ORPHAN = """

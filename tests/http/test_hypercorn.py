@@ -28,11 +28,11 @@ def client(server: ServerProcess) -> Iterator[openai.OpenAI]:
 
 def test_openais_client(client: openai.OpenAI) -> None:
     messages = [{"role": "user", "content": "Hi"}]
-    chat = client.chat.completions.create(model="null", messages=messages, logprobs=True, top_logprobs=2, n=2)  # type: ignore[arg-type]
+    chat = client.chat.completions.create(model="null", messages=messages, logprobs=True, top_logprobs=2, n=2)
     assert [choice.message.content for choice in chat.choices] == ["Hello, world!"] * 2
     assert chat.choices[0].logprobs is not None
     assert len(chat.choices[0].logprobs.content or ()) == 13
-    stream = client.chat.completions.create(  # type: ignore[call-overload]
+    stream = client.chat.completions.create(
         model="null", messages=messages, stream=True, stream_options={"include_usage": True}, extra_body={"top_k": 5}
     )
     chunks = list(stream)
@@ -47,16 +47,16 @@ def test_openais_client(client: openai.OpenAI) -> None:
 def test_openais_client_on_errors(client: openai.OpenAI) -> None:
     messages = [{"role": "user", "content": "broken"}]
     with pytest.raises(openai.BadRequestError) as bad:
-        client.chat.completions.create(model="null", messages=[{"role": "user", "content": 5}])  # type: ignore[list-item,misc]
+        client.chat.completions.create(model="null", messages=[{"role": "user", "content": 5}])
     assert bad.value.param == "messages[0].content"
     with pytest.raises(openai.NotFoundError) as unknown:
-        client.chat.completions.create(model="gpt-4", messages=messages)  # type: ignore[arg-type]
+        client.chat.completions.create(model="gpt-4", messages=messages)
     assert unknown.value.code == "model_not_found"
     with pytest.raises(openai.InternalServerError):
-        client.chat.completions.create(model="null", messages=messages)  # type: ignore[arg-type]
+        client.chat.completions.create(model="null", messages=messages)
     text = ""
     with pytest.raises(openai.APIError, match="not a number"):  # noqa: PT012
-        for chunk in client.chat.completions.create(model="null", messages=messages, stream=True):  # type: ignore[arg-type]
+        for chunk in client.chat.completions.create(model="null", messages=messages, stream=True):
             text += chunk.choices[0].delta.content or ""
     assert text == "half an ans"
 

@@ -23,7 +23,7 @@ def make_rows(*states: tuple[list[int], list[int], SamplingParams]) -> Rows:
 
 
 def params(**changes: object) -> SamplingParams:
-    return SamplingParams(**{"max_tokens": 20, "seed": 1, "temperature": 0.0, "eos_token_ids": (EOS,), **changes})  # type: ignore[arg-type]
+    return SamplingParams(**{"max_tokens": 20, "seed": 1, "temperature": 0.0, "eos_token_ids": (EOS,), **changes})
 
 
 def run(rows: Rows, logits: np.ndarray) -> Sampled:
