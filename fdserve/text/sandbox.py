@@ -298,7 +298,7 @@ class _Rewriter(NodeTransformer):
         ]
         return node
 
-    def _ticked_body(self, node: nodes.Macro | nodes.CallBlock | nodes.Block) -> nodes.Node:
+    def _ticked_body(self, node: nodes.Macro | nodes.CallBlock | nodes.Block | nodes.For) -> nodes.Node:
         self.generic_visit(node)
         node.body.insert(0, nodes.Output([_ticked(0, node.lineno)], lineno=node.lineno))
         return node
