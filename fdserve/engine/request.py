@@ -2,15 +2,34 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Protocol
 
 import msgspec
 
 from fdserve.executor.wire import SamplingParams
 
-__all__ = ["FinishReason", "Request", "SamplingParams", "TokenDelta", "TokenLogprobs"]
+__all__ = ["Constraint", "FinishReason", "Request", "SamplingParams", "TokenDelta", "TokenLogprobs"]
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
+
+
+class Constraint(Protocol):
+    """What may come next in one output, by its ids so far: a grammar's state, say.
+
+    Used by one thread at a time, never the event loop's. The methods raise InvalidRequest when the constraint cannot
+    go on (it is too costly, or a token broke it); that ends the request and nothing else.
+    """
+
+    @property
+    def finished(self) -> bool:
+        """Whether the output is complete and nothing may follow but the end."""
+
+    def advance(self, token_id: int) -> None:
+        """Take the next token of the output, an eos or stop id excepted."""
+
+    def mask(self) -> bytes | None:
+        """The ids allowed next as little-endian bits (bit i % 8 of byte i // 8), `vocab_size` of them rounded up to
+        whole uint32 words, eos ids included where the output may end; None where anything may come."""
 
 
 class Request(msgspec.Struct, kw_only=True):
@@ -23,10 +42,12 @@ class Request(msgspec.Struct, kw_only=True):
     """Lower runs first; equal priorities run in order of arrival."""
     cache_salt: str = ""
     """Prefix blocks are shared only between requests with the same salt."""
+    constraint: Constraint | None = None
+    """Of this request alone; it has seen no token yet."""
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True):
-    """Raw log-probabilities at one position."""
+    """Log-probabilities at one position."""
 
     logprob: float
     """Of the sampled token."""
@@ -44,6 +65,8 @@ class TokenDelta(msgspec.Struct):
 
     token_ids: list[int]
     logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    """Once, with or before the first token, where asked: of each token of the prompt but the first."""
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
     error: Exception | None = None

@@ -22,6 +22,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     """
 
     max_tokens: int
+    """0 computes the prompt and generates nothing."""
     seed: int
     min_tokens: int = 0
     temperature: float = 1.0
@@ -44,6 +45,20 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     think_end_ids: tuple[int, ...] = ()
     """What is forced; `think_end_id` is among them."""
     think_end_id: int = -1
+    answer_limit: int | None = None
+    """The most tokens after `think_end_id`; None for no such limit. Counts from the first token where that is -1."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """(id, what is added to its logit)"""
+    allowed_token_ids: tuple[int, ...] = ()
+    """No other ids can be chosen; empty for all."""
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    """Sequences of ids that never come out: the last id of one has no chance after the others."""
+    prompt_logprobs: int | None = None
+    """As `logprobs`, for every token of the prompt but the first."""
+    temp_scaled_logprobs: bool = False
+    """Logprobs are of the logits divided by the temperature."""
+    top_p_normalized_logprobs: bool = False
+    """Logprobs are of the distribution cut to the top_p set and normalized again."""
 
     @property
     def needs_history(self) -> bool:
