@@ -74,6 +74,14 @@ class RequestTimeout(ServerError):
     code = "request_timeout"
 
 
+class RequestCancelled(ServerError):
+    """The client cancelled the request by its id while it was being answered."""
+
+    status = 409
+    type = "invalid_request_error"
+    code = "request_cancelled"
+
+
 class PayloadTooLarge(ServerError):
     """The request body is over the size limit."""
 

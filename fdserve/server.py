@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,12 +29,47 @@ DEMO_NAME = "fdserve-demo"
 TOKENIZING_THREADS = 2
 
 
+class RunningRequests:
+    """The requests that are being answered, by the names that a client may cancel them by.
+
+    Clients choose some of the names, so several requests may share one; to cancel it cancels them all.
+    """
+
+    def __init__(self) -> None:
+        self._cancels: dict[str, list[Callable[[], None]]] = {}
+
+    @contextmanager
+    def register(self, ids: Iterable[str], cancel: Callable[[], None]) -> Iterator[None]:
+        """Inside the block, the request can be cancelled by each of the ids.
+
+        `cancel` must not wait, and may be called more than once. Its request then ends with RequestCancelled.
+        """
+        names = set(ids)
+        for name in names:
+            self._cancels.setdefault(name, []).append(cancel)
+        try:
+            yield
+        finally:
+            for name in names:
+                self._cancels[name].remove(cancel)
+                if not self._cancels[name]:
+                    del self._cancels[name]
+
+    def cancel(self, id: str) -> bool:
+        """Cancel what runs under this id; False if nothing does."""
+        cancels = list(self._cancels.get(id, ()))
+        for cancel in cancels:
+            cancel()
+        return bool(cancels)
+
+
 @dataclass
 class Server:
     """One loaded model and its engine.
 
     `model_name` is what responses call the model; `model_names` all that requests may call it. `created` is in
-    seconds since the epoch. `tokenizing` bounds the threads that long prompts are tokenized in.
+    seconds since the epoch. `tokenizing` bounds the threads that long prompts are tokenized in. `running` has what
+    POST /v1/requests/{id}/cancel can end.
     """
 
     config: Config
@@ -47,6 +84,7 @@ class Server:
     model_names: frozenset[str]
     created: int = field(default_factory=lambda: int(time.time()))
     tokenizing: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(TOKENIZING_THREADS))
+    running: RunningRequests = field(default_factory=RunningRequests)
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
