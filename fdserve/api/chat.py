@@ -1,26 +1,12 @@
-"""POST /v1/chat/completions."""
+"""POST /v1/chat/completions, and what other endpoints that lead to a chat need of it."""
 
 from __future__ import annotations
 
-import time
-import uuid
-from typing import Any
-
-import anyio
 import msgspec
 
-from fdserve.api.generation import (
-    Choice,
-    Piece,
-    collect_all,
-    for_each,
-    new_choice,
-    off_loop_if_long,
-    submitted,
-    usage,
-    wants_usage,
-)
-from fdserve.api.logprobs import chat_logprobs
+from fdserve.api.chat_answer import ChatAnswer
+from fdserve.api.conversation import template_message
+from fdserve.api.generation import Choice, new_choice, off_loop_if_long, submitted
 from fdserve.api.params import (
     EXTRA_FIELDS,
     check_choices,
@@ -34,19 +20,8 @@ from fdserve.api.params import (
 from fdserve.engine.request import SamplingParams
 from fdserve.errors import InvalidRequest
 from fdserve.http.request import Request
-from fdserve.http.response import Reply, event
-from fdserve.protocol.chat import (
-    AssistantMessage,
-    ChatChoice,
-    ChatChunk,
-    ChatChunkChoice,
-    ChatCompletion,
-    ChatLogprobs,
-    ChatMessage,
-    ChatRequest,
-    Delta,
-)
-from fdserve.protocol.generation import OptionalUsage
+from fdserve.http.response import Reply
+from fdserve.protocol.chat import ChatRequest
 from fdserve.server import Server
 from fdserve.text.reasoning import starts_in_thinking
 
@@ -57,16 +32,35 @@ async def chat_completions(server: Server, http: Request, reply: Reply) -> None:
     """Generate the answer to a conversation. Cancelling it cancels the generation."""
     server.check_ready()
     request = read_request(http.body, ChatRequest)
-    check_request(request, server)
-    _check_chat(request, server)
-    prompt = await off_loop_if_long(server, len(http.body), lambda: _prompt_ids(request, server))
-    choices = _choices(request, server, http, prompt)
+    choices = await prepare_chat(request, server, http)
     with submitted(choices):
-        answer = _Answer(request, server, http, choices)
+        answer = ChatAnswer(request, server, http, choices)
         if request.stream:
             await answer.stream(reply)
         else:
             await answer.send(reply)
+
+
+async def prepare_chat(request: ChatRequest, server: Server, http: Request) -> list[Choice]:
+    """Check everything, render and tokenize the prompt, and make the choices, which nobody has submitted yet.
+
+    Raises NotFound for another model's name and InvalidRequest. Cancellation waits for a thread that tokenizes.
+    """
+    check_request(request, server)
+    _check_chat(request, server)
+    _, prompt = await off_loop_if_long(server, len(http.body), lambda: render_prompt(request, server))
+    return _choices(request, server, http, prompt)
+
+
+def render_prompt(request: ChatRequest, server: Server) -> tuple[str, list[int]]:
+    """The prompt's text and ids. Raises InvalidRequest. Long work: see `off_loop_if_long`."""
+    kwargs = {name: value for name, value in (request.chat_template_kwargs or {}).items() if name not in EXTRA_FIELDS}
+    if request.enable_thinking is not None:
+        kwargs["enable_thinking"] = request.enable_thinking
+    tools = request.tools if request.tool_choice != "none" else None
+    messages = [template_message(message, index) for index, message in enumerate(request.messages)]
+    text = server.template.render(messages, tools=tools or None, **kwargs)
+    return text, server.tokenizer.encode(text)
 
 
 def _check_chat(request: ChatRequest, server: Server) -> None:
@@ -81,38 +75,6 @@ def _check_chat(request: ChatRequest, server: Server) -> None:
     for name in _RESERVED_KWARGS:
         if name in (request.chat_template_kwargs or {}):
             raise InvalidRequest(f"chat_template_kwargs cannot set {name}.", param=f"chat_template_kwargs.{name}")
-
-
-def _prompt_ids(request: ChatRequest, server: Server) -> list[int]:
-    kwargs = {name: value for name, value in (request.chat_template_kwargs or {}).items() if name not in EXTRA_FIELDS}
-    if request.enable_thinking is not None:
-        kwargs["enable_thinking"] = request.enable_thinking
-    tools = request.tools if request.tool_choice != "none" else None
-    messages = [_message(message, index) for index, message in enumerate(request.messages)]
-    return server.tokenizer.encode(server.template.render(messages, tools=tools or None, **kwargs))
-
-
-def _message(message: ChatMessage, index: int) -> dict[str, Any]:
-    """The message as templates expect it: the text of its parts joined, no absent fields."""
-    result: dict[str, Any] = {
-        name: value for name, value in msgspec.structs.asdict(message).items() if value is not None
-    }
-    # Templates of the family know no developer: the role is OpenAI's newer word for the same thing.
-    if message.role == "developer":
-        result["role"] = "system"
-    if isinstance(message.content, list):
-        for at, part in enumerate(message.content):
-            if part.type != "text" or part.text is None:
-                raise InvalidRequest(
-                    f"Content of type {part.type[:200]!r} cannot be used: this model takes text only."
-                    if part.type != "text"
-                    else "A text part needs its text.",
-                    param=f"messages[{index}].content[{at}]",
-                )
-        result["content"] = "".join(part.text or "" for part in message.content)
-    else:
-        result["content"] = message.content or ""
-    return result
 
 
 def _choices(request: ChatRequest, server: Server, http: Request, prompt: list[int]) -> list[Choice]:
@@ -152,108 +114,3 @@ def _with_thinking_budget(params: SamplingParams, server: Server, budget: int) -
     # What is forced before the tag is thought, too.
     free = max(0, budget - forced.index(end))
     return msgspec.structs.replace(params, thinking_budget=free, think_end_ids=tuple(forced), think_end_id=end)
-
-
-class _Answer:
-    """One response, whole or as a stream of chunks."""
-
-    def __init__(self, request: ChatRequest, server: Server, http: Request, choices: list[Choice]) -> None:
-        self._request = request
-        self._server = server
-        self._http = http
-        self._choices = choices
-        self._id = f"chatcmpl-{uuid.uuid4().hex}"
-        self._created = int(time.time())
-        self._include_usage = wants_usage(request)
-
-    async def send(self, reply: Reply) -> None:
-        """Wait for every choice and send the completion."""
-        wholes = await collect_all(self._choices)
-        await reply.json(
-            ChatCompletion(
-                id=self._id,
-                created=self._created,
-                model=self._server.model_name,
-                choices=[self._choice(*pair) for pair in zip(self._choices, wholes, strict=True)],
-                usage=usage(self._choices, len(self._choices), self._http),
-            )
-        )
-
-    def _choice(self, choice: Choice, whole: Piece) -> ChatChoice:
-        assert whole.finish_reason is not None
-        message = AssistantMessage(content=whole.content, reasoning_content=whole.reasoning or None)
-        if self._request.return_token_ids:
-            message.prompt_token_ids = choice.prompt
-            message.completion_token_ids = whole.token_ids
-        return ChatChoice(
-            index=choice.index,
-            message=message,
-            logprobs=self._logprobs(whole),
-            finish_reason=whole.finish_reason,
-            stop_reason=choice.stop_reason,
-        )
-
-    def _logprobs(self, piece: Piece) -> ChatLogprobs | None:
-        return chat_logprobs(self._server.tokenizer, piece.logprobs) if self._request.logprobs else None
-
-    async def stream(self, reply: Reply) -> None:
-        """Send an event for whatever comes, as it comes: choices in turn, each in order."""
-        lock = anyio.Lock()
-
-        async def forward(choice: Choice) -> None:
-            finished = False
-            while not finished:
-                piece = await choice.next_piece()
-                finished = piece.finish_reason is not None
-                if data := self._events(choice, piece):
-                    async with lock:
-                        await reply.events(data)
-
-        await reply.start_events()
-        await reply.events(b"".join(self._opening(choice) for choice in self._choices))
-        try:
-            await for_each(self._choices, forward)
-        finally:
-            total = usage(self._choices, len(self._choices), self._http)
-        await reply.end_events(event(self._chunk([], total)) if self._include_usage else b"")
-
-    def _opening(self, choice: Choice) -> bytes:
-        delta = Delta(role="assistant", content="")
-        if self._request.return_token_ids:
-            delta.prompt_token_ids = choice.prompt
-        return event(self._chunk([ChatChunkChoice(index=choice.index, delta=delta)]))
-
-    def _events(self, choice: Choice, piece: Piece) -> bytes:
-        """The piece as chunks: reasoning, then content, then the end; nothing where there is nothing to tell."""
-        # Content is never left out: clients print it without looking, as FastDeploy's own example does.
-        deltas = [Delta(content="", reasoning_content=piece.reasoning)] if piece.reasoning else []
-        if piece.content:
-            deltas.append(Delta(content=piece.content))
-        wants_ids = bool(self._request.return_token_ids)
-        if not deltas and (piece.logprobs or (wants_ids and piece.token_ids)):
-            deltas.append(Delta(content=""))
-        chunks = [
-            ChatChunkChoice(index=choice.index, delta=delta, arrival_time=choice.arrival_time) for delta in deltas
-        ]
-        if chunks:
-            # The tokens of a piece are told once, whichever of its texts they belong to.
-            chunks[0].logprobs = self._logprobs(piece) if piece.logprobs else None
-            if wants_ids:
-                deltas[0].completion_token_ids = piece.token_ids
-        if piece.finish_reason is not None:
-            chunks.append(
-                ChatChunkChoice(
-                    index=choice.index,
-                    delta=Delta(content=""),
-                    finish_reason=piece.finish_reason,
-                    stop_reason=choice.stop_reason,
-                    arrival_time=choice.arrival_time,
-                )
-            )
-        return b"".join(event(self._chunk([chunk])) for chunk in chunks)
-
-    def _chunk(self, choices: list[ChatChunkChoice], total: OptionalUsage = None) -> ChatChunk:
-        chunk = ChatChunk(id=self._id, created=self._created, model=self._server.model_name, choices=choices)
-        if self._include_usage:
-            chunk.usage = total
-        return chunk

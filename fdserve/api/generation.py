@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import anyio
 from anyio import to_thread
@@ -29,6 +29,9 @@ from fdserve.server import Server
 from fdserve.text.reasoning import ReasoningFormat
 from fdserve.text.stream import TextStream
 
+if TYPE_CHECKING:
+    from fdserve.text.tools import ToolCallDelta
+
 T = TypeVar("T")
 
 LONG_TEXT = 16_384  # characters from which tokenizing would hold up the other requests noticeably
@@ -44,6 +47,7 @@ class Piece:
 
     reasoning: str = ""
     content: str = ""
+    tool_calls: list[ToolCallDelta] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[tuple[int, TokenLogprobs]] = field(default_factory=list)
     finish_reason: FinishReason | None = None

@@ -17,7 +17,7 @@ Probability = Annotated[float, Meta(ge=0.0, le=1.0)]
 TopLogprobs = Annotated[int, Meta(ge=0, le=20)]
 StopString = Annotated[str, Meta(min_length=1)]
 TokenIds = list[Count]
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "tool_calls"]
 
 
 class StreamOptions(msgspec.Struct, kw_only=True):
