@@ -47,7 +47,7 @@ async def prepare_chat(request: ChatRequest, server: Server, http: Request) -> l
     Raises NotFound for another model's name and InvalidRequest. Cancellation waits for a thread that tokenizes.
     """
     check_request(request, server)
-    _check_chat(request, server)
+    check_chat(request, server)
     _, prompt = await off_loop_if_long(server, len(http.body), lambda: render_prompt(request, server))
     return _choices(request, server, http, prompt)
 
@@ -63,7 +63,8 @@ def render_prompt(request: ChatRequest, server: Server) -> tuple[str, list[int]]
     return text, server.tokenizer.encode(text)
 
 
-def _check_chat(request: ChatRequest, server: Server) -> None:
+def check_chat(request: ChatRequest, server: Server) -> None:
+    """Raise InvalidRequest for what only a chat can have wrong."""
     if request.top_logprobs and not request.logprobs:
         raise InvalidRequest("top_logprobs needs logprobs to be true.", param="top_logprobs")
     check_logprobs(bool(request.logprobs), server)
