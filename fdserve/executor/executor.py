@@ -12,6 +12,7 @@ from msgspec.structs import replace
 from fdserve.errors import RankError
 from fdserve.executor.process import RankProcess
 from fdserve.executor.wire import Load, Loading, Plan, Ready, StepResult, encode_frame
+from fdserve.ops.collectives import shared_bytes
 
 
 class Executor:
@@ -80,7 +81,9 @@ def connected(load: Load, slot_bytes: int) -> Iterator[list[Load]]:
     with ExitStack() as stack:
         memory = os.memfd_create("fdserve-ranks")
         stack.callback(os.close, memory)
-        os.ftruncate(memory, 2 * load.world_size * slot_bytes)
+        slot_bytes = -(-slot_bytes // 64) * 64
+        os.ftruncate(memory, shared_bytes(load.world_size, slot_bytes))
+        load = replace(load, shared_memory=memory, slot_bytes=slot_bytes)
         loads = []
         ends = []
         for rank in range(1, load.world_size):
@@ -88,8 +91,8 @@ def connected(load: Load, slot_bytes: int) -> Iterator[list[Load]]:
             stack.enter_context(zero)
             stack.enter_context(other)
             ends.append(zero.fileno())
-            loads.append(replace(load, rank=rank, peers=(other.fileno(),), shared_memory=memory))
-        yield [replace(load, peers=tuple(ends), shared_memory=memory), *loads]
+            loads.append(replace(load, rank=rank, peers=(other.fileno(),)))
+        yield [replace(load, peers=tuple(ends)), *loads]
 
 
 async def _loaded(rank: RankProcess, on_loading: Callable[[Loading], None]) -> Ready:

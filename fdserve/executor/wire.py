@@ -92,7 +92,8 @@ class Load(msgspec.Struct, frozen=True, tag="load"):
     peers: tuple[int, ...] = ()
     """Descriptors of the socket pairs between the ranks: to each other rank on rank 0, to rank 0 on the others."""
     shared_memory: int = -1
-    """Descriptor of the memory that the ranks share."""
+    """Descriptor of the memory that the ranks share, with slots of `slot_bytes` each: see `ops.SharedMemory`."""
+    slot_bytes: int = 0
 
 
 class NewRow(msgspec.Struct, frozen=True, array_like=True):

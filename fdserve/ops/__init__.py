@@ -13,6 +13,7 @@ Importing this package imports neither paddle nor the compiled library: the firs
 
 from __future__ import annotations
 
+from fdserve.ops.collectives import SharedMemory
 from fdserve.ops.experts import moe
 from fdserve.ops.layers import add_rms_norm, embedding, linear, rms_norm, swiglu
 from fdserve.ops.library import KernelsMissing, compute_dtype, kernels_path, num_threads, set_num_threads
@@ -24,6 +25,7 @@ __all__ = [
     "KernelsMissing",
     "PackedExperts",
     "PackedWeight",
+    "SharedMemory",
     "add_rms_norm",
     "attention",
     "compute_dtype",

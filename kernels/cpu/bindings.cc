@@ -1,5 +1,5 @@
 // The operators as Paddle custom ops: checks, output tensors, and a call of the framework-free functions in kernels.h.
-// The only file that includes Paddle's headers. Ops are called eagerly, so no shape inference is declared.
+// Only the bindings include Paddle's headers. Ops are called eagerly, so no shape inference is declared.
 #include <new>
 #include <stdexcept>
 
