@@ -69,6 +69,9 @@ class Config:
     reasoning_parser: str = _setting(
         "", "NAME", "format of the model's reasoning, or none; empty to detect it from the checkpoint"
     )
+    tool_call_parser: str = _setting(
+        "", "NAME", "format of the model's tool calls, or none; empty to detect it from the checkpoint"
+    )
     chat_template: str = _setting("", "FILE|JINJA", "chat template; empty for the checkpoint's own")
     api_key: str = _setting("", "KEY[,KEY…]", "keys that clients must present; better given as a variable", secret=True)
     max_concurrency: int = _setting(

@@ -22,6 +22,7 @@ from fdserve.models.config import GenerationDefaults, ModelConfig, read_generati
 from fdserve.text.reasoning import ReasoningFormat, resolve_reasoning
 from fdserve.text.template import ChatTemplate, load_template
 from fdserve.text.tokenizer import Tokenizer, load_tokenizer
+from fdserve.text.tools import ToolFormat, resolve_tools
 
 log = logging.getLogger("fdserve")
 
@@ -78,6 +79,7 @@ class Server:
     tokenizer: Tokenizer
     template: ChatTemplate
     reasoning: ReasoningFormat | None
+    tools: ToolFormat | None
     defaults: GenerationDefaults
     metrics: Metrics
     model_name: str
@@ -92,6 +94,11 @@ class Server:
         if self.model.eos_token_ids or self.tokenizer.eos_token_id is None:
             return self.model.eos_token_ids
         return (self.tokenizer.eos_token_id,)
+
+    @property
+    def max_model_len(self) -> int:
+        """The longest sequence in tokens, prompt and completion: the checkpoint's own limit until the engine knows."""
+        return self.engine.max_model_len or self.model.max_position_embeddings
 
     def check_ready(self) -> None:
         """Raise Unavailable, with the reason, unless the engine takes requests."""
@@ -110,11 +117,18 @@ async def build(config: Config) -> Server:
     tokenizer = await to_thread.run_sync(load_tokenizer, directory, config.tokenizer_backend)
     template = load_template(tokenizer, config.chat_template or None)
     reasoning = resolve_reasoning(config.reasoning_parser or None, tokenizer, template.source)
+    tools = resolve_tools(config.tool_call_parser or None, tokenizer, template.source)
     from fdserve.engine.create import create_engine
 
     engine = create_engine(config, directory, model)
     name = config.served_model_name or _default_name(config, directory)
-    log.info("model %s from %s, reasoning %s", name, directory, reasoning.name if reasoning else "off")
+    log.info(
+        "model %s from %s, reasoning %s, tool calls %s",
+        name,
+        directory,
+        reasoning.name if reasoning else "off",
+        tools.name if tools else "off",
+    )
     return Server(
         config=config,
         engine=engine,
@@ -122,6 +136,7 @@ async def build(config: Config) -> Server:
         tokenizer=tokenizer,
         template=template,
         reasoning=reasoning,
+        tools=tools,
         defaults=read_generation_config(directory),
         metrics=Metrics(engine.stats),
         model_name=name,

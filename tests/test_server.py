@@ -10,6 +10,7 @@ from fdserve.config import Config
 from fdserve.errors import StartupError, Unavailable
 from fdserve.hub import DEMO
 from fdserve.server import DEMO_NAME, RunningRequests, build
+from fdserve.text.tools import ToolFormat
 
 ROOT = Path(__file__).parents[1]
 
@@ -28,12 +29,13 @@ async def test_the_demo() -> None:
 
 @pytest.mark.anyio
 async def test_names_and_parsers() -> None:
-    server = await build(Config(model=str(DEMO), reasoning_parser="none"))
-    assert (server.model_name, server.reasoning) == ("checkpoint", None)
+    server = await build(Config(model=str(DEMO), reasoning_parser="none", tool_call_parser="none"))
+    assert (server.model_name, server.reasoning, server.tools) == ("checkpoint", None, None)
     assert str(DEMO) in server.model_names
     named = await build(Config(model=str(DEMO), served_model_name="mine"))
     assert named.model_name == "mine"
     assert "checkpoint" not in named.model_names
+    assert named.tools == ToolFormat("ernie_x1")
 
 
 @pytest.mark.anyio
@@ -41,6 +43,7 @@ async def test_what_stops_the_start(tmp_path: Path) -> None:
     for config, message in (
         (Config(model=str(tmp_path)), "has no config.json"),
         (Config(reasoning_parser="nonsense"), "unknown reasoning parser 'nonsense'"),
+        (Config(tool_call_parser="nonsense"), "unknown tool call parser 'nonsense'"),
         (Config(chat_template="{% if %}"), "template"),
         (Config(max_model_len=10**9), "max-model-len"),
     ):

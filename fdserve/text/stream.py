@@ -9,6 +9,7 @@ from fdserve.text.detokenizer import Detokenizer
 from fdserve.text.reasoning import ReasoningFormat, ReasoningSplitter
 from fdserve.text.stop import StopStrings
 from fdserve.text.tokenizer import Tokenizer
+from fdserve.text.tools import ToolCallDelta
 
 
 class TextDelta(NamedTuple):
@@ -22,6 +23,7 @@ class TextDelta(NamedTuple):
     content: str
     stop_matched: str | None
     tokens_used: int
+    tool_calls: Sequence[ToolCallDelta] = ()
 
 
 class TextStream:

@@ -18,6 +18,7 @@ from fdserve.models.config import GenerationDefaults, ModelConfig
 from fdserve.server import Server, accepted_names
 from fdserve.text.reasoning import resolve_reasoning
 from fdserve.text.template import ChatTemplate
+from fdserve.text.tools import resolve_tools
 
 Script = Callable[[Request], AsyncIterator[TokenDelta]]
 
@@ -232,7 +233,7 @@ MODEL = ModelConfig(
 def make_server(
     engine: FakeEngine, config: Config, defaults: GenerationDefaults | None = None, template: str = TEMPLATE
 ) -> Server:
-    """A server over a fake engine; `config.reasoning_parser` works, "" meaning none."""
+    """A server over a fake engine; the parsers of `config` work, "" meaning none."""
     tokenizer = ByteTokenizer()
     return Server(
         config=config,
@@ -241,6 +242,7 @@ def make_server(
         tokenizer=tokenizer,
         template=ChatTemplate(template, tokenizer.special_tokens),
         reasoning=resolve_reasoning(config.reasoning_parser or "none", tokenizer, template),
+        tools=resolve_tools(config.tool_call_parser or "none", tokenizer, template),
         defaults=defaults or GenerationDefaults(),
         metrics=Metrics(engine.stats),
         model_name=config.served_model_name or "fake-model",

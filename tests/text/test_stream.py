@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from fdserve.text.detokenizer import decode
 from fdserve.text.reasoning import ReasoningFormat
-from fdserve.text.stream import TextStream
+from fdserve.text.stream import TextDelta, TextStream
 from fdserve.text.tokenizer import Tokenizer
 
 from .conftest import TAGS
@@ -100,41 +100,41 @@ def test_the_split_over_pushes_makes_no_difference(
 
 def test_stop_string_over_several_tokens_counts_the_tokens_up_to_it() -> None:
     stream = TextStream(TOY, stop=["ba"])
-    assert stream.push(TOY.encode("a")) == ("", "a", None, 1)
-    assert stream.push(TOY.encode("b")) == ("", "", None, 1)
+    assert stream.push(TOY.encode("a")) == TextDelta("", "a", None, 1)
+    assert stream.push(TOY.encode("b")) == TextDelta("", "", None, 1)
     ids = TOY.encode("a\nb")
-    assert stream.push(ids) == ("", "", "ba", 1)
-    assert stream.push(ids) == ("", "", None, 0)
-    assert stream.finish() == ("", "", None, 0)
+    assert stream.push(ids) == TextDelta("", "", "ba", 1)
+    assert stream.push(ids) == TextDelta("", "", None, 0)
+    assert stream.finish() == TextDelta("", "", None, 0)
 
 
 def test_stop_string_included() -> None:
     stream = TextStream(TOY, stop=["b\n"], include_stop_str_in_output=True)
-    assert stream.push(TOY.encode("ab\na")) == ("", "ab\n", "b\n", 2)
+    assert stream.push(TOY.encode("ab\na")) == TextDelta("", "ab\n", "b\n", 2)
 
 
 def test_held_back_text_comes_at_the_end() -> None:
     stream = TextStream(TOY, stop=["ab\n\na"])
     assert stream.push([TOKENS.index(b"ab"), TOKENS.index(EMOJI[:2])]).content == ""
-    assert stream.finish() == ("", "ab\ufffd", None, 0)
+    assert stream.finish() == TextDelta("", "ab\ufffd", None, 0)
 
 
 def test_stop_strings_are_looked_for_in_the_content_only() -> None:
     stream = TextStream(TOY, format=ERNIE_X1, thinking=True, stop=["b"])
     ids = TOY.encode("ab</think>\n<response>\nab\n</response>")
-    assert stream.push(ids) == ("ab", "a", "b", 6)
+    assert stream.push(ids) == TextDelta("ab", "a", "b", 6)
     assert stream.reasoning_tokens == 1
 
 
 def test_a_stop_string_can_be_completed_by_the_last_newline() -> None:
     stream = TextStream(TOY, format=ERNIE_X1, thinking=True, stop=["a\n"])
     assert stream.push(TOY.encode("</think><response>a\n")).content == ""
-    assert stream.finish() == ("", "", "a\n", 0)
+    assert stream.finish() == TextDelta("", "", "a\n", 0)
 
 
 def test_hidden_ids_never_show_and_are_no_reasoning() -> None:
     stream = TextStream(TOY, format=ERNIE_X1, thinking=True, skip_special_tokens=False, hidden=[EOS])
-    assert stream.push([*TOY.encode("a"), EOS]) == ("a", "", None, 2)
+    assert stream.push([*TOY.encode("a"), EOS]) == TextDelta("a", "", None, 2)
     assert stream.reasoning_tokens == 1
     assert TextStream(TOY, skip_special_tokens=False).push([EOS]).content == "</s>"
 
