@@ -6,22 +6,16 @@ import logging
 import os
 import sys
 from collections.abc import Awaitable, Callable
-from functools import partial
 
 import anyio
 
-from fdserve.api.chat import chat_completions
-from fdserve.api.completion import completions
-from fdserve.api.health import health, metrics
-from fdserve.api.models import PATH as MODELS
-from fdserve.api.models import list_models, retrieve_model
+from fdserve.api.routes import routes
+from fdserve.api.unserved import hints
 from fdserve.config import Config
 from fdserve.errors import StartupError
 from fdserve.http.asgi import Receive, Scope, Send
 from fdserve.http.middleware import Dispatcher
-from fdserve.http.request import Request
-from fdserve.http.response import Reply
-from fdserve.http.router import Route, Router
+from fdserve.http.router import Router
 from fdserve.server import Server, build
 
 log = logging.getLogger("fdserve")
@@ -96,8 +90,9 @@ class App:
             config = Config.load(None, os.environ)
             configure_logging(config)
         server = await self._build(config)
+        table = routes(server)
         self._dispatcher = Dispatcher(
-            Router(_routes(server)),
+            Router(table, hints({route.path for route in table})),
             api_keys=config.api_keys,
             max_concurrency=config.max_concurrency,
             max_request_bytes=config.max_request_bytes,
@@ -121,21 +116,6 @@ class App:
     def _fail(self, sentence: str) -> None:
         self.failure = sentence
         log.critical("%s", sentence)
-
-
-def _routes(server: Server) -> list[Route]:
-    def to(handler: Callable[[Server, Request, Reply], Awaitable[None]]) -> Callable[[Request, Reply], Awaitable[None]]:
-        return partial(handler, server)
-
-    return [
-        Route("POST", "/v1/chat/completions", to(chat_completions), counted=True),
-        Route("POST", "/v1/completions", to(completions), counted=True),
-        Route("GET", MODELS, to(list_models)),
-        Route("GET", MODELS + "/", to(retrieve_model)),
-        # Probes and scrapers come without keys; neither answer holds anything of a request.
-        Route("GET", "/health", to(health), public=True),
-        Route("GET", "/metrics", to(metrics), public=True),
-    ]
 
 
 def configure_logging(config: Config) -> None:

@@ -90,6 +90,14 @@ class PayloadTooLarge(ServerError):
     code = "request_too_large"
 
 
+class UnsupportedMediaType(ServerError):
+    """The request's body is not JSON by its own account."""
+
+    status = 415
+    type = "invalid_request_error"
+    code = "unsupported_media_type"
+
+
 class Overloaded(ServerError):
     """The queue is full: try again after `retry_after` seconds."""
 

@@ -8,8 +8,6 @@ from fdserve.http.response import Reply
 from fdserve.protocol.models import Model, ModelList
 from fdserve.server import Server
 
-PATH = "/v1/models"
-
 
 async def list_models(server: Server, request: Request, reply: Reply) -> None:
     """The one model that is served."""
@@ -18,7 +16,7 @@ async def list_models(server: Server, request: Request, reply: Reply) -> None:
 
 async def retrieve_model(server: Server, request: Request, reply: Reply) -> None:
     """The model by any of its names."""
-    name = request.path.removeprefix(PATH + "/")
+    name = request.path_parameters["model"]
     check_model(server, name)
     await reply.json(_model(server))
 
@@ -35,5 +33,5 @@ def _model(server: Server) -> Model:
         id=server.model_name,
         created=server.created,
         root=server.config.model or server.model_name,
-        max_model_len=server.engine.max_model_len or server.model.max_position_embeddings,
+        max_model_len=server.max_model_len,
     )

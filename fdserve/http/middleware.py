@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from fdserve.errors import InternalError, Overloaded, ServerError, Unauthorized
 from fdserve.http.asgi import Receive, Scope, Send
 from fdserve.http.errors import error_body, error_headers
+from fdserve.http.media_type import check_media_type
 from fdserve.http.request import ClientDisconnected, Request
 from fdserve.http.response import Reply, event
 from fdserve.http.router import Route, Router
@@ -51,9 +52,11 @@ class Dispatcher:
         endpoint = "other"
         try:
             try:
-                route = self._router.match(request.method, request.path)
+                route, request.path_parameters = self._router.match(request.method, request.path)
                 endpoint = route.path
                 self._authorize(route, request)
+                if route.body is not None:
+                    check_media_type(request.headers)
                 with self._counted(route):
                     await request.read(self._max_request_bytes)
                     await _answer(route, request, reply)

@@ -25,6 +25,7 @@ BODY_SECONDS = 60.0
 DISCARD_BYTES = 64 << 20
 DISCARD_SECONDS = 5.0
 
+_LONE_SURROGATE = re.compile(rb"(?<!\\)(?:\\\\)*\\u[dD][89abAB]..(?!\\u[dD][c-fC-F])")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
@@ -36,7 +37,8 @@ class Request:
     """One HTTP request.
 
     `id` is the client's X-Request-Id where that is fit to be echoed and logged, else a new one. `started` is
-    `time.monotonic()` at arrival. The token counts are for the access log; whoever knows them sets them.
+    `time.monotonic()` at arrival. `path_parameters` are those of the route. The token counts are for the access log;
+    whoever knows them sets them.
     """
 
     def __init__(self, scope: Scope, receive: Receive) -> None:
@@ -44,6 +46,7 @@ class Request:
         self.method: str = scope["method"]
         self.path: str = scope["path"]
         self.http_version: str = scope.get("http_version", "1.1")
+        self.path_parameters: dict[str, str] = {}
         self.headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
         given = self.headers.get("x-request-id", "")
         self.id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
@@ -138,9 +141,22 @@ def decode(body: bytes, decoder: msgspec.json.Decoder[T]) -> T:
     except msgspec.ValidationError as error:
         raise invalid_field(str(error)) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise InvalidRequest(f"The body is not valid JSON: {error}.", code="invalid_json") from None
+        raise InvalidRequest(f"The body is not valid JSON: {_flaw(body, error)}.", code="invalid_json") from None
     except RecursionError:
         raise InvalidRequest("The body is nested too deeply.", code="invalid_json") from None
+
+
+def _flaw(body: bytes, error: Exception) -> str:
+    """What is wrong with a body that cannot be decoded; msgspec gives some positions from a string's beginning only."""
+    if not body:
+        return "it is empty"
+    try:
+        body.decode("utf-8")
+    except UnicodeDecodeError as flaw:
+        return f"it is not UTF-8: {flaw.reason} (byte {flaw.start})"
+    if isinstance(error, msgspec.DecodeError) and (half := _LONE_SURROGATE.search(body)):
+        return f"a surrogate stands alone (byte {half.start()})"
+    return str(error)
 
 
 def _too_large(limit: int) -> PayloadTooLarge:

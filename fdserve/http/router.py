@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from fdserve.errors import MethodNotAllowed, NotFound
 from fdserve.http.request import Request
@@ -11,13 +13,18 @@ from fdserve.http.response import Reply
 
 Handler = Callable[[Request, Reply], Awaitable[None]]
 
+_PARAMETER = re.compile(r"\{(\w+)(:path)?\}")
+
 
 @dataclass(frozen=True)
 class Route:
-    """A handler and how requests reach it.
+    """A handler, how requests reach it, and what goes in and out, for the description of the API.
 
-    A `path` that ends in a slash stands for everything below it. A `public` route needs no key; a `counted` one
-    takes part in the limit on concurrent requests.
+    In a `path`, `{name}` stands for one segment and `{name:path}` for all that follows; `Request.path_parameters` has
+    what they matched. A `public` route needs no key; a `counted` one takes part in the limit on concurrent requests.
+    `body`, `answer` and `events` are the types of the JSON body that is read, of the answer with status 200 and of the
+    events of a stream: structs, unions of structs, or None where there is no JSON. A body is refused where its media
+    type says that it is something else.
     """
 
     method: str
@@ -25,13 +32,20 @@ class Route:
     handler: Handler
     public: bool = False
     counted: bool = False
+    body: Any = None
+    answer: Any = None
+    events: Any = None
 
 
 class Router:
-    """A fixed set of routes. GET routes answer HEAD too, and every path answers OPTIONS with its methods."""
+    """A fixed set of routes. GET routes answer HEAD too, and every path answers OPTIONS with its methods.
 
-    def __init__(self, routes: Iterable[Route]) -> None:
+    `hint` may say more about a path that is unknown.
+    """
+
+    def __init__(self, routes: Iterable[Route], hint: Callable[[str], str | None] = lambda path: None) -> None:
         self._paths: dict[str, dict[str, Route]] = {}
+        self._hint = hint
         for route in routes:
             methods = self._paths.setdefault(route.path, {})
             methods[route.method] = route
@@ -40,23 +54,37 @@ class Router:
         for path, methods in self._paths.items():
             allow = ", ".join([*methods, "OPTIONS"])
             methods["OPTIONS"] = Route("OPTIONS", path, _options(allow), public=True)
+        self._patterns = [(_pattern(path), methods) for path, methods in self._paths.items() if "{" in path]
 
-    def match(self, method: str, path: str) -> Route:
-        """The route; NotFound for an unknown path, MethodNotAllowed for a method that the path does not have."""
-        methods = self._paths.get(path) or self._below(path)
+    def match(self, method: str, path: str) -> tuple[Route, dict[str, str]]:
+        """The route and the path's parameters.
+
+        Raises NotFound for an unknown path, MethodNotAllowed for a method that the path does not have.
+        """
+        methods, parameters = self._find(path)
         if methods is None:
-            raise NotFound(f"Unknown path {path!r}.", code="unknown_url")
+            hint = self._hint(path)
+            raise NotFound(f"Unknown path {path[:200]!r}.{f' {hint}' if hint else ''}", code="unknown_url")
         route = methods.get(method)
         if route is None:
             allow = ", ".join(methods)
-            raise MethodNotAllowed(f"{path} takes {allow}, not {method}.", allow=allow)
-        return route
+            raise MethodNotAllowed(f"{path[:200]} takes {allow}, not {method[:200]}.", allow=allow)
+        return route, parameters
 
-    def _below(self, path: str) -> dict[str, Route] | None:
-        for prefix, methods in self._paths.items():
-            if prefix.endswith("/") and path.startswith(prefix) and len(path) > len(prefix):
-                return methods
-        return None
+    def _find(self, path: str) -> tuple[dict[str, Route] | None, dict[str, str]]:
+        if "{" not in path and path in self._paths:
+            return self._paths[path], {}
+        for pattern, methods in self._patterns:
+            if match := pattern.fullmatch(path):
+                return methods, match.groupdict()
+        return None, {}
+
+
+def _pattern(path: str) -> re.Pattern[str]:
+    """What a path with parameters matches; everything but them is literal."""
+    literals = [re.escape(literal) for literal in _PARAMETER.split(path)[::3]]
+    groups = [rf"(?P<{match[1]}>.+)" if match[2] else rf"(?P<{match[1]}>[^/]+)" for match in _PARAMETER.finditer(path)]
+    return re.compile("".join(part for pair in zip(literals, [*groups, ""], strict=True) for part in pair), re.DOTALL)
 
 
 def _options(allow: str) -> Handler:

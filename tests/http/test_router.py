@@ -16,31 +16,51 @@ async def handler(request: Request, reply: Reply) -> None:
 ROUTES = [
     Route("GET", "/things", handler),
     Route("POST", "/things", handler),
-    Route("GET", "/things/", handler),
+    Route("GET", "/things/{name:path}", handler),
     Route("POST", "/run", handler, counted=True),
+    Route("GET", "/runs/{id}", handler),
+    Route("POST", "/runs/{id}/end", handler),
 ]
 
 
 def test_match() -> None:
     router = Router(ROUTES)
-    assert router.match("GET", "/things") is ROUTES[0]
-    assert router.match("HEAD", "/things") is ROUTES[0]
-    assert router.match("POST", "/things") is ROUTES[1]
-    assert router.match("GET", "/things/a/b") is ROUTES[2]
-    assert router.match("POST", "/run") is ROUTES[3]
+    for method, path, index, parameters in (
+        ("GET", "/things", 0, {}),
+        ("HEAD", "/things", 0, {}),
+        ("POST", "/things", 1, {}),
+        ("GET", "/things/a/b", 2, {"name": "a/b"}),
+        ("POST", "/run", 3, {}),
+        ("GET", "/runs/a b\n", 4, {"id": "a b\n"}),
+        ("POST", "/runs/7/end", 5, {"id": "7"}),
+        ("GET", "/things/{name:path}", 2, {"name": "{name:path}"}),
+    ):
+        route, found = router.match(method, path)
+        assert (route, found) == (ROUTES[index], parameters)
 
 
-@pytest.mark.parametrize("path", ["", "/", "/thing", "/things2", "/run/", "//things", "/Things"])
+@pytest.mark.parametrize(
+    "path", ["", "/", "/thing", "/things2", "/run/", "//things", "/Things", "/runs/", "/runs/1/2", "/runs//end"]
+)
 def test_unknown_paths(path: str) -> None:
     with pytest.raises(NotFound):
         Router(ROUTES).match("GET", path)
 
 
 def test_the_prefix_by_itself_is_no_path_below_it() -> None:
-    router = Router([Route("GET", "/things/", handler)])
-    assert router.match("GET", "/things/x").path == "/things/"
-    with pytest.raises(NotFound):
-        router.match("GET", "/things")
+    router = Router([Route("GET", "/things/{name:path}", handler)])
+    assert router.match("GET", "/things/x")[0].path == "/things/{name:path}"
+    for path in ("/things", "/things/"):
+        with pytest.raises(NotFound):
+            router.match("GET", path)
+
+
+def test_a_hint() -> None:
+    router = Router(ROUTES, lambda path: "Try /things." if path == "/thing" else None)
+    with pytest.raises(NotFound, match=r"^Unknown path '/thing'\. Try /things\.$"):
+        router.match("GET", "/thing")
+    with pytest.raises(NotFound, match=r"^Unknown path '/other'\.$"):
+        router.match("GET", "/other")
 
 
 def test_methods() -> None:

@@ -1,0 +1,87 @@
+"""POST /tokenize, POST /detokenize and POST /v1/chat/completions/render: prompts without an answer.
+
+None of them needs the engine, so they work while the model loads, too.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from fdserve.api.chat import check_chat, render_prompt
+from fdserve.api.generation import off_loop_if_long
+from fdserve.api.models import check_model
+from fdserve.api.params import check_request, check_token_ids, read_request
+from fdserve.errors import InvalidRequest
+from fdserve.http.request import Request, decode
+from fdserve.http.response import Reply
+from fdserve.protocol.chat import ChatRequest
+from fdserve.protocol.tokens import (
+    Detokenization,
+    DetokenizeRequest,
+    RenderedChat,
+    Tokenization,
+    TokenizePrompt,
+)
+from fdserve.server import Server
+from fdserve.text.detokenizer import decode as detokenized
+from fdserve.text.detokenizer import token_text
+
+
+class _Form(msgspec.Struct):
+    """What tells the two forms of a request to tokenize apart, and what both may ask."""
+
+    prompt: Any = None
+    messages: Any = None
+    return_token_strs: bool | None = None
+
+
+_FORM = msgspec.json.Decoder(_Form)
+_PROMPT = msgspec.json.Decoder(TokenizePrompt)
+_DETOKENIZE = msgspec.json.Decoder(DetokenizeRequest)
+
+
+async def tokenize(server: Server, http: Request, reply: Reply) -> None:
+    """The token ids of a prompt, or of the prompt that messages lead to. Cancellation waits for a thread."""
+    form = decode(http.body, _FORM)
+    if form.messages is None:
+        request = decode(http.body, _PROMPT)
+        check_model(server, request.model)
+        token_ids = await off_loop_if_long(server, len(http.body), lambda: server.tokenizer.encode(request.prompt))
+    elif form.prompt is None:
+        _, token_ids = await _render(server, http)
+    else:
+        raise InvalidRequest("A request to tokenize has either a prompt or messages.", param="prompt")
+    http.prompt_tokens = len(token_ids)
+    result = Tokenization(count=len(token_ids), max_model_len=server.max_model_len, tokens=token_ids)
+    if form.return_token_strs:
+        result.token_strs = [token_text(server.tokenizer, token_id)[0] for token_id in token_ids]
+    await reply.json(result)
+
+
+async def detokenize(server: Server, http: Request, reply: Reply) -> None:
+    """The text of token ids, control tokens included. Cancellation waits for a thread."""
+    request = decode(http.body, _DETOKENIZE)
+    check_model(server, request.model)
+    check_token_ids(request.tokens, server, "tokens")
+    text = await off_loop_if_long(
+        server, len(http.body), lambda: detokenized(server.tokenizer, request.tokens, skip_special_tokens=False)
+    )
+    await reply.json(Detokenization(text))
+
+
+async def render_chat(server: Server, http: Request, reply: Reply) -> None:
+    """The prompt that a chat request leads to, as text and as token ids. Cancellation waits for a thread."""
+    text, token_ids = await _render(server, http)
+    http.prompt_tokens = len(token_ids)
+    await reply.json(
+        RenderedChat(prompt=text, prompt_token_ids=token_ids, count=len(token_ids), max_model_len=server.max_model_len)
+    )
+
+
+async def _render(server: Server, http: Request) -> tuple[str, list[int]]:
+    request = read_request(http.body, ChatRequest)
+    check_request(request, server)
+    check_chat(request, server)
+    return await off_loop_if_long(server, len(http.body), lambda: render_prompt(request, server))
