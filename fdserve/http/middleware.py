@@ -10,10 +10,11 @@ from contextlib import contextmanager
 
 from fdserve.errors import InternalError, Overloaded, ServerError, Unauthorized
 from fdserve.http.asgi import Receive, Scope, Send
-from fdserve.http.errors import error_body, error_headers
+from fdserve.http.error_forms import ErrorForm
+from fdserve.http.errors import error_headers
 from fdserve.http.media_type import check_media_type
 from fdserve.http.request import ClientDisconnected, Request
-from fdserve.http.response import Reply, event
+from fdserve.http.response import Reply
 from fdserve.http.router import Route, Router
 
 access_log = logging.getLogger("fdserve.access")
@@ -49,6 +50,8 @@ class Dispatcher:
         """Answer one request. Cancelling it abandons the request and frees what its handler held."""
         request = Request(scope, receive)
         reply = Reply(send, request.id, request.http_version)
+        form = self._router.error_form(request.path)
+        reply.headers += [(name, request.id.encode("ascii")) for name in form.id_headers]
         endpoint = "other"
         try:
             try:
@@ -61,7 +64,7 @@ class Dispatcher:
                     await request.read(self._max_request_bytes)
                     await _answer(route, request, reply)
             except ServerError as error:  # refused before the handler
-                await _refuse(request, reply, error)
+                await _refuse(form, request, reply, error)
         except ClientDisconnected:
             pass
         finally:
@@ -73,7 +76,9 @@ class Dispatcher:
         if route.public or not self._api_keys:
             return
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
-        given = key.strip().encode("latin-1") if scheme.lower() == "bearer" else b""
+        # Anthropic's clients have a header of their own for the key.
+        key = key if scheme.lower() == "bearer" else request.headers.get("x-api-key", "")
+        given = key.strip().encode("latin-1")
         # Every key is compared, in constant time each: the time tells nothing about any of them.
         matches = [hmac.compare_digest(given, expected) for expected in self._api_keys]
         if not any(matches):
@@ -99,27 +104,28 @@ async def _answer(route: Route, request: Request, reply: Reply) -> None:
         try:
             await route.handler(request, reply)
         except ServerError as error:
-            await _send_error(request, reply, error)
+            await _send_error(route.errors, request, reply, error)
         except Exception:
             log.exception("request %s failed", request.id)
-            await _send_error(request, reply, InternalError("The server failed to handle the request."))
+            failure = InternalError("The server failed to handle the request.")
+            await _send_error(route.errors, request, reply, failure)
 
 
-async def _refuse(request: Request, reply: Reply, error: ServerError) -> None:
+async def _refuse(form: ErrorForm, request: Request, reply: Reply, error: ServerError) -> None:
     await request.discard()
     async with request.watched(reply):
-        await _send_error(request, reply, error)
+        await _send_error(form, request, reply, error)
 
 
-async def _send_error(request: Request, reply: Reply, error: ServerError) -> None:
+async def _send_error(form: ErrorForm, request: Request, reply: Reply, error: ServerError) -> None:
     """As the answer where none has begun; as the last event of a stream."""
     if reply.status is None:
         headers = error_headers(error)
         if not request.body_complete and request.http_version.startswith("1"):
             headers.append((b"connection", b"close"))
-        await reply.json(error_body(error), status=error.status, headers=headers)
+        await reply.json(form.body(error, request.id), status=error.status, headers=headers)
     elif reply.streaming and not reply.finished:
-        await reply.end_events(event(error_body(error)))
+        await reply.end_events(form.ending(error, request.id), mark=b"")
 
 
 def _log_access(scope: Scope, request: Request, reply: Reply, status: int) -> None:

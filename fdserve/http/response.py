@@ -21,11 +21,16 @@ def event(value: Any) -> bytes:
     return b"data: " + _encode(value) + b"\n\n"
 
 
+def named_event(name: str, value: Any) -> bytes:
+    """One server-sent event with a name: Anthropic's streams have them, and those of /v1/responses."""
+    return b"event: " + name.encode("ascii") + b"\n" + event(value)
+
+
 class Reply:
     """Sends the answer, once.
 
     `status` is None until it began, `streaming` tells that events were begun, `finished` that its last part is
-    sent or being sent.
+    sent or being sent. `headers` are sent with every answer besides its own.
 
     Every method waits for a client that reads slowly and never fails for one that has gone. When a method is
     cancelled the answer is unfinished, and the connection is good for nothing more.
@@ -34,7 +39,7 @@ class Reply:
     def __init__(self, send: Send, request_id: str, http_version: str = "1.1") -> None:
         self._send = send
         self._http_version = http_version
-        self._request_id = request_id.encode("ascii")
+        self.headers: list[tuple[bytes, bytes]] = [(b"x-request-id", request_id.encode("ascii"))]
         self.status: int | None = None
         self.streaming = False
         self.finished = False
@@ -71,15 +76,15 @@ class Reply:
         """Send one or several whole events at once."""
         await self._body(data, more=True)
 
-    async def end_events(self, data: bytes = b"") -> None:
-        """Send the last events and the end mark of OpenAI's streams."""
-        await self._body(data + DONE, more=False)
+    async def end_events(self, data: bytes = b"", *, mark: bytes = DONE) -> None:
+        """Send the last events and the end mark, which is that of OpenAI's older streams; the newer have none."""
+        await self._body(data + mark, more=False)
 
     async def _start(self, status: int, headers: Headers, content_type: str | None) -> None:
         if self.status is not None:
             raise RuntimeError("the answer has begun already")
         self.status = status
-        sent = [(b"x-request-id", self._request_id), *headers]
+        sent = [*self.headers, *headers]
         if content_type is not None:
             sent.append((b"content-type", content_type.encode("ascii")))
         await self._send({"type": "http.response.start", "status": status, "headers": sent})

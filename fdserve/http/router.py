@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fdserve.errors import MethodNotAllowed, NotFound
+from fdserve.http.error_forms import OPENAI, ErrorForm
 from fdserve.http.request import Request
 from fdserve.http.response import Reply
 
@@ -24,7 +25,7 @@ class Route:
     what they matched. A `public` route needs no key; a `counted` one takes part in the limit on concurrent requests.
     `body`, `answer` and `events` are the types of the JSON body that is read, of the answer with status 200 and of the
     events of a stream: structs, unions of structs, or None where there is no JSON. A body is refused where its media
-    type says that it is something else.
+    type says that it is something else. `errors` is the form of the answer to a request that fails.
     """
 
     method: str
@@ -35,6 +36,7 @@ class Route:
     body: Any = None
     answer: Any = None
     events: Any = None
+    errors: ErrorForm = OPENAI
 
 
 class Router:
@@ -70,6 +72,15 @@ class Router:
             allow = ", ".join(methods)
             raise MethodNotAllowed(f"{path[:200]} takes {allow}, not {method[:200]}.", allow=allow)
         return route, parameters
+
+    def error_form(self, path: str) -> ErrorForm:
+        """The form of errors on the path, which is that of the nearest known one above it where it is unknown."""
+        while path:
+            methods, _ = self._find(path)
+            if methods is not None:
+                return next(iter(methods.values())).errors
+            path = path.rpartition("/")[0]
+        return OPENAI
 
     def _find(self, path: str) -> tuple[dict[str, Route] | None, dict[str, str]]:
         if "{" not in path and path in self._paths:

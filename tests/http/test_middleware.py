@@ -41,6 +41,13 @@ async def test_a_right_key() -> None:
             assert (await client.get("/v1/models", authorization=key)).status == 200
 
 
+async def test_anthropics_header_for_the_key() -> None:
+    async with serving(config=Config(api_key="alpha")) as client:
+        assert (await client.get("/v1/models", x_api_key="alpha")).status == 200
+        response = await client.get("/v1/models", x_api_key="beta")
+        assert (response.status, response.error["message"]) == (401, "Incorrect API key provided.")
+
+
 async def test_probes_need_no_key() -> None:
     async with serving(config=Config(api_key="alpha")) as client:
         assert (await client.get("/health")).status == 200
