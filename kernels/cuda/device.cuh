@@ -1,0 +1,128 @@
+// What the CUDA kernels share: the 16-bit types as floats, sums over a warp or a block, and the single instructions that
+// tensor cores and asynchronous copies need (sm_80 and later), each as a function.
+//
+// The kernels are framework-free: raw pointers, sizes and a stream. With FDSERVE_EMULATED defined they compile as C++ for a
+// CPU and run under tests/cuda/emulator.h, which has its own versions of the instructions.
+#pragma once
+
+#include <cstdint>
+
+#ifdef FDSERVE_EMULATED
+#include "emulator.h"
+#else
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#endif
+
+namespace fdserve::cuda {
+
+using bf16 = __nv_bfloat16;
+using fp16 = __half;
+
+constexpr int WARP = 32;
+constexpr unsigned ALL = ~0u;
+
+__device__ inline float to_float(float x) { return x; }
+__device__ inline float to_float(bf16 x) { return __bfloat162float(x); }
+__device__ inline float to_float(fp16 x) { return __half2float(x); }
+
+template <class T>
+__device__ T from_float(float x);
+template <>
+__device__ inline float from_float<float>(float x) { return x; }
+template <>
+__device__ inline bf16 from_float<bf16>(float x) { return __float2bfloat16(x); }
+template <>
+__device__ inline fp16 from_float<fp16>(float x) { return __float2half(x); }
+
+// 16 bytes of elements: what one thread loads at a time.
+template <class T>
+struct alignas(16) Vector {
+  static constexpr int SIZE = 16 / sizeof(T);
+  T values[SIZE];
+};
+
+__device__ inline float warp_sum(float x) {
+  for (int bits = WARP / 2; bits > 0; bits /= 2) x += __shfl_xor_sync(ALL, x, bits);
+  return x;
+}
+
+__device__ inline float warp_max(float x) {
+  for (int bits = WARP / 2; bits > 0; bits /= 2) {
+    const float other = __shfl_xor_sync(ALL, x, bits);
+    x = x > other ? x : other;
+  }
+  return x;
+}
+
+// The sum over a block of whole warps, 1024 threads at most, the same on every thread. `scratch` holds 32 floats.
+__device__ inline float block_sum(float x, float* scratch) {
+  x = warp_sum(x);
+  const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, warps = blockDim.x / WARP;
+  __syncthreads();  // whoever still reads the last sum
+  if (lane == 0) scratch[warp] = x;
+  __syncthreads();
+  return warp_sum(lane < warps ? scratch[lane] : 0.0f);
+}
+
+#ifndef FDSERVE_EMULATED
+
+// d[16][8] += a[16][16] * b[16][8] by one warp; the fragments as PTX lays out mma.m16n8k16 for 16-bit types.
+template <class T>
+__device__ void mma_16816(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
+template <>
+__device__ inline void mma_16816<bf16>(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+template <>
+__device__ inline void mma_16816<fp16>(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// Four 8x8 matrices of 16-bit elements from shared memory; lane i gives the address of row i % 8 of matrix i / 8.
+__device__ inline void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address) : "memory");
+}
+__device__ inline void ldmatrix_x4_transposed(uint32_t (&r)[4], const void* row) {
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address) : "memory");
+}
+
+// 16 bytes from global to shared memory, or zeros where there is nothing to read; complete after wait_copies.
+__device__ inline void copy_async_16(void* shared, const void* global, bool there) {
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(global), "r"(there ? 16 : 0) : "memory");
+}
+__device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Wait until at most N groups of copies are under way.
+template <int N>
+__device__ inline void wait_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+
+__device__ inline char* dynamic_shared() {
+  extern __shared__ __align__(128) char fdserve_shared[];
+  return fdserve_shared;
+}
+
+template <class Kernel, class... Args>
+void launch(Kernel kernel, dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream, Args... args) {
+  // Beyond 48 KiB a kernel must ask.
+  if (shared_bytes > 48 << 10)
+    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+  kernel<<<grid, block, shared_bytes, stream>>>(args...);
+}
+
+#endif
+
+}  // namespace fdserve::cuda

@@ -1,0 +1,119 @@
+// Row-wise operators: RMSNorm with the residual added, SwiGLU.
+//
+// A block has a row; a thread loads 16 bytes at a time and keeps what it loaded in registers between the two passes over a
+// row, so that each byte is read once and written once. Floor: the bytes over the copy bandwidth.
+#include "device.cuh"
+#include "launchers.h"
+
+namespace fdserve::cuda {
+namespace {
+
+constexpr int MAX_THREADS = 512;
+constexpr int KEPT = 4;  // vectors that a thread keeps: rows of up to 4 * 512 * 8 = 16384 elements are read once
+
+template <class T>
+__device__ Vector<T> add(const Vector<T>& x, const Vector<T>& y) {
+  Vector<T> sum;
+  for (int i = 0; i < Vector<T>::SIZE; ++i) sum.values[i] = from_float<T>(to_float(x.values[i]) + to_float(y.values[i]));
+  return sum;
+}
+
+template <class T>
+__global__ void __launch_bounds__(MAX_THREADS)
+    rms_norm_kernel(const T* x, const T* residual, const T* weight, float eps, int hidden, T* out, T* total) {
+  using V = Vector<T>;
+  __shared__ float scratch[WARP];
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * hidden;
+  const int vectors = hidden / V::SIZE;
+  auto load = [&](int i) {
+    V value = reinterpret_cast<const V*>(x + row)[i];
+    if (residual != nullptr) value = add(value, reinterpret_cast<const V*>(residual + row)[i]);
+    return value;
+  };
+  V kept[KEPT];
+  float sum = 0.0f;
+#pragma unroll
+  for (int k = 0; k < KEPT; ++k) {
+    const int i = threadIdx.x + k * blockDim.x;
+    if (i >= vectors) break;
+    kept[k] = load(i);
+    for (int j = 0; j < V::SIZE; ++j) sum += to_float(kept[k].values[j]) * to_float(kept[k].values[j]);
+    if (total != nullptr) reinterpret_cast<V*>(total + row)[i] = kept[k];
+  }
+  for (int i = threadIdx.x + KEPT * blockDim.x; i < vectors; i += blockDim.x) {
+    const V value = load(i);
+    for (int j = 0; j < V::SIZE; ++j) sum += to_float(value.values[j]) * to_float(value.values[j]);
+    if (total != nullptr) reinterpret_cast<V*>(total + row)[i] = value;
+  }
+  const float scale = rsqrtf(block_sum(sum, scratch) / hidden + eps);
+  auto store = [&](int i, const V& value) {
+    const V w = reinterpret_cast<const V*>(weight)[i];
+    V result;
+    // Rounded before the weight is applied, as Hugging Face's module does.
+    for (int j = 0; j < V::SIZE; ++j) {
+      const float normed = to_float(from_float<T>(to_float(value.values[j]) * scale));
+      result.values[j] = from_float<T>(normed * to_float(w.values[j]));
+    }
+    reinterpret_cast<V*>(out + row)[i] = result;
+  };
+#pragma unroll
+  for (int k = 0; k < KEPT; ++k) {
+    const int i = threadIdx.x + k * blockDim.x;
+    if (i >= vectors) break;
+    store(i, kept[k]);
+  }
+  for (int i = threadIdx.x + KEPT * blockDim.x; i < vectors; i += blockDim.x) store(i, load(i));
+}
+
+template <class T>
+__global__ void swiglu_kernel(const T* x, int64_t vectors, int inner_vectors, T* out) {
+  using V = Vector<T>;
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < vectors; i += stride) {
+    const int64_t row = i / inner_vectors, column = i % inner_vectors;
+    const V gate = reinterpret_cast<const V*>(x)[row * 2 * inner_vectors + column];
+    const V up = reinterpret_cast<const V*>(x)[(row * 2 + 1) * inner_vectors + column];
+    V result;
+    for (int j = 0; j < V::SIZE; ++j) {
+      const float g = to_float(gate.values[j]);
+      result.values[j] = from_float<T>(g / (1.0f + __expf(-g)) * to_float(up.values[j]));
+    }
+    reinterpret_cast<V*>(out)[i] = result;
+  }
+}
+
+template <class T>
+void rms_norm(const void* x, const void* residual, const void* weight, float eps, int64_t tokens, int64_t hidden, void* out,
+              void* total, cudaStream_t stream) {
+  const int64_t vectors = hidden / Vector<T>::SIZE;
+  int threads = WARP;
+  while (threads < MAX_THREADS && threads < vectors) threads *= 2;
+  launch(rms_norm_kernel<T>, dim3(tokens), dim3(threads), 0, stream, static_cast<const T*>(x),
+         static_cast<const T*>(residual), static_cast<const T*>(weight), eps, static_cast<int>(hidden),
+         static_cast<T*>(out), static_cast<T*>(total));
+}
+
+template <class T>
+void swiglu(const void* x, int64_t tokens, int64_t inner, void* out, cudaStream_t stream) {
+  const int64_t vectors = tokens * inner / Vector<T>::SIZE;
+  const int64_t blocks = vectors < 256 * 4096 ? (vectors + 255) / 256 : 4096;
+  launch(swiglu_kernel<T>, dim3(blocks), dim3(256), 0, stream, static_cast<const T*>(x), vectors,
+         static_cast<int>(inner / Vector<T>::SIZE), static_cast<T*>(out));
+}
+
+}  // namespace
+}  // namespace fdserve::cuda
+
+using namespace fdserve::cuda;
+
+cudaError_t fdserve_cuda_rms_norm(const void* x, const void* residual, const void* weight, float eps, int64_t tokens,
+                                  int64_t hidden, int dtype, void* out, void* total, cudaStream_t stream) {
+  if (tokens > 0)
+    (dtype == FDSERVE_BF16 ? rms_norm<bf16> : rms_norm<fp16>)(x, residual, weight, eps, tokens, hidden, out, total, stream);
+  return cudaGetLastError();
+}
+
+cudaError_t fdserve_cuda_swiglu(const void* x, int64_t tokens, int64_t inner, int dtype, void* out, cudaStream_t stream) {
+  if (tokens > 0) (dtype == FDSERVE_BF16 ? swiglu<bf16> : swiglu<fp16>)(x, tokens, inner, out, stream);
+  return cudaGetLastError();
+}
