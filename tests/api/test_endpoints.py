@@ -6,11 +6,16 @@ import anyio
 import pytest
 from openai.types import Model
 
+import fdserve
+from fdserve.config import Config
+from fdserve.engine.engine import EngineStats
 from fdserve.errors import StartupError
 from tests.http.client import serving
 from tests.http.fake_engine import FakeEngine
 
 pytestmark = pytest.mark.anyio
+
+PROBES = ("/health", "/ready", "/ping")
 
 
 async def test_models() -> None:
@@ -30,7 +35,8 @@ async def test_health_while_loading() -> None:
     engine = FakeEngine()
     engine.hold_loading = True
     async with serving(engine) as client:
-        for response in (await client.get("/health"), await client.chat(), await client.complete()):
+        probes = [await client.get(path) for path in PROBES]
+        for response in (*probes, await client.chat(), await client.complete()):
             assert (response.status, response.error["code"]) == (503, "unavailable")
             assert "the model is loading" in response.error["message"]
             assert response.headers["retry-after"] == "5"
@@ -39,10 +45,12 @@ async def test_health_while_loading() -> None:
 
 async def test_health_once_ready_and_while_draining() -> None:
     async with serving() as client:
-        response = await client.get("/health")
-        assert (response.status, response.json()) == (200, {"status": "ok"})
+        for path in PROBES:
+            response = await client.get(path)
+            assert (response.status, response.json()) == (200, {"status": "ok"})
         client.engine.drain()
-        for response in (await client.get("/health"), await client.chat()):
+        probes = [await client.get(path) for path in PROBES]
+        for response in (*probes, await client.chat()):
             assert response.status == 503
             assert "shutting down" in response.error["message"]
 
@@ -79,3 +87,41 @@ async def test_metrics() -> None:
         ):
             assert line in lines
         assert "fdserve_prompt_tokens_total 0.0" in (await second.get("/metrics")).body.decode().splitlines()
+
+
+async def test_version_and_load_answer_in_any_state() -> None:
+    engine = FakeEngine()
+    engine.hold_loading = True
+    async with serving(engine, Config(api_key="secret")) as client:
+        assert (await client.get("/version")).json() == {"version": fdserve.__version__}
+        response = await client.get("/load")
+        assert response.status == 200
+        assert response.json() == {
+            "server_load": 0,
+            "running": 0,
+            "waiting": 0,
+            "kv_cache_usage": 0.0,
+            "kv_blocks_total": 0,
+            "kv_blocks_used": 0,
+            "kv_blocks_cached": 0,
+        }
+
+
+async def test_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with serving() as client:
+        stats = EngineStats(running=3, waiting=2, kv_blocks_total=8, kv_blocks_used=2, kv_blocks_cached=4)
+        monkeypatch.setattr(client.engine, "stats", lambda: stats)
+        content = (await client.get("/load")).json()
+        assert (content["server_load"], content["running"], content["waiting"]) == (5, 3, 2)
+        assert (content["kv_cache_usage"], content["kv_blocks_cached"]) == (0.25, 4)
+
+
+async def test_cancelling_what_does_not_run() -> None:
+    async with serving() as client:
+        response = await client.request("POST", "/v1/requests/nobody/cancel")
+        assert (response.status, response.error["code"]) == (404, "request_not_found")
+        assert (response.error["param"], "'nobody'" in response.error["message"]) == ("id", True)
+        response = await client.get("/v1/requests/nobody/cancel")
+        assert (response.status, response.headers["allow"]) == (405, "POST, OPTIONS")
+    async with serving(config=Config(api_key="secret")) as client:
+        assert (await client.request("POST", "/v1/requests/nobody/cancel")).status == 401

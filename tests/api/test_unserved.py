@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+import pytest
+
+from fdserve.api.unserved import hints
+from tests.http.client import serving
+
+PATHS = {"/v1/chat/completions", "/v1/models", "/v1/models/{model:path}", "/health", "/tokenize", "/v1/tokenize"}
+
+
+@pytest.mark.parametrize(
+    ("path", "meant"),
+    [
+        ("/chat/completions", "/v1/chat/completions"),
+        ("/v1/v1/chat/completions", "/v1/chat/completions"),
+        ("//v1/chat/completions", "/v1/chat/completions"),
+        ("/v1/chat/completions/", "/v1/chat/completions"),
+        ("/V1/Chat/Completions", "/v1/chat/completions"),
+        ("/v2/chat/completions", "/v1/chat/completions"),
+        ("/v1/health", "/health"),
+        ("/models", "/v1/models"),
+        ("/tokenize/", "/v1/tokenize"),
+    ],
+)
+def test_near_misses(path: str, meant: str) -> None:
+    assert hints(PATHS)(path) == f"Did you mean {meant}?"
+
+
+@pytest.mark.parametrize("path", ["", "/", "//", "/v1", "/v1/", "/v1/nothing", "/favicon.ico", "*", "/v1/chat", "/é\n"])
+def test_nothing_to_say(path: str) -> None:
+    assert hints(PATHS)(path) is None
+
+
+@pytest.mark.anyio
+async def test_what_is_served_elsewhere() -> None:
+    async with serving() as client:
+        for path, what in (
+            ("/v1/embeddings", "Embeddings are not served here"),
+            ("/embeddings", "Embeddings are not served here"),
+            ("/v1/images/generations", "Image generation is not served here"),
+            ("/v1/audio/speech", "Speech and transcription are not served here"),
+            ("/v1/moderations", "Moderation is not served here"),
+            ("/v1/files/abc/content", "The files API is not served here"),
+            ("/v1/fine_tuning/jobs", "Fine-tuning is not served here"),
+            ("/v1/assistants", "The assistants API is not served here"),
+        ):
+            for method in ("GET", "POST"):
+                response = await client.request(method, path)
+                assert (response.status, response.error["code"]) == (404, "unknown_url")
+                assert what in response.error["message"]
+                assert response.error["type"] == "invalid_request_error"
