@@ -163,14 +163,14 @@ def write_checkpoint(shape: str, layout: str, out: Path, seed: int = 0) -> None:
             shutil.copy(DEMO / file, out)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.random_checkpoint", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--shape", choices=SHAPES, required=True)
     parser.add_argument("--layout", choices=LAYOUTS, default="torch")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     write_checkpoint(options.shape, options.layout, options.out, options.seed)
 
 

@@ -1,0 +1,34 @@
+"""`python -m bench COMMAND …`: measure fdserve, or any server that speaks OpenAI's protocol."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+COMMANDS = {
+    "serve": "load a server; throughput and latencies",
+    "compare": "load several servers in turn; ratios",
+    "plot": "latency-throughput curves and step timelines from saved results",
+    "kernels": "the CPU kernels against memory bandwidth and oneDNN",
+    "scheduler": "planning a step and assembling its batch",
+    "frontend": "streaming with ranks that answer at once against bare hypercorn",
+    "startup": "from the start of the process to /health 200; memory",
+    "random_checkpoint": "write a checkpoint of random weights to measure with",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command with the rest of the arguments; its exit status, 2 for an unknown one."""
+    arguments = sys.argv[1:] if argv is None else argv
+    if arguments and arguments[0] in COMMANDS:
+        status: int | None = importlib.import_module(f"bench.{arguments[0]}").main(arguments[1:])
+        return status or 0
+    usage = ["usage: python -m bench COMMAND [OPTIONS]; COMMAND --help tells the options", ""]
+    usage += [f"  {name:18} {what}" for name, what in COMMANDS.items()]
+    asked = arguments[:1] in (["-h"], ["--help"])
+    print("\n".join(usage), file=sys.stdout if asked else sys.stderr)
+    return 0 if asked else 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
