@@ -25,3 +25,28 @@ FDSERVE_EXPORT cudaError_t fdserve_cuda_rms_norm(const void* x, const void* resi
 // out[T][I] = silu(x[:, :I]) * x[:, I:] for x[T][2 I]; I is a multiple of 8.
 FDSERVE_EXPORT cudaError_t fdserve_cuda_swiglu(const void* x, int64_t tokens, int64_t inner, int dtype, void* out,
                                                cudaStream_t stream);
+
+// The sequences of a step in a paged cache; device pointers.
+struct FdservePaged {
+  const int* block_tables;  // [S][table_width]
+  const int* query_starts;  // [S + 1]: the step's tokens of sequence s are query_starts[s] to query_starts[s + 1]
+  const int* context_lens;  // [S]: tokens that the cache held before
+  int sequences, table_width, block_size, kv_heads;
+};
+
+// qkv[T][heads + 2 kv_heads][head_dim]: queries and keys rotated in interleaved pairs by rope[T][head_dim] (cosines in the
+// first half, sines in the second), queries into q[T][heads][head_dim], keys and values into the caches
+// [num_blocks][kv_heads][block_size][head_dim].
+FDSERVE_EXPORT cudaError_t fdserve_cuda_rope_and_store(const void* qkv, const float* rope, const FdservePaged* paged,
+                                                       int64_t tokens, int64_t heads, int64_t head_dim, int dtype, void* q,
+                                                       void* k_cache, void* v_cache, cudaStream_t stream);
+
+// Bytes of the workspace that `fdserve_cuda_attention` may use. `longest` bounds the sequences' tokens, the step's included.
+FDSERVE_EXPORT int64_t fdserve_cuda_attention_workspace(int64_t tokens, int64_t heads, int64_t head_dim, int64_t longest);
+
+// out[T][heads][head_dim] = causal attention of q over the caches; head_dim is 64 or 128, heads a multiple of kv_heads.
+// `max_query_len` bounds the step's tokens of one sequence. Without a workspace no sequence is split.
+FDSERVE_EXPORT cudaError_t fdserve_cuda_attention(const void* q, const void* k_cache, const void* v_cache,
+                                                  const FdservePaged* paged, int64_t tokens, int64_t max_query_len,
+                                                  int64_t longest, int64_t heads, int64_t head_dim, float scale, int dtype,
+                                                  int multiprocessors, void* out, float* workspace, cudaStream_t stream);
