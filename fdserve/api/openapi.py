@@ -60,17 +60,21 @@ class Description:
         """The document."""
         taken = [kind for route in self._routes for kind in _members(route.body)]
         given = [kind for route in self._routes for whole in (route.answer, route.events) for kind in _members(whole)]
-        kinds = list(dict.fromkeys([*taken, *given, ErrorBody]))
+        forms = {route.errors.schema for route in self._routes}
+        kinds = list(dict.fromkeys([*taken, *given, *sorted(forms, key=str)]))
         references, schemas = msgspec.json.schema_components(kinds, ref_template=_REFERENCE + "{name}")
         schema_of = dict(zip(kinds, references, strict=True))
         _require_what_is_always_sent(schemas, [schema_of[kind] for kind in taken])
+        for schema in schemas.values():
+            if "description" in schema:
+                schema["description"] = inspect.cleandoc(schema["description"])
         paths: dict[str, dict[str, Any]] = {}
         for route in self._routes:
             path = re.sub(r"\{(\w+):path\}", r"{\1}", route.path)
             paths.setdefault(path, {})[route.method.lower()] = self._operation(route, path, schema_of)
         components: dict[str, Any] = {
             "schemas": schemas,
-            "responses": dict(_error_responses(schema_of[ErrorBody])),
+            "responses": dict(response for kind in forms for response in _error_responses(kind, schema_of[kind])),
             "headers": {
                 "RequestId": {
                     "description": "The request's X-Request-Id, or a new id.",
@@ -92,7 +96,7 @@ class Description:
     def _operation(self, route: Route, path: str, schema_of: dict[Any, Any]) -> dict[str, Any]:
         operation: dict[str, Any] = {
             "operationId": "_".join([route.method.lower(), *re.findall(r"\w+", path)]),
-            "summary": _summary(route),
+            "summary": _summary(route.handler.func if isinstance(route.handler, partial) else route.handler),
         }
         names = re.findall(r"\{(\w+)\}", path)
         if names:
@@ -107,7 +111,8 @@ class Description:
             }
         responses = {"200": {"description": "OK", "headers": _REQUEST_ID, "content": _content(route, schema_of)}}
         for error in self._errors(route, bool(names)):
-            responses[str(error.status)] = {"$ref": f"#/components/responses/{error.__name__}"}
+            name = _error_name(error, route.errors.schema)
+            responses[str(error.status)] = {"$ref": f"#/components/responses/{name}"}
         operation["responses"] = dict(sorted(responses.items()))
         if self._keys and not route.public:
             operation["security"] = [{"key": []}]
@@ -137,9 +142,10 @@ def _schema(kind: Any, schema_of: dict[Any, Any]) -> dict[str, Any]:
     return members[0] if len(members) == 1 else {"anyOf": members}
 
 
-def _summary(route: Route) -> str:
-    handler = route.handler.func if isinstance(route.handler, partial) else route.handler
-    return (inspect.getdoc(handler) or "").partition("\n")[0]
+def _summary(described: object) -> str:
+    """The first sentence of the docstring, without its full stop."""
+    text = " ".join((inspect.getdoc(described) or "").split())
+    return re.split(r"[.;:] |\.$", text, maxsplit=1)[0]
 
 
 def _content(route: Route, schema_of: dict[Any, Any]) -> dict[str, Any]:
@@ -147,21 +153,35 @@ def _content(route: Route, schema_of: dict[Any, Any]) -> dict[str, Any]:
         return {"text/plain": {"schema": {"type": "string"}}}
     content: dict[str, Any] = {"application/json": {"schema": _schema(route.answer, schema_of)}}
     if route.events is not None:
-        # OpenAPI 3.1 has no word for the items of a stream.
-        event = {"anyOf": [_schema(route.events, schema_of), schema_of[ErrorBody]]}
-        content["text/event-stream"] = {"schema": {"type": "string"}, "x-event-schema": event}
+        content["text/event-stream"] = {"schema": _event_schema(route, schema_of)}
     return content
 
 
-def _error_responses(body: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _event_schema(route: Route, schema_of: dict[Any, Any]) -> dict[str, Any]:
+    """One event of a stream, as its fields: OpenAPI 3.1 has no other way to describe a stream than by its items."""
+    payload = {"anyOf": [_schema(route.events, schema_of), schema_of[route.errors.schema]]}
+    encoded = {"type": "string", "contentMediaType": "application/json", "contentSchema": payload}
+    return {
+        "description": "One event of the stream.",
+        "type": "object",
+        "required": ["data"],
+        "properties": {"event": {"type": "string"}, "data": {"anyOf": [encoded, {"const": "[DONE]"}]}},
+    }
+
+
+def _error_name(error: type[ServerError], kind: type[msgspec.Struct]) -> str:
+    return error.__name__ if kind is ErrorBody else f"{error.__name__}.{kind.__name__}"
+
+
+def _error_responses(kind: type[msgspec.Struct], body: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     for error in (*_BODY_ERRORS, *_GENERATION_ERRORS, *_ANY_ERRORS, errors.Unauthorized):
         headers: dict[str, Any] = dict(_REQUEST_ID)
         if error in _RETRIED:
             headers["retry-after"] = {"$ref": "#/components/headers/RetryAfter"}
         yield (
-            error.__name__,
+            _error_name(error, kind),
             {
-                "description": (inspect.getdoc(error) or "").partition("\n")[0],
+                "description": _summary(error),
                 "headers": headers,
                 "content": {"application/json": {"schema": body}},
             },

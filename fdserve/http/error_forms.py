@@ -6,9 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
+
 from fdserve.errors import ServerError
 from fdserve.http.errors import error_body
 from fdserve.http.response import DONE, event, named_event
+from fdserve.protocol.errors import ErrorBody
 from fdserve.protocol.messages import MessageErrorBody, MessageErrorDetail
 
 _ANTHROPIC_TYPES = {
@@ -29,10 +32,11 @@ _ANTHROPIC_TYPES = {
 class ErrorForm:
     """`body` and `ending` take an error and the request's id.
 
-    `body` gives the JSON body of an answer, `ending` the last bytes of a stream that has begun. `id_headers` name the
-    headers that clients look for the request's id in, besides x-request-id.
+    `schema` is the type of the body. `body` gives the JSON body of an answer, `ending` the last bytes of a stream that
+    has begun. `id_headers` name the headers that clients look for the request's id in, besides x-request-id.
     """
 
+    schema: type[msgspec.Struct]
     body: Callable[[ServerError, str], Any]
     ending: Callable[[ServerError, str], bytes]
     id_headers: tuple[bytes, ...] = ()
@@ -47,10 +51,12 @@ def _anthropic_body(error: ServerError, request_id: str) -> MessageErrorBody:
 
 
 OPENAI = ErrorForm(
+    schema=ErrorBody,
     body=lambda error, request_id: error_body(error),
     ending=lambda error, request_id: event(error_body(error)) + DONE,
 )
 ANTHROPIC = ErrorForm(
+    schema=MessageErrorBody,
     body=_anthropic_body,
     ending=lambda error, request_id: named_event("error", _anthropic_body(error, request_id)),
     id_headers=(b"request-id",),

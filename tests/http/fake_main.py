@@ -29,7 +29,10 @@ async def flood(request: Request) -> AsyncIterator[TokenDelta]:
 
 
 async def scripted(request: Request) -> AsyncIterator[TokenDelta]:
-    """ "endless", "flood" (endless, as fast as it goes), "silent", "broken", "slow" (2 s), else a greeting."""
+    """ "endless", "flood" (endless, as fast as it goes), "silent", "broken", "slow" (2 s), else a greeting.
+
+    A request that ignores eos gets as many digits as it wants.
+    """
     prompt = bytes(token for token in request.prompt if token < 256).decode()
     scripts = {
         "endless": endless(),
@@ -38,7 +41,8 @@ async def scripted(request: Request) -> AsyncIterator[TokenDelta]:
         "broken": broken("half an ans"),
         "slow": say("0123456789" * 2, delay=0.1),
     }
-    script = next((script for name, script in scripts.items() if name in prompt), say("Hello, world!"))
+    greeting = say("Hello, world!") if request.params.ending_ids else say("0123456789" * 10_000, batch=1000)
+    script = next((script for name, script in scripts.items() if name in prompt), greeting)
     async for delta in script(request):
         yield delta
 
