@@ -107,19 +107,25 @@ class ReasoningSplitter:
     ) -> None:
         self._tokenizer = tokenizer
         self._format = format
+        self._tags = {format.think_start, format.think_end, format.response_start, format.response_end} - {None}
+        # Whether a tag may end the content, so that its last newline is not certain to be text.
+        self._content_closable = format.response_end is not None
         self._detokenizer = Detokenizer(tokenizer, skip_special_tokens)
         self._region = "thought" if thinking else "opening"
-        self._at_start = True  # of a thought or a response: no text of it yet
+        self._at_start = True  # of the region: no text of it yet
         self._held = ""  # white space that the next token may turn into layout
         self.reasoning_tokens = 0  # ids in thoughts, the tags not counted
 
-    def push(self, token_id: int) -> tuple[str, str]:
-        """Take one id; return the (reasoning, content) that is certain now."""
-        after = self._region_after(token_id)
+    def push(self, token_id: int, literal: bool = False) -> tuple[str, str]:
+        """Take one id; return the (reasoning, content) that is certain now.
+
+        Where it is `literal`, as inside a string of a tool call, a tag is text of the content.
+        """
+        after = self._region_after(token_id) if token_id in self._tags and not literal else None
         if after is None:
             if self._region == "thought":
                 self.reasoning_tokens += 1
-            return self._take(self._detokenizer.push((token_id,)))
+            return self._take(self._detokenizer.push_one(token_id))
         texts = self._take(self._detokenizer.flush())
         self._held = ""
         self._region = after
@@ -142,24 +148,22 @@ class ReasoningSplitter:
         """Add text to the region; return what of it is certain."""
         if not text:
             return "", ""
-        text = self._held + text
-        self._held = ""
-        if self._region in ("opening", "gap"):
-            if text.isspace():
-                self._held = text
-                return "", ""
+        between = self._region in ("opening", "gap")
+        if between and text.isspace():
+            self._held += text
+            return "", ""
+        if self._held:
+            text, self._held = self._held + text, ""
+        if between:
             text = text if self._region == "opening" else text.lstrip("\n")
             self._region = "answer"
-        elif self._region in ("thought", "response") and self._at_start:
-            self._at_start = False
+        elif self._at_start:
             text = text.removeprefix("\n")
-        if self._closable() and text.endswith("\n"):
+        self._at_start = False
+        thought = self._region == "thought"
+        if (thought or self._content_closable) and text[-1:] == "\n":
             text, self._held = text[:-1], "\n"
-        return (text, "") if self._region == "thought" else ("", text)
-
-    def _closable(self) -> bool:
-        """Whether a tag may end the region, so that its last newline is not certain to be text."""
-        return self._region == "thought" or self._format.response_end is not None
+        return (text, "") if thought else ("", text)
 
     def flush(self) -> tuple[str, str]:
         """The rest, at the end of the output: what was held back is text after all, save in a gap."""

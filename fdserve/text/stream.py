@@ -1,4 +1,4 @@
-"""One choice's ids to the text that its client sees: thoughts, answer, stop strings."""
+"""One choice's ids to what its client sees: thoughts, answer, tool calls, stop strings."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from fdserve.text.detokenizer import Detokenizer
 from fdserve.text.reasoning import ReasoningFormat, ReasoningSplitter
 from fdserve.text.stop import StopStrings
 from fdserve.text.tokenizer import Tokenizer
-from fdserve.text.tools import ToolCallDelta
+from fdserve.text.tools import ToolCallDelta, ToolFormat
+from fdserve.text.tools_parser import ToolCallParser
 
 
 class TextDelta(NamedTuple):
-    """New text of one choice.
+    """What is new of one choice.
 
     `stop_matched` is the stop string that ended the content with this delta; `tokens_used` is how many of the
     pushed ids count: those after the one that completed a stop string do not.
@@ -23,15 +24,16 @@ class TextDelta(NamedTuple):
     content: str
     stop_matched: str | None
     tokens_used: int
-    tool_calls: Sequence[ToolCallDelta] = ()
+    tool_calls: tuple[ToolCallDelta, ...] = ()
 
 
 class TextStream:
-    """Turns one choice's ids into reasoning and content.
+    """Turns one choice's ids into reasoning, content and tool calls.
 
     Joined, the deltas of `push` and of the closing `finish` do not depend on how the ids were split over the
     pushes. Stop strings are looked for in the content only, which is all text when `format` is None, and not before
-    `min_tokens` ids were pushed.
+    `min_tokens` ids were pushed. Calls are looked for in the content too, if `tools` is given; their text is not
+    content, and a stop string does not reach over one.
     `thinking` says whether the first id is a thought (see `starts_in_thinking`). The ids of `hidden` (eos and
     stop tokens) never show and are no reasoning tokens, whatever `skip_special_tokens` says.
     """
@@ -47,11 +49,13 @@ class TextStream:
         include_stop_str_in_output: bool = False,
         min_tokens: int = 0,
         hidden: Collection[int] = (),
+        tools: ToolFormat | None = None,
     ) -> None:
         self._splitter: ReasoningSplitter | None = None
         if format is not None:
             self._splitter = ReasoningSplitter(tokenizer, format, thinking, skip_special_tokens)
         self._detokenizer = Detokenizer(tokenizer, skip_special_tokens)
+        self._tools = ToolCallParser(tools) if tools is not None else None
         self._stop = StopStrings(stop, include_stop_str_in_output)
         self._hidden = frozenset(hidden)
         self._free_tokens = min_tokens - 1  # ids to come that complete no stop string
@@ -61,12 +65,17 @@ class TextStream:
         """How many ids so far were thoughts, the tags not counted."""
         return self._splitter.reasoning_tokens if self._splitter else 0
 
+    @property
+    def complete_calls(self) -> int:
+        """How many tool calls so far are complete: their end tag came."""
+        return self._tools.complete_calls if self._tools else 0
+
     def push(self, token_ids: Sequence[int]) -> TextDelta:
         """Take the next ids. After a stop string has matched, none counts any more."""
         reasonings: list[str] = []
         contents: list[str] = []
+        calls: list[ToolCallDelta] = []
         used = 0
-        matched: str | None = None
         for token_id in token_ids:
             if self._stop.matched is not None:
                 break
@@ -75,17 +84,40 @@ class TextStream:
             self._free_tokens -= free
             if token_id in self._hidden:
                 continue
-            reasoning, content = self._text_of(token_id)
-            reasonings.append(reasoning)
+            content = ""
+            if self._splitter is None:
+                content = self._detokenizer.push_one(token_id)
+            else:
+                literal = self._tools is not None and self._tools.in_string
+                reasoning, content = self._splitter.push(token_id, literal)
+                if reasoning:
+                    reasonings.append(reasoning)
             if content:
-                content, matched = self._stop.push(content, armed=not free)
-                contents.append(content)
-        return TextDelta("".join(reasonings), "".join(contents), matched, used)
+                self._add(content, not free, contents, calls)
+        matched = self._stop.matched if used else None
+        return TextDelta("".join(reasonings), "".join(contents), matched, used, tuple(calls))
 
-    def _text_of(self, token_id: int) -> tuple[str, str]:
-        if self._splitter is not None:
-            return self._splitter.push(token_id)
-        return "", self._detokenizer.push((token_id,))
+    def _add(self, text: str, armed: bool, contents: list[str], calls: list[ToolCallDelta]) -> None:
+        """Add text of the answer to the content and the calls that it is."""
+        if self._tools is None:
+            contents.append(self._stop.push(text, armed)[0])
+        else:
+            self._add_events(self._tools.push(text), armed, contents, calls)
+
+    def _add_events(
+        self, events: list[str | ToolCallDelta], armed: bool, contents: list[str], calls: list[ToolCallDelta]
+    ) -> None:
+        for event in events:
+            if isinstance(event, str):
+                contents.append(self._stop.push(event, armed)[0])
+                if self._stop.matched is not None:
+                    break
+            elif event.id is None and calls and calls[-1].id is None and calls[-1].index == event.index:
+                calls[-1] = ToolCallDelta(event.index, None, None, calls[-1].arguments + event.arguments)
+            else:
+                if event.id is not None:
+                    contents.append(self._stop.flush())
+                calls.append(event)
 
     def finish(self) -> TextDelta:
         """What was held back, once there are no more ids; it may complete a stop string.
@@ -95,5 +127,10 @@ class TextStream:
         if self._stop.matched is not None:
             return TextDelta("", "", None, 0)
         reasoning, rest = self._splitter.flush() if self._splitter else ("", self._detokenizer.flush())
-        content, matched = self._stop.push(rest)
-        return TextDelta(reasoning, content + self._stop.flush(), matched, 0)
+        contents: list[str] = []
+        calls: list[ToolCallDelta] = []
+        if rest:
+            self._add(rest, True, contents, calls)
+        if self._tools is not None and self._stop.matched is None:
+            self._add_events(self._tools.flush(), True, contents, calls)
+        return TextDelta(reasoning, "".join(contents) + self._stop.flush(), self._stop.matched, 0, tuple(calls))
