@@ -11,7 +11,7 @@ import pytest
 
 from fdserve import errors
 from fdserve.api.metrics import Metrics
-from fdserve.api.params import EXTRA_FIELDS
+from fdserve.api.fields import EXTRA_FIELDS
 from fdserve.config import Config
 from fdserve.engine.engine import EngineStats
 from fdserve.errors import ServerError

@@ -5,18 +5,19 @@ from __future__ import annotations
 import msgspec
 
 from fdserve.api.chat_answer import ChatAnswer
-from fdserve.api.conversation import template_message
-from fdserve.api.generation import Choice, new_choice, off_loop_if_long, submitted
+from fdserve.api.fields import read_request
+from fdserve.api.generation import Choice, new_choice, off_loop_if_long, response_id, running
 from fdserve.api.params import (
-    EXTRA_FIELDS,
     check_choices,
     check_logprobs,
     check_request,
     for_choice,
-    read_request,
     sampling_params,
     unsupported,
 )
+from fdserve.api.prompt import check_prompt, max_tokens_of, prompt_field, render_prompt
+from fdserve.api.structured import compile_grammar
+from fdserve.api.tool_use import check_tools, tool_use
 from fdserve.engine.request import SamplingParams
 from fdserve.errors import InvalidRequest
 from fdserve.http.request import Request
@@ -25,7 +26,7 @@ from fdserve.protocol.chat import ChatRequest
 from fdserve.server import Server
 from fdserve.text.reasoning import starts_in_thinking
 
-_RESERVED_KWARGS = ("messages", "tools", "add_generation_prompt")
+__all__ = ["chat_completions", "check_chat", "prepare_chat", "render_prompt", "rendered"]
 
 
 async def chat_completions(server: Server, http: Request, reply: Reply) -> None:
@@ -33,8 +34,9 @@ async def chat_completions(server: Server, http: Request, reply: Reply) -> None:
     server.check_ready()
     request = read_request(http.body, ChatRequest)
     choices = await prepare_chat(request, server, http)
-    with submitted(choices):
-        answer = ChatAnswer(request, server, http, choices)
+    id = response_id("chatcmpl-", request)
+    with running(server, http, (id, request.request_id), choices):
+        answer = ChatAnswer(id, request, server, http, choices)
         if request.stream:
             await answer.stream(reply)
         else:
@@ -48,50 +50,11 @@ async def prepare_chat(request: ChatRequest, server: Server, http: Request) -> l
     """
     check_request(request, server)
     check_chat(request, server)
-    _, prompt = await off_loop_if_long(server, len(http.body), lambda: render_prompt(request, server))
-    return _choices(request, server, http, prompt)
-
-
-def render_prompt(request: ChatRequest, server: Server) -> tuple[str, list[int]]:
-    """The prompt's text and ids. Raises InvalidRequest. Long work: see `off_loop_if_long`."""
-    kwargs = {name: value for name, value in (request.chat_template_kwargs or {}).items() if name not in EXTRA_FIELDS}
-    if request.enable_thinking is not None:
-        kwargs["enable_thinking"] = request.enable_thinking
-    tools = request.tools if request.tool_choice != "none" else None
-    messages = [template_message(message, index) for index, message in enumerate(request.messages)]
-    text = server.template.render(messages, tools=tools or None, **kwargs)
-    return text, server.tokenizer.encode(text)
-
-
-def check_chat(request: ChatRequest, server: Server) -> None:
-    """Raise InvalidRequest for what only a chat can have wrong."""
-    if request.top_logprobs and not request.logprobs:
-        raise InvalidRequest("top_logprobs needs logprobs to be true.", param="top_logprobs")
-    check_logprobs(bool(request.logprobs), server)
-    check_choices(request.n or 1, server, "n")
-    if request.tool_choice not in (None, "none", "auto"):
-        raise unsupported("tool_choice", "other than 'auto' and 'none' ")
-    if request.modalities not in (None, [], ["text"]):
-        raise unsupported("modalities", "other than text ")
-    for name in _RESERVED_KWARGS:
-        if name in (request.chat_template_kwargs or {}):
-            raise InvalidRequest(f"chat_template_kwargs cannot set {name}.", param=f"chat_template_kwargs.{name}")
-
-
-def _choices(request: ChatRequest, server: Server, http: Request, prompt: list[int]) -> list[Choice]:
-    max_tokens = request.max_completion_tokens if request.max_completion_tokens is not None else request.max_tokens
+    _, prompt = await rendered(request, server, http)
     thinking = server.reasoning is not None and starts_in_thinking(server.reasoning, prompt)
-    params = sampling_params(
-        request,
-        server,
-        prompt_tokens=len(prompt),
-        max_tokens=max_tokens,
-        logprobs=(request.top_logprobs or 0) if request.logprobs else None,
-        param="messages",
-    )
-    # A budget that max_tokens ends first would only spoil the last tokens.
-    if thinking and request.reasoning_max_tokens is not None and request.reasoning_max_tokens < params.max_tokens:
-        params = _with_thinking_budget(params, server, request.reasoning_max_tokens)
+    params = _params(request, server, len(prompt), thinking)
+    tools = tool_use(request)
+    grammar = await compile_grammar(request, server, tools)
     return [
         new_choice(
             request,
@@ -99,12 +62,50 @@ def _choices(request: ChatRequest, server: Server, http: Request, prompt: list[i
             http,
             index=index,
             prompt=prompt,
-            params=for_choice(params, index),
+            # The prompt is the same for all of them: its logprobs are asked for once.
+            params=for_choice(params if not index else msgspec.structs.replace(params, prompt_logprobs=None), index),
             format=server.reasoning,
             thinking=thinking,
+            tools=server.tools if tools else None,
+            constraint=grammar.constraint(thinking) if grammar else None,
         )
         for index in range(request.n or 1)
     ]
+
+
+async def rendered(request: ChatRequest, server: Server, http: Request) -> tuple[str, list[int]]:
+    """`render_prompt`, in a thread where it may take long. Cancellation waits for the thread."""
+    long = request.chat_template is not None  # whoever wrote it may have written a slow one
+    return await off_loop_if_long(server, len(http.body), lambda: render_prompt(request, server), always=long)
+
+
+def check_chat(request: ChatRequest, server: Server) -> None:
+    """Raise InvalidRequest for what only a chat can have wrong."""
+    check_prompt(request)
+    if request.top_logprobs and not request.logprobs:
+        raise InvalidRequest("top_logprobs needs logprobs to be true.", param="top_logprobs")
+    check_logprobs(bool(request.logprobs), server)
+    check_choices(request.n or 1, server, "n")
+    check_tools(request, server)
+    if request.modalities not in (None, [], ["text"]):
+        raise unsupported("modalities", "other than text ")
+
+
+def _params(request: ChatRequest, server: Server, prompt_tokens: int, thinking: bool) -> SamplingParams:
+    params = sampling_params(
+        request,
+        server,
+        prompt_tokens=prompt_tokens,
+        max_tokens=max_tokens_of(request),
+        logprobs=(request.top_logprobs or 0) if request.logprobs else None,
+        param=prompt_field(request),
+    )
+    # A budget that max_tokens ends first would only spoil the last tokens.
+    if thinking and request.reasoning_max_tokens is not None and request.reasoning_max_tokens < params.max_tokens:
+        params = _with_thinking_budget(params, server, request.reasoning_max_tokens)
+    if request.response_max_tokens is not None:
+        params = _with_answer_limit(params, server, request.response_max_tokens, thinking)
+    return params
 
 
 def _with_thinking_budget(params: SamplingParams, server: Server, budget: int) -> SamplingParams:
@@ -115,3 +116,12 @@ def _with_thinking_budget(params: SamplingParams, server: Server, budget: int) -
     # What is forced before the tag is thought, too.
     free = max(0, budget - forced.index(end))
     return msgspec.structs.replace(params, thinking_budget=free, think_end_ids=tuple(forced), think_end_id=end)
+
+
+def _with_answer_limit(params: SamplingParams, server: Server, limit: int, thinking: bool) -> SamplingParams:
+    """At most `limit` tokens come after the thought; without one, in all."""
+    if thinking:
+        assert server.reasoning is not None
+        return msgspec.structs.replace(params, answer_limit=limit, think_end_id=server.reasoning.think_end)
+    limit = min(limit, params.max_tokens)
+    return msgspec.structs.replace(params, max_tokens=limit, min_tokens=min(limit, params.min_tokens))

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import time
-import uuid
 from collections.abc import Sequence
 
 import anyio
+from msgspec import UNSET, UnsetType
 
-from fdserve.api.generation import Choice, Piece, collect_all, for_each, usage, wants_usage
-from fdserve.api.logprobs import chat_logprobs
+from fdserve.api.generation import (
+    SYSTEM_FINGERPRINT,
+    Choice,
+    Piece,
+    collect_all,
+    for_each,
+    join,
+    usage,
+    wants_usage,
+)
+from fdserve.api.logprobs import chat_logprobs, prompt_logprobs
 from fdserve.http.request import Request
 from fdserve.http.response import Reply, event
 from fdserve.protocol.chat import (
@@ -18,25 +27,29 @@ from fdserve.protocol.chat import (
     ChatChunk,
     ChatChunkChoice,
     ChatCompletion,
+    ChatFinishReason,
     ChatLogprobs,
     ChatRequest,
     Delta,
 )
-from fdserve.protocol.generation import OptionalUsage
+from fdserve.protocol.generation import OptionalPromptLogprobs, Usage
+from fdserve.protocol.tools import FunctionCall, FunctionCallDelta, ToolCall, ToolCallPart
 from fdserve.server import Server
+from fdserve.text.tools import ToolCallDelta
 
 
 class ChatAnswer:
     """One response, whole or as a stream of chunks."""
 
-    def __init__(self, request: ChatRequest, server: Server, http: Request, choices: Sequence[Choice]) -> None:
+    def __init__(self, id: str, request: ChatRequest, server: Server, http: Request, choices: Sequence[Choice]) -> None:
+        self._id = id
         self._request = request
         self._server = server
         self._http = http
         self._choices = choices
-        self._id = f"chatcmpl-{uuid.uuid4().hex}"
         self._created = int(time.time())
-        self._include_usage = wants_usage(request)
+        self._legacy = bool(request.functions)
+        self._service_tier: str | UnsetType = "default" if request.service_tier is not None else UNSET
 
     async def send(self, reply: Reply) -> None:
         """Wait for every choice and send the completion."""
@@ -47,35 +60,60 @@ class ChatAnswer:
                 created=self._created,
                 model=self._server.model_name,
                 choices=[self._choice(*pair) for pair in zip(self._choices, wholes, strict=True)],
-                usage=usage(self._choices, len(self._choices), self._http),
+                usage=self._usage(),
+                service_tier=self._service_tier,
+                system_fingerprint=SYSTEM_FINGERPRINT,
+                prompt_logprobs=self._prompt_logprobs(wholes[0]),
             )
         )
 
     def _choice(self, choice: Choice, whole: Piece) -> ChatChoice:
-        assert whole.finish_reason is not None
         message = AssistantMessage(content=whole.content, reasoning_content=whole.reasoning or None)
+        calls = [_tool_call(delta) for delta in whole.tool_calls]
+        if calls and not whole.content:
+            message.content = None
+        if calls and self._legacy:
+            message.function_call = calls[0].function
+        elif calls:
+            message.tool_calls = calls
         if self._request.return_token_ids:
             message.prompt_token_ids = choice.prompt
             message.completion_token_ids = whole.token_ids
+        finish_reason = self._finish_reason(whole)
+        assert finish_reason is not None
         return ChatChoice(
             index=choice.index,
             message=message,
             logprobs=self._logprobs(whole),
-            finish_reason=whole.finish_reason,
+            finish_reason=finish_reason,
             stop_reason=choice.stop_reason,
         )
+
+    def _finish_reason(self, piece: Piece) -> ChatFinishReason | None:
+        if piece.finish_reason == "tool_calls" and self._legacy:
+            return "function_call"
+        return piece.finish_reason
 
     def _logprobs(self, piece: Piece) -> ChatLogprobs | None:
         return chat_logprobs(self._server.tokenizer, piece.logprobs) if self._request.logprobs else None
 
+    def _prompt_logprobs(self, piece: Piece) -> OptionalPromptLogprobs:
+        if piece.prompt_logprobs is None:
+            return UNSET
+        return prompt_logprobs(self._server.tokenizer, self._choices[0].prompt, piece.prompt_logprobs)
+
+    def _usage(self) -> Usage:
+        return usage(self._choices, len(self._choices), self._http)
+
     async def stream(self, reply: Reply) -> None:
         """Send an event for whatever comes, as it comes: choices in turn, each in order."""
         lock = anyio.Lock()
+        tokens = self._request.max_streaming_response_tokens or 1
 
         async def forward(choice: Choice) -> None:
             finished = False
             while not finished:
-                piece = await choice.next_piece()
+                piece = await choice.next_piece(tokens)
                 finished = piece.finish_reason is not None
                 if data := self._events(choice, piece):
                     async with lock:
@@ -86,46 +124,88 @@ class ChatAnswer:
         try:
             await for_each(self._choices, forward)
         finally:
-            total = usage(self._choices, len(self._choices), self._http)
-        await reply.end_events(event(self._chunk([], total)) if self._include_usage else b"")
+            total = self._usage()
+        last = ChatChunk(
+            id=self._id,
+            created=self._created,
+            model=self._server.model_name,
+            choices=[],
+            usage=total,
+            service_tier=self._service_tier,
+            system_fingerprint=SYSTEM_FINGERPRINT,
+        )
+        await reply.end_events(event(last) if wants_usage(self._request) else b"")
 
     def _opening(self, choice: Choice) -> bytes:
         delta = Delta(role="assistant", content="")
         if self._request.return_token_ids:
             delta.prompt_token_ids = choice.prompt
-        return event(self._chunk([ChatChunkChoice(index=choice.index, delta=delta)]))
+        return event(self._chunk(ChatChunkChoice(index=choice.index, delta=delta)))
 
     def _events(self, choice: Choice, piece: Piece) -> bytes:
-        """The piece as chunks: reasoning, then content, then the end; nothing where there is nothing to tell."""
+        """The piece as chunks: reasoning, content, calls, then the end; nothing where there is nothing to tell."""
+        deltas = self._deltas(piece)
+        chunks = [
+            self._chunk(ChatChunkChoice(index=choice.index, delta=delta, arrival_time=choice.arrival_time))
+            for delta in deltas
+        ]
+        if chunks:
+            # The tokens of a piece are told once, whichever of its texts they belong to.
+            chunks[0].choices[0].logprobs = self._logprobs(piece) if piece.logprobs else None
+            chunks[0].prompt_logprobs = self._prompt_logprobs(piece)
+            if self._request.return_token_ids:
+                deltas[0].completion_token_ids = piece.token_ids
+        if piece.finish_reason is not None:
+            end = ChatChunkChoice(
+                index=choice.index,
+                delta=Delta(content=""),
+                finish_reason=self._finish_reason(piece),
+                stop_reason=choice.stop_reason,
+                arrival_time=choice.arrival_time,
+            )
+            chunks.append(self._chunk(end))
+        return b"".join(map(event, chunks))
+
+    def _deltas(self, piece: Piece) -> list[Delta]:
         # Content is never left out: clients print it without looking, as FastDeploy's own example does.
         deltas = [Delta(content="", reasoning_content=piece.reasoning)] if piece.reasoning else []
         if piece.content:
             deltas.append(Delta(content=piece.content))
-        wants_ids = bool(self._request.return_token_ids)
-        if not deltas and (piece.logprobs or (wants_ids and piece.token_ids)):
-            deltas.append(Delta(content=""))
-        chunks = [
-            ChatChunkChoice(index=choice.index, delta=delta, arrival_time=choice.arrival_time) for delta in deltas
-        ]
-        if chunks:
-            # The tokens of a piece are told once, whichever of its texts they belong to.
-            chunks[0].logprobs = self._logprobs(piece) if piece.logprobs else None
-            if wants_ids:
-                deltas[0].completion_token_ids = piece.token_ids
-        if piece.finish_reason is not None:
-            chunks.append(
-                ChatChunkChoice(
-                    index=choice.index,
-                    delta=Delta(content=""),
-                    finish_reason=piece.finish_reason,
-                    stop_reason=choice.stop_reason,
-                    arrival_time=choice.arrival_time,
-                )
-            )
-        return b"".join(event(self._chunk([chunk])) for chunk in chunks)
+        parts = [_part(delta) for delta in join([piece]).tool_calls] if piece.tool_calls else []
+        if parts and not self._legacy:
+            deltas.append(Delta(content=None, tool_calls=parts))
+        elif parts and parts[0].index == 0:
+            deltas.append(Delta(content=None, function_call=parts[0].function))
+        told = piece.logprobs or piece.prompt_logprobs or (self._request.return_token_ids and piece.token_ids)
+        return deltas or ([Delta(content="")] if told else [])
 
-    def _chunk(self, choices: list[ChatChunkChoice], total: OptionalUsage = None) -> ChatChunk:
-        chunk = ChatChunk(id=self._id, created=self._created, model=self._server.model_name, choices=choices)
-        if self._include_usage:
-            chunk.usage = total
+    def _chunk(self, choice: ChatChunkChoice) -> ChatChunk:
+        chunk = ChatChunk(
+            id=self._id,
+            created=self._created,
+            model=self._server.model_name,
+            choices=[choice],
+            service_tier=self._service_tier,
+            system_fingerprint=SYSTEM_FINGERPRINT,
+        )
+        options = self._request.stream_options
+        if options is not None and options.continuous_usage_stats:
+            chunk.usage = self._usage()
+        elif wants_usage(self._request):
+            chunk.usage = None
         return chunk
+
+
+def _tool_call(call: ToolCallDelta) -> ToolCall:
+    assert call.id is not None
+    assert call.name is not None
+    return ToolCall(id=call.id, function=FunctionCall(name=call.name, arguments=call.arguments))
+
+
+def _part(delta: ToolCallDelta) -> ToolCallPart:
+    part = ToolCallPart(index=delta.index, function=FunctionCallDelta(arguments=delta.arguments))
+    if delta.id is not None:
+        part.id, part.type = delta.id, "function"
+    if delta.name is not None:
+        part.function.name = delta.name
+    return part

@@ -3,62 +3,21 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
-from typing import Any, TypeVar
 
 import msgspec
 
 from fdserve.api.models import check_model
+from fdserve.api.token_rules import check_token_ids, token_rules
 from fdserve.engine.request import SamplingParams
 from fdserve.errors import InvalidRequest
-from fdserve.http.errors import invalid_field
-from fdserve.http.request import decode
-from fdserve.protocol.chat import ChatRequest
-from fdserve.protocol.completion import CompletionRequest
 from fdserve.protocol.generation import GenerationRequest
 from fdserve.server import Server
-
-R = TypeVar("R", bound=GenerationRequest)
 
 MIN_TEMPERATURE = 1e-5  # below it sampling is greedy, as in FastDeploy
 MIN_TOP_P = 1e-5
 MAX_STOP_CHARACTERS = 16_384
 
-# Fields that OpenAI does not have; a client may also put them into chat_template_kwargs.
-EXTRA_FIELDS = frozenset(
-    {"top_k", "min_p", "min_tokens", "repetition_penalty", "stop_token_ids", "ignore_eos", "return_token_ids"}
-    | {"include_stop_str_in_output", "skip_special_tokens", "enable_thinking", "reasoning_max_tokens", "priority"}
-)
-
-_UNSUPPORTED = (
-    *("logit_bias", "bad_words", "bad_words_token_ids", "logits_processors_args", "prompt_logprobs"),
-    *("temp_scaled_logprobs", "top_p_normalized_logprobs"),
-    *("guided_json", "guided_regex", "guided_choice", "guided_grammar", "structural_tag"),
-    *("functions", "function_call", "audio", "suffix", "echo"),
-)
-_DECODERS: dict[type, msgspec.json.Decoder[Any]] = {
-    kind: msgspec.json.Decoder(kind) for kind in (ChatRequest, CompletionRequest)
-}
-
-
-def read_request(body: bytes, kind: type[R]) -> R:
-    """The request in a JSON body.
-
-    Fields inside `extra_body`, and FastDeploy's own inside a chat's `chat_template_kwargs`, count like fields of the
-    body: the body's come first, then those of extra_body, then those of chat_template_kwargs. Raises InvalidRequest.
-    """
-    request: R = decode(body, _DECODERS[kind])
-    if not request.extra_body and not getattr(request, "chat_template_kwargs", None):
-        return request
-    fields = {name: value for name, value in msgspec.json.decode(body).items() if value is not None}
-    fields = {**fields.pop("extra_body", {}), **fields}
-    kwargs = fields.get("chat_template_kwargs")
-    if kind is ChatRequest and isinstance(kwargs, dict):
-        fields = {**{name: kwargs[name] for name in EXTRA_FIELDS & kwargs.keys()}, **fields}
-    try:
-        return msgspec.convert(fields, kind)
-    except msgspec.ValidationError as error:
-        raise invalid_field(str(error)) from None
+_UNSUPPORTED = ("logits_processors_args", "suffix", "audio")
 
 
 def check_request(request: GenerationRequest, server: Server) -> None:
@@ -66,27 +25,23 @@ def check_request(request: GenerationRequest, server: Server) -> None:
     check_model(server, request.model)
     if request.stream_options is not None and not request.stream:
         raise InvalidRequest("stream_options is only allowed when stream is true.", param="stream_options")
+    if request.truncate_prompt_tokens == 0:
+        raise InvalidRequest("truncate_prompt_tokens cannot be 0.", param="truncate_prompt_tokens")
+    check_logprobs(request.prompt_logprobs is not None, server, "prompt_logprobs")
     for name in _UNSUPPORTED:
-        if not _is_neutral(getattr(request, name, None)):
+        if getattr(request, name, None):
             raise unsupported(name)
-    if request.response_format is not None and request.response_format.get("type") != "text":
-        raise unsupported("response_format", "with another type than 'text' ")
 
 
 def unsupported(name: str, which: str = "") -> InvalidRequest:
     """The error for a field that would change the output and cannot be honoured."""
-    return InvalidRequest(f"{name} {which}is not supported yet.", param=name, code="unsupported_parameter")
+    return InvalidRequest(f"{name} {which}is not supported.", param=name, code="unsupported_parameter")
 
 
-def _is_neutral(value: object) -> bool:
-    """Whether a value asks for nothing: null, false, or something empty."""
-    return value is None or value is False or (isinstance(value, (str, list, dict)) and not value)
-
-
-def check_logprobs(wanted: bool, server: Server) -> None:
+def check_logprobs(wanted: bool, server: Server, param: str = "logprobs") -> None:
     """Raise InvalidRequest if a request wants logprobs and the server was started without them."""
     if wanted and not server.config.enable_logprob:
-        raise InvalidRequest("Logprobs is disabled, please enable it in startup config.", param="logprobs")
+        raise InvalidRequest("Logprobs is disabled, please enable it in startup config.", param=param)
 
 
 def check_choices(count: int, server: Server, param: str) -> None:
@@ -96,12 +51,27 @@ def check_choices(count: int, server: Server, param: str) -> None:
         raise InvalidRequest(f"The request asks for {count} choices; this server takes {limit} at most.", param=param)
 
 
-def check_token_ids(token_ids: Sequence[int], server: Server, param: str) -> None:
-    """Raise InvalidRequest if an id is none of the model's."""
-    size = server.model.vocab_size
-    if token_ids and max(token_ids) >= size:
-        message = f"Token id {max(token_ids)} is out of range: the model has ids from 0 to {size - 1}."
-        raise InvalidRequest(message, param=param)
+def checked_prompt(token_ids: list[int], server: Server, param: str) -> list[int]:
+    """A prompt that came as ids. Raises InvalidRequest if it is empty or has an id that is none of the model's."""
+    if not token_ids:
+        raise InvalidRequest("A prompt is empty.", param=param)
+    if min(token_ids) < 0:
+        raise InvalidRequest("Token ids cannot be negative.", param=param)
+    check_token_ids(token_ids, server, param)
+    return token_ids
+
+
+def truncated(prompt: list[int], request: GenerationRequest, server: Server, max_tokens: int | None) -> list[int]:
+    """The last tokens of the prompt, as many as `truncate_prompt_tokens` says.
+
+    -1 keeps as many as leave room for `max_tokens`, or for one token where that is None.
+    """
+    limit = request.truncate_prompt_tokens
+    if limit is None:
+        return prompt
+    if limit < 0:
+        limit = max(1, server.engine.max_model_len - (1 if max_tokens is None else max_tokens))
+    return prompt[-limit:]
 
 
 def stop_strings(request: GenerationRequest) -> list[str]:
@@ -127,20 +97,13 @@ def sampling_params(
     `max_tokens` of None fills the context. `param` is the field that the prompt came in. Raises InvalidRequest
     when the prompt leaves no room for a token.
     """
-    room = server.engine.max_model_len - prompt_tokens
-    if room < 1:
-        raise InvalidRequest(
-            f"This model's maximum context length is {server.engine.max_model_len} tokens. However, your {param} "
-            f"resulted in {prompt_tokens} tokens. Please reduce the length of the {param}.",
-            param=param,
-            code="context_length_exceeded",
-        )
+    limit = _limit(server, prompt_tokens, max_tokens, param)
     min_tokens = request.min_tokens or 0
     if max_tokens is not None and min_tokens > max_tokens:
         raise InvalidRequest(f"min_tokens is {min_tokens}, more than max_tokens ({max_tokens}).", param="min_tokens")
-    limit = room if max_tokens is None else min(room, max_tokens)
     stop_token_ids = tuple(request.stop_token_ids or ())
     check_token_ids(stop_token_ids, server, "stop_token_ids")
+    rules = token_rules(request, server)
     defaults = server.defaults
     temperature = _first(request.temperature, defaults.temperature, 1.0)
     return SamplingParams(
@@ -156,8 +119,35 @@ def sampling_params(
         frequency_penalty=_first(request.frequency_penalty, defaults.frequency_penalty, 0.0),
         eos_token_ids=() if request.ignore_eos else server.eos_token_ids,
         stop_token_ids=stop_token_ids,
+        logit_bias=rules.logit_bias,
+        allowed_token_ids=rules.allowed_token_ids,
+        bad_words=rules.bad_words,
         logprobs=logprobs,
+        prompt_logprobs=request.prompt_logprobs,
+        temp_scaled_logprobs=bool(request.temp_scaled_logprobs),
+        top_p_normalized_logprobs=bool(request.top_p_normalized_logprobs),
     )
+
+
+def _limit(server: Server, prompt_tokens: int, max_tokens: int | None, param: str) -> int:
+    """How many tokens may be generated. Raises InvalidRequest, in OpenAI's words, if it would have to be none."""
+    context = server.engine.max_model_len
+    room = context - prompt_tokens
+    if room >= (0 if max_tokens == 0 else 1):
+        return room if max_tokens is None else min(room, max_tokens)
+    if param == "messages":
+        message = (
+            f"This model's maximum context length is {context} tokens. However, your messages resulted in "
+            f"{prompt_tokens} tokens. Please reduce the length of the messages."
+        )
+    else:
+        asked = 1 if max_tokens is None else max_tokens
+        message = (
+            f"This model's maximum context length is {context} tokens, however you requested {prompt_tokens + asked} "
+            f"tokens ({prompt_tokens} in your prompt; {asked} for the completion). Please reduce your prompt; or "
+            "completion length."
+        )
+    raise InvalidRequest(message, param=param, code="context_length_exceeded")
 
 
 def for_choice(params: SamplingParams, index: int) -> SamplingParams:

@@ -10,9 +10,11 @@ from typing import Any
 import msgspec
 
 from fdserve.api.chat import check_chat, render_prompt
+from fdserve.api.fields import read_request
 from fdserve.api.generation import off_loop_if_long
 from fdserve.api.models import check_model
-from fdserve.api.params import check_request, check_token_ids, read_request
+from fdserve.api.params import check_request
+from fdserve.api.token_rules import check_token_ids
 from fdserve.errors import InvalidRequest
 from fdserve.http.request import Request, decode
 from fdserve.http.response import Reply

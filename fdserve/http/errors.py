@@ -7,7 +7,7 @@ import re
 from fdserve.errors import InvalidRequest, MethodNotAllowed, Overloaded, ServerError, Unauthorized, Unavailable
 from fdserve.protocol.errors import ErrorBody, ErrorDetail
 
-_PATH = re.compile(r" - at `\$\.?(?P<path>.*)`$", re.DOTALL)
+_PATH = re.compile(r" - at (?:`key` in )?`\$\.?(?P<path>.*)`$", re.DOTALL)
 _MISSING = re.compile(r"Object missing required field `(?P<field>[^`]*)`")
 
 

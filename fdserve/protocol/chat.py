@@ -11,42 +11,82 @@ from fdserve.protocol.generation import (
     FinishReason,
     GenerationRequest,
     OptionalIds,
+    OptionalPromptLogprobs,
     OptionalUsage,
     Positive,
     TopLogprobs,
     Usage,
 )
+from fdserve.protocol.tools import (
+    CalledFunction,
+    FunctionCall,
+    FunctionCallDelta,
+    FunctionDefinition,
+    FunctionName,
+    PastToolCall,
+    Tool,
+    ToolCall,
+    ToolCallPart,
+    ToolChoice,
+)
+
+ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+ChatFinishReason = FinishReason | Literal["function_call"]
 
 
 class ContentPart(msgspec.Struct, kw_only=True):
-    """One element of a content list; only type "text" can be served."""
+    """One element of a content list; only the types "text" and "refusal" can be served."""
 
     type: str
     text: str | None = None
+    refusal: str | None = None
 
 
 class ChatMessage(msgspec.Struct, kw_only=True):
-    role: Literal["system", "developer", "user", "assistant", "tool"]
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: str | list[ContentPart] | None = None
     name: str | None = None
     reasoning_content: str | None = None
-    tool_calls: list[dict[str, Any]] | None = None
+    refusal: str | None = None
+    tool_calls: list[PastToolCall] | None = None
     tool_call_id: str | None = None
+    function_call: CalledFunction | None = None
 
 
 class ChatRequest(GenerationRequest, kw_only=True):
-    messages: Annotated[list[ChatMessage], Meta(min_length=1)]
+    """`messages` are required unless there are `prompt_token_ids`."""
+
+    messages: list[ChatMessage] | None = None
+    max_tokens: Positive | None = None
     max_completion_tokens: Positive | None = None
+    response_max_tokens: Positive | None = None
     logprobs: bool | None = None
     top_logprobs: TopLogprobs | None = None
-    tools: list[dict[str, Any]] | None = None
-    tool_choice: str | dict[str, Any] | None = None
+    tools: list[Tool] | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
     enable_thinking: bool | None = None
+    reasoning_effort: ReasoningEffort | None = None
     reasoning_max_tokens: Positive | None = None
+    disable_chat_template: bool | None = None
+    chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    # OpenAI's older form of tools.
+    functions: Annotated[list[FunctionDefinition], Meta(max_length=128)] | None = None
+    function_call: Literal["none", "auto"] | FunctionName | None = None
+    # OpenAI's, and without effect here.
+    store: Any = None
+    safety_identifier: Any = None
+    prompt_cache_key: Any = None
+    prompt_cache_options: Any = None
+    prompt_cache_retention: Any = None
+    prediction: Any = None
+    verbosity: Any = None
+    web_search_options: Any = None
+    moderation: Any = None
     # Known and not supported.
-    functions: list[Any] | None = None
-    function_call: Any = None
     modalities: list[str] | None = None
     audio: Any = None
 
@@ -68,12 +108,18 @@ class TokenLogprob(msgspec.Struct):
 
 class ChatLogprobs(msgspec.Struct):
     content: list[TokenLogprob]
+    refusal: None = None
 
 
 class AssistantMessage(msgspec.Struct, kw_only=True):
+    """`content` is null where there is nothing but calls."""
+
     role: Literal["assistant"] = "assistant"
-    content: str
+    content: str | None
+    refusal: None = None
     reasoning_content: str | None = None
+    tool_calls: list[ToolCall] | UnsetType = UNSET
+    function_call: FunctionCall | UnsetType = UNSET
     prompt_token_ids: OptionalIds = UNSET
     completion_token_ids: OptionalIds = UNSET
 
@@ -84,7 +130,7 @@ class ChatChoice(msgspec.Struct, kw_only=True):
     index: int
     message: AssistantMessage
     logprobs: ChatLogprobs | None
-    finish_reason: FinishReason
+    finish_reason: ChatFinishReason
     stop_reason: str | int | None
 
 
@@ -97,12 +143,19 @@ class ChatCompletion(msgspec.Struct, kw_only=True):
     model: str
     choices: list[ChatChoice]
     usage: Usage
+    service_tier: str | UnsetType = UNSET
+    system_fingerprint: str
+    prompt_logprobs: OptionalPromptLogprobs = UNSET
 
 
 class Delta(msgspec.Struct, kw_only=True):
+    """`content` is null beside parts of calls, and text in every other chunk."""
+
     role: str | UnsetType = UNSET
-    content: str | UnsetType = UNSET
+    content: str | UnsetType | None = UNSET
     reasoning_content: str | UnsetType = UNSET
+    tool_calls: list[ToolCallPart] | UnsetType = UNSET
+    function_call: FunctionCallDelta | UnsetType = UNSET
     prompt_token_ids: OptionalIds = UNSET
     completion_token_ids: OptionalIds = UNSET
 
@@ -113,7 +166,7 @@ class ChatChunkChoice(msgspec.Struct, kw_only=True):
     index: int
     delta: Delta
     logprobs: ChatLogprobs | None = None
-    finish_reason: FinishReason | None = None
+    finish_reason: ChatFinishReason | None = None
     stop_reason: str | int | UnsetType | None = UNSET
     arrival_time: float | UnsetType = UNSET
 
@@ -125,3 +178,6 @@ class ChatChunk(msgspec.Struct, kw_only=True):
     model: str
     choices: list[ChatChunkChoice]
     usage: OptionalUsage = UNSET
+    service_tier: str | UnsetType = UNSET
+    system_fingerprint: str
+    prompt_logprobs: OptionalPromptLogprobs = UNSET

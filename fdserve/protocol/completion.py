@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
-from msgspec import UNSET, UnsetType
+from msgspec import UNSET, Meta, UnsetType
 
 from fdserve.protocol.generation import (
+    Count,
     FinishReason,
     GenerationRequest,
     OptionalIds,
+    OptionalPromptLogprobs,
     OptionalUsage,
     TokenIds,
     TopLogprobs,
@@ -18,25 +20,30 @@ from fdserve.protocol.generation import (
 
 
 class CompletionRequest(GenerationRequest, kw_only=True):
-    """`prompt` is a string, a list of strings, a list of token ids, or a list of such lists, and never a mixture."""
+    """`prompt` is a string, a list of strings, a list of token ids, or a list of such lists, and never a mixture.
 
-    prompt: str | list[str | int | TokenIds]
+    It is required unless there are `prompt_token_ids`.
+    """
+
+    prompt: str | list[str | int | TokenIds] | None = None
+    max_tokens: Count | None = None
     logprobs: TopLogprobs | None = None
-    # Known and not supported, but for the values that change nothing.
-    suffix: str | None = None
     echo: bool | None = None
-    best_of: int | None = None
+    best_of: Annotated[int, Meta(ge=1, le=128)] | None = None
+    # Known and not supported.
+    suffix: str | None = None
 
 
 class CompletionLogprobs(msgspec.Struct):
     """Parallel lists, an entry a token; `text_offset` is in characters of the choice's text.
 
-    A token that is not UTF-8 by itself is written as `bytes:\\xNN…`.
+    A token that is not UTF-8 by itself is written as `bytes:\\xNN…`, and one that is no text as "". The first token
+    of an echoed prompt has no probability: null.
     """
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
 
 
@@ -50,6 +57,7 @@ class CompletionChoice(msgspec.Struct, kw_only=True):
     stop_reason: str | int | UnsetType | None = UNSET
     prompt_token_ids: OptionalIds = UNSET
     completion_token_ids: OptionalIds = UNSET
+    prompt_logprobs: OptionalPromptLogprobs = UNSET
     arrival_time: float | UnsetType = UNSET
 
 
@@ -62,3 +70,4 @@ class Completion(msgspec.Struct, kw_only=True):
     model: str
     choices: list[CompletionChoice]
     usage: OptionalUsage = UNSET
+    system_fingerprint: str

@@ -48,7 +48,12 @@ async def test_a_completion() -> None:
         content = response.json()
         assert choice(response) == {
             "index": 0,
-            "message": {"role": "assistant", "content": "Hello, world!", "reasoning_content": None},
+            "message": {
+                "role": "assistant",
+                "content": "Hello, world!",
+                "refusal": None,
+                "reasoning_content": None,
+            },
             "logprobs": None,
             "finish_reason": "stop",
             "stop_reason": None,
@@ -124,7 +129,7 @@ async def test_roles() -> None:
         (
             [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}],
             "messages[0].content[0]",
-            "text only",
+            "text-only",
         ),
         ([{"role": "user", "content": [{"type": "text"}]}], "messages[0].content[0]", "needs its text"),
         (
@@ -133,7 +138,7 @@ async def test_roles() -> None:
             "expected `str | array | null`, got `int`",
         ),
         ([{"role": "wizard", "content": "x"}], "messages[0].role", "wizard"),
-        ([], "messages", "length >= 1"),
+        ([], "messages", "at least one"),
     ],
 )
 async def test_bad_messages(messages: list[Any], param: str, message: str) -> None:
@@ -162,7 +167,11 @@ async def test_what_the_template_gets() -> None:
     )
     call = {"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}
     async with serving(template=template) as client:
-        fields = {"messages": [call], "tools": [{"type": "function"}], "chat_template_kwargs": {"style": "terse"}}
+        fields = {
+            "messages": [call],
+            "tools": [{"type": "function", "function": {"name": "f"}}],
+            "chat_template_kwargs": {"style": "terse"},
+        }
         await client.chat(**fields, enable_thinking=False)
         await client.chat(**fields, tool_choice="none")
         prompts = [bytes(request.prompt).decode() for request in client.engine.requests]

@@ -96,16 +96,18 @@ async def test_logprobs() -> None:
     async with serving(FakeEngine(say("hé!"))) as client:
         (choice,) = choices(await client.complete(logprobs=2))
         assert choice["logprobs"] == {
-            "tokens": ["h", "bytes:\\xc3", "bytes:\\xa9", "!"],
-            "token_logprobs": [-0.25] * 4,
+            # The eos has its entry too, and is no text.
+            "tokens": ["h", "bytes:\\xc3", "bytes:\\xa9", "!", ""],
+            "token_logprobs": [-0.25] * 5,
             "top_logprobs": [
                 {"h": -0.25, "i": -1.25},
                 {"bytes:\\xc3": -0.25, "bytes:\\xc4": -1.25},
                 {"bytes:\\xa9": -0.25, "bytes:\\xaa": -1.25},
                 {"!": -0.25, '"': -1.25},
+                {"\x00": -0.25, "\x01": -1.25, "</s>": -0.25},
             ],
             # In characters of the text: both halves of the é begin where it stands.
-            "text_offset": [0, 1, 1, 2],
+            "text_offset": [0, 1, 1, 2, 3],
         }
         (choice,) = choices(await client.complete(logprobs=0))
         assert choice["logprobs"]["top_logprobs"][0] == {"h": -0.25}

@@ -5,7 +5,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from fdserve.api.params import for_choice, read_request
+from fdserve.api.fields import read_request
+from fdserve.api.params import for_choice
 from fdserve.config import Config
 from fdserve.engine.request import SamplingParams
 from fdserve.errors import InvalidRequest
@@ -162,26 +163,46 @@ def test_choices_have_seeds_of_their_own() -> None:
     assert [for_choice(params, index).seed for index in (1, 2)] == [0, 1]
 
 
+TOOL = {"type": "function", "function": {"name": "f"}}
 BAD_CHAT: list[tuple[dict[str, Any], str]] = [
     ({"stream_options": {"include_usage": True}}, "stream_options"),
     ({"top_logprobs": 3}, "top_logprobs"),
     ({"logprobs": False, "top_logprobs": 3}, "top_logprobs"),
     ({"min_tokens": 5, "max_tokens": 4}, "min_tokens"),
+    ({"max_tokens": 0}, "max_tokens"),
     ({"stop_token_ids": [5, 1000]}, "stop_token_ids"),
-    ({"logit_bias": {"5": 1}}, "logit_bias"),
-    ({"response_format": {"type": "json_object"}}, "response_format"),
-    ({"response_format": {}}, "response_format"),
-    ({"tools": [{"type": "function"}], "tool_choice": "required"}, "tool_choice"),
-    ({"tool_choice": {"type": "function"}}, "tool_choice"),
-    ({"functions": [{}]}, "functions"),
+    ({"logit_bias": {"1000": 1}}, "logit_bias"),
+    ({"logit_bias": {"a": 1}}, "logit_bias"),
+    ({"logit_bias": {"5": 100}, "allowed_token_ids": [6]}, "logit_bias"),
+    ({"allowed_token_ids": [1000]}, "allowed_token_ids"),
+    ({"bad_words_token_ids": [1000]}, "bad_words_token_ids"),
+    ({"response_format": {}}, "response_format.type"),
+    ({"response_format": {"type": "yaml"}}, "response_format.type"),
+    ({"tools": [{"type": "function"}]}, "tools[0].function"),
+    ({"tools": [{"type": "custom", "custom": {"name": "f"}}]}, "tools[0].type"),
+    ({"tools": [TOOL], "tool_choice": "perhaps"}, "tool_choice"),
+    ({"tools": [TOOL], "tool_choice": {"type": "function"}}, "tool_choice.function"),
+    ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice"),
+    ({"tools": [TOOL], "tool_choice": "required"}, "tool_choice"),  # the model has no form for calls
+    ({"tool_choice": "required"}, "tool_choice"),
+    ({"functions": [{}]}, "functions[0].name"),
+    ({"functions": [{"name": "f"}], "tools": [TOOL]}, "functions"),
+    ({"functions": [{"name": "f"}], "function_call": {"name": "g"}}, "function_call"),
     ({"modalities": ["text", "audio"]}, "modalities"),
     ({"audio": {"voice": "x"}}, "audio"),
-    ({"bad_words": ["x"]}, "bad_words"),
-    ({"guided_json": {"type": "object"}}, "guided_json"),
-    ({"guided_regex": "a+"}, "guided_regex"),
-    ({"prompt_logprobs": 0}, "prompt_logprobs"),
-    ({"temp_scaled_logprobs": True}, "temp_scaled_logprobs"),
     ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs.messages"),
+    ({"chat_template_kwargs": {"top_k": "x"}}, "top_k"),
+    ({"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message"),
+    ({"chat_template": "{% if %}"}, "chat_template"),
+    ({"chat_template": "no messages here", "continue_final_message": True}, "continue_final_message"),
+    ({"chat_template": "{# empty #}"}, "messages"),
+    ({"prompt_token_ids": []}, "prompt_token_ids"),
+    ({"prompt_token_ids": [1000]}, "prompt_token_ids"),
+    ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
+    ({"request_id": "no spaces"}, "request_id"),
+    ({"cache_salt": ""}, "cache_salt"),
+    ({"reasoning_effort": "heroic"}, "reasoning_effort"),
+    ({"logits_processors_args": {"x": 1}}, "logits_processors_args"),
     ({"n": 100}, "n"),
 ]
 
@@ -195,9 +216,10 @@ async def test_fields_that_cannot_be_honoured() -> None:
             assert response.error["type"] == "invalid_request_error"
         for fields, param in [
             ({"suffix": "x"}, "suffix"),
-            ({"echo": True}, "echo"),
-            ({"best_of": 2}, "best_of"),
-            ({"n": 2, "best_of": 3}, "best_of"),
+            ({"best_of": 2, "stream": True}, "best_of"),
+            ({"n": 3, "best_of": 2}, "best_of"),
+            ({"prompt": ["x"] * 33, "best_of": 2}, "prompt"),
+            ({"prompt_token_ids": [1000]}, "prompt_token_ids"),
             ({"prompt": ["x"] * 33, "n": 2}, "prompt"),
         ]:
             response = await client.complete(**fields)
@@ -209,15 +231,19 @@ async def test_fields_that_cannot_be_honoured() -> None:
 async def test_values_that_change_nothing() -> None:
     async with serving() as client:
         neutral = {"logit_bias": {}, "response_format": {"type": "text"}, "tools": [], "tool_choice": "auto"}
-        assert (await client.chat(**neutral, modalities=["text"], functions=[], guided_regex="")).status == 200
+        assert (await client.chat(**neutral, modalities=["text"], functions=[])).status == 200
         assert (await client.complete(suffix="", echo=False, n=2, best_of=2)).status == 200
 
 
 @pytest.mark.anyio
 async def test_logprobs_are_off_unless_enabled() -> None:
     async with serving(config=Config()) as client:
-        for response in (await client.chat(logprobs=True), await client.complete(logprobs=1)):
-            assert (response.status, response.error["param"]) == (400, "logprobs")
+        for response, param in (
+            (await client.chat(logprobs=True), "logprobs"),
+            (await client.complete(logprobs=1), "logprobs"),
+            (await client.chat(prompt_logprobs=0), "prompt_logprobs"),
+        ):
+            assert (response.status, response.error["param"]) == (400, param)
             assert response.error["message"] == "Logprobs is disabled, please enable it in startup config."
 
 

@@ -1,0 +1,233 @@
+"""One choice of a response while it is generated: its text, its calls, its counts."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+
+from fdserve.api.params import stop_strings
+from fdserve.engine.output import Generation
+from fdserve.engine.request import Constraint, SamplingParams, TokenDelta, TokenLogprobs
+from fdserve.engine.request import Request as EngineRequest
+from fdserve.errors import InternalError, RequestCancelled, ServerError, Unavailable
+from fdserve.http.request import Request
+from fdserve.protocol.generation import FinishReason, GenerationRequest
+from fdserve.server import Server
+from fdserve.text.reasoning import ReasoningFormat
+from fdserve.text.stream import TextStream
+from fdserve.text.tools import ToolCallDelta, ToolFormat
+
+
+@dataclass
+class Piece:
+    """What one wake-up brought a choice; `finish_reason` is set on its last piece.
+
+    `token_ids` are the ids that count; `logprobs` has an entry for each of them but the one that ended the
+    choice, whose entry is `ending`; both are empty where none were asked for. `prompt_logprobs` comes once, where
+    asked for: an entry for every token of the prompt but the first.
+    """
+
+    reasoning: str = ""
+    content: str = ""
+    tool_calls: list[ToolCallDelta] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[tuple[int, TokenLogprobs]] = field(default_factory=list)
+    ending: tuple[int, TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    finish_reason: FinishReason | None = None
+
+
+def join(pieces: Iterable[Piece]) -> Piece:
+    """The pieces as one, in which every call is one delta."""
+    pieces = list(pieces)
+    whole = Piece(
+        reasoning="".join([piece.reasoning for piece in pieces]),
+        content="".join([piece.content for piece in pieces]),
+        tool_calls=_join_calls(delta for piece in pieces for delta in piece.tool_calls),
+    )
+    for piece in pieces:
+        whole.token_ids += piece.token_ids
+        whole.logprobs += piece.logprobs
+        whole.ending = piece.ending or whole.ending
+        if piece.prompt_logprobs is not None:
+            whole.prompt_logprobs = piece.prompt_logprobs
+        whole.finish_reason = piece.finish_reason
+    return whole
+
+
+def _join_calls(deltas: Iterable[ToolCallDelta]) -> list[ToolCallDelta]:
+    """One delta a call, in their order."""
+    heads: dict[int, ToolCallDelta] = {}
+    arguments: dict[int, list[str]] = {}
+    for delta in deltas:
+        heads.setdefault(delta.index, delta)
+        arguments.setdefault(delta.index, []).append(delta.arguments)
+    return [replace(head, arguments="".join(arguments[index])) for index, head in heads.items()]
+
+
+class Choice:
+    """One choice of a response while it is generated, and its totals so far."""
+
+    def __init__(self, server: Server, http: Request, index: int, request: EngineRequest, text: TextStream) -> None:
+        self.index = index
+        self.prompt = request.prompt
+        self.generated = 0
+        self.cached_tokens = 0
+        self.stop_reason: str | int | None = None
+        self.arrival_time = 0.0
+        self._server = server
+        self._http = http
+        self._request = request
+        self._text = text
+        self._generation: Generation | None = None
+        self._cancelled = False
+        self._last_token = 0.0
+        self._logprob_sum = 0.0
+
+    @property
+    def reasoning_tokens(self) -> int:
+        """How many of the generated tokens were reasoning."""
+        return self._text.reasoning_tokens
+
+    @property
+    def mean_logprob(self) -> float:
+        """Of the generated tokens, the one that ended the choice included; 0 where none has one."""
+        return self._logprob_sum / max(1, self.generated)
+
+    def submit(self) -> Generation:
+        """Hand the request to the engine. Raises Overloaded or Unavailable."""
+        self._generation = self._server.engine.submit(self._request)
+        return self._generation
+
+    def cancel(self) -> None:
+        """End the generation at once; whoever waits for its pieces gets RequestCancelled. Idempotent."""
+        self._cancelled = True
+        if self._generation is not None:
+            self._generation.cancel()
+
+    async def next_piece(self, tokens: int = 1) -> Piece:
+        """Wait for tokens and return all that wait, as one piece: at least `tokens` of them, or the last ones.
+
+        Raises the ServerError that ended the generation, if one did. Cancellation loses nothing where `tokens` is 1.
+        """
+        piece = await self._next_piece()
+        if tokens <= 1:
+            return piece
+        pieces, count = [piece], len(piece.token_ids)
+        while count < tokens and pieces[-1].finish_reason is None:
+            pieces.append(await self._next_piece())
+            count += len(pieces[-1].token_ids)
+        return join(pieces)
+
+    async def _next_piece(self) -> Piece:
+        assert self._generation is not None
+        deltas = await self._generation.receive()
+        piece = Piece()
+        for delta in deltas:
+            self._take(delta, piece)
+            if piece.finish_reason is not None:
+                break
+        self._observe(len(piece.token_ids), piece.finish_reason)
+        return piece
+
+    def _take(self, delta: TokenDelta, piece: Piece) -> None:
+        if delta.finish_reason in ("error", "cancelled"):
+            raise RequestCancelled("The request was cancelled.") if self._cancelled else _as_server_error(delta)
+        self.cached_tokens = delta.cached_tokens or self.cached_tokens
+        self.arrival_time = time.monotonic() - delta.started
+        if delta.prompt_logprobs is not None:
+            piece.prompt_logprobs = delta.prompt_logprobs
+        # The id that ends a choice counts, and is no text.
+        shown = delta.token_ids if delta.stop_token_id is None else delta.token_ids[:-1]
+        text = self._text.push(shown)
+        piece.reasoning += text.reasoning
+        piece.content += text.content
+        piece.tool_calls += text.tool_calls
+        used = len(delta.token_ids) if text.stop_matched is None else text.tokens_used
+        piece.token_ids += delta.token_ids[:used]
+        self.generated += used
+        self._take_logprobs(delta, len(shown), used, piece)
+        if text.stop_matched is not None:
+            assert self._generation is not None
+            self._generation.cancel()
+            self._finish(piece, "stop", text.stop_matched)
+        elif delta.finish_reason is not None:
+            reason: FinishReason = "stop" if delta.finish_reason == "stop" else "length"
+            eos = delta.stop_token_id in self._request.params.eos_token_ids
+            self._finish(piece, reason, None if eos else delta.stop_token_id)
+
+    def _take_logprobs(self, delta: TokenDelta, shown: int, used: int, piece: Piece) -> None:
+        """Keep the entries of the `used` tokens, of which the first `shown` are text."""
+        entries = list(zip(delta.token_ids[:used], delta.logprobs or (), strict=False))
+        piece.logprobs += entries[:shown]
+        if len(entries) > shown:
+            piece.ending = entries[shown]
+        self._logprob_sum += sum(values.logprob for _, values in entries)
+
+    def _finish(self, piece: Piece, reason: FinishReason, stop_reason: str | int | None) -> None:
+        rest = self._text.finish()
+        piece.reasoning += rest.reasoning
+        piece.content += rest.content
+        piece.tool_calls += rest.tool_calls
+        # What was held back may turn out to end with a stop string.
+        if rest.stop_matched is not None:
+            reason, stop_reason = "stop", rest.stop_matched
+        piece.finish_reason = "tool_calls" if reason == "stop" and self._text.complete_calls else reason
+        self.stop_reason = stop_reason
+
+    def _observe(self, tokens: int, finish_reason: str | None) -> None:
+        metrics = self._server.metrics
+        now = time.monotonic()
+        if tokens:
+            if not self._last_token:
+                metrics.first_token.observe(now - self._http.started)
+            else:
+                metrics.inter_token.observe((now - self._last_token) / tokens)
+            self._last_token = now
+        if finish_reason is not None:
+            metrics.whole.observe(now - self._http.started)
+
+
+def new_choice(
+    request: GenerationRequest,
+    server: Server,
+    http: Request,
+    *,
+    index: int,
+    prompt: list[int],
+    params: SamplingParams,
+    format: ReasoningFormat | None = None,
+    thinking: bool = False,
+    tools: ToolFormat | None = None,
+    constraint: Constraint | None = None,
+) -> Choice:
+    """Choice number `index` of a response; `thinking` says whether its first token is a thought in `format`."""
+    text = TextStream(
+        server.tokenizer,
+        format=format,
+        thinking=thinking,
+        tools=tools,
+        stop=stop_strings(request),
+        skip_special_tokens=request.skip_special_tokens is not False,
+        include_stop_str_in_output=bool(request.include_stop_str_in_output),
+        min_tokens=params.min_tokens,
+    )
+    engine_request = EngineRequest(
+        id=f"{uuid.uuid4().hex}-{index}",
+        prompt=prompt,
+        params=params,
+        priority=request.priority or 0,
+        cache_salt=request.cache_salt or "",
+        constraint=constraint,
+    )
+    return Choice(server, http, index, engine_request, text)
+
+
+def _as_server_error(delta: TokenDelta) -> ServerError:
+    if isinstance(delta.error, ServerError):
+        return delta.error
+    if delta.finish_reason == "cancelled":
+        return Unavailable("The request was cancelled by the server.")
+    return InternalError("The request failed in the engine.")

@@ -1,0 +1,71 @@
+"""Which tools a chat may call, and whether it must: OpenAI's forms of asking, old and new, as one."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from fdserve.api.params import unsupported
+from fdserve.errors import InvalidRequest
+from fdserve.protocol.chat import ChatRequest
+from fdserve.protocol.tools import AllowedTools, FunctionName, NamedTool, Tool, ToolChoice
+from fdserve.server import Server
+
+
+class ToolUse(NamedTuple):
+    """`mode` is "auto", "required" or the name of the one tool to call; `param` is the field that says so."""
+
+    tools: list[Tool]
+    mode: str
+    parallel: bool
+    param: str
+
+    @property
+    def forced(self) -> bool:
+        """Whether there must be a call."""
+        return self.mode != "auto"
+
+
+def tool_use(request: ChatRequest) -> ToolUse | None:
+    """The tools that the prompt shows and the answer may call; None where there are none.
+
+    Raises InvalidRequest where the choice names no tool that there is.
+    """
+    if request.functions and request.tools:
+        raise InvalidRequest("functions is the older form of tools: give one of them.", param="functions")
+    tools, param = list(request.tools or ()), "tool_choice"
+    choice: ToolChoice | FunctionName | None = request.tool_choice
+    if request.functions:
+        tools, param = [Tool(type="function", function=function) for function in request.functions], "function_call"
+        choice = request.function_call
+    if choice == "none":
+        return None
+    mode = "auto"
+    if isinstance(choice, AllowedTools):
+        names = [tool.function.name for tool in choice.allowed_tools.tools]
+        for name in names:
+            _check_name(name, tools, param)
+        tools = [tool for tool in tools if tool.function.name in names]
+        mode = choice.allowed_tools.mode
+    elif isinstance(choice, NamedTool | FunctionName):
+        mode = choice.function.name if isinstance(choice, NamedTool) else choice.name
+        _check_name(mode, tools, param)
+    elif choice is not None:
+        mode = choice
+    if not tools:
+        if mode != "auto":
+            raise InvalidRequest(f"{param} is only allowed when tools are specified.", param=param)
+        return None
+    parallel = request.parallel_tool_calls is not False and not request.functions
+    return ToolUse(tools, mode, parallel, param)
+
+
+def check_tools(request: ChatRequest, server: Server) -> None:
+    """Raise InvalidRequest for a choice that names no tool, or for a forced call where the model has no form for it."""
+    use = tool_use(request)
+    if use is not None and use.forced and server.tools is None:
+        raise unsupported(use.param, "that forces a call ")
+
+
+def _check_name(name: str, tools: list[Tool], param: str) -> None:
+    if all(tool.function.name != name for tool in tools):
+        raise InvalidRequest(f"{param} names {name[:200]!r}, which is not among the tools.", param=param)
