@@ -98,6 +98,14 @@ class UnsupportedMediaType(ServerError):
     code = "unsupported_media_type"
 
 
+class HeadersTooLarge(ServerError):
+    """The request's line and headers are over the size limit."""
+
+    status = 431
+    type = "invalid_request_error"
+    code = "headers_too_large"
+
+
 class Overloaded(ServerError):
     """The queue is full: try again after `retry_after` seconds."""
 

@@ -1,13 +1,21 @@
-"""Mendings of hypercorn 0.18's trio server, each with a test that shows the fault.
+"""Mendings of hypercorn 0.18 as `python -m fdserve` uses it, each with a test that shows the fault.
 
 The dependency is pinned to 0.18 because of this module.
 """
 
 from __future__ import annotations
 
+import uuid
+
+import h11
 import hypercorn.trio.run
+import msgspec
 from hypercorn.events import Event, Updated
+from hypercorn.protocol.h11 import H11Protocol
 from hypercorn.trio.tcp_server import TCPServer
+
+from fdserve.errors import HeadersTooLarge, InvalidRequest, ServerError
+from fdserve.http.errors import error_body
 
 
 class PromptlyClosingServer(TCPServer):
@@ -30,7 +38,31 @@ class PromptlyClosingServer(TCPServer):
             await super().protocol_send(event)
 
 
+async def send_error_response(self: H11Protocol, status: int) -> None:
+    """Refuse what is no proper HTTP/1.1 with a body and an id, as every other request is refused.
+
+    Hypercorn's own answer is empty, and blames itself (501) for a transfer coding that it does not know.
+    """
+    error: ServerError = InvalidRequest("The request is not valid HTTP/1.1.", code="invalid_http")
+    if status == HeadersTooLarge.status:
+        error = HeadersTooLarge("The request's line and headers are too large.")
+    elif status == 501:
+        error = InvalidRequest("The only transfer-encoding that can be read is chunked.", code="invalid_http")
+    body = msgspec.json.encode(error_body(error))
+    headers = [
+        (b"x-request-id", uuid.uuid4().hex.encode("ascii")),
+        (b"content-length", str(len(body)).encode("ascii")),
+        (b"content-type", b"application/json"),
+        (b"connection", b"close"),
+        *self.config.response_headers("h11"),
+    ]
+    await self._send_h11_event(h11.Response(status_code=error.status, headers=headers))
+    await self._send_h11_event(h11.Data(data=body))
+    await self._send_h11_event(h11.EndOfMessage())
+
+
 def apply() -> None:
-    """Have hypercorn's trio server use them."""
+    """Have hypercorn use them."""
+    H11Protocol._send_error_response = send_error_response  # type: ignore[assignment, method-assign]
     # Where its `serve` looks the class up; the name is not one that the module exports.
     hypercorn.trio.run.TCPServer = PromptlyClosingServer  # type: ignore[attr-defined]

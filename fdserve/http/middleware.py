@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from fdserve.errors import InternalError, Overloaded, ServerError, Unauthorized
+from fdserve.errors import InternalError, InvalidRequest, Overloaded, ServerError, Unauthorized
 from fdserve.http.asgi import Receive, Scope, Send
 from fdserve.http.error_forms import ErrorForm
 from fdserve.http.errors import error_headers
@@ -58,6 +58,8 @@ class Dispatcher:
                 route, request.path_parameters = self._router.match(request.method, request.path)
                 endpoint = route.path
                 self._authorize(route, request)
+                if request.ambiguous:
+                    raise InvalidRequest("A body has a content-length or a transfer-encoding.", code="invalid_http")
                 if route.body is not None:
                     check_media_type(request.headers)
                 with self._counted(route):
@@ -121,7 +123,7 @@ async def _send_error(form: ErrorForm, request: Request, reply: Reply, error: Se
     """As the answer where none has begun; as the last event of a stream."""
     if reply.status is None:
         headers = error_headers(error)
-        if not request.body_complete and request.http_version.startswith("1"):
+        if (request.ambiguous or not request.body_complete) and request.http_version.startswith("1"):
             headers.append((b"connection", b"close"))
         await reply.json(form.body(error, request.id), status=error.status, headers=headers)
     elif reply.streaming and not reply.finished:

@@ -44,7 +44,8 @@ class Request:
     def __init__(self, scope: Scope, receive: Receive) -> None:
         self.started = time.monotonic()
         self.method: str = scope["method"]
-        self.path: str = scope["path"]
+        # A proxy's client sends the whole URL.
+        self.path: str = re.sub(r"^https?://[^/]*", "", scope["path"])
         self.http_version: str = scope.get("http_version", "1.1")
         self.path_parameters: dict[str, str] = {}
         self.headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
@@ -56,6 +57,11 @@ class Request:
         self.prompt_tokens: int | None = None
         self.completion_tokens: int | None = None
         self._receive = receive
+
+    @property
+    def ambiguous(self) -> bool:
+        """Whether the headers frame the body in two ways, so that a proxy may see other requests than this server."""
+        return "transfer-encoding" in self.headers and "content-length" in self.headers
 
     async def read(self, limit: int) -> None:
         """Read the whole body into `body`.

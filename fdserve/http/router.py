@@ -56,6 +56,8 @@ class Router:
         for path, methods in self._paths.items():
             allow = ", ".join([*methods, "OPTIONS"])
             methods["OPTIONS"] = Route("OPTIONS", path, _options(allow), public=True)
+        everywhere = sorted({method for methods in self._paths.values() for method in methods})
+        self._paths["*"] = {"OPTIONS": Route("OPTIONS", "*", _options(", ".join(everywhere)), public=True)}
         self._patterns = [(_pattern(path), methods) for path, methods in self._paths.items() if "{" in path]
 
     def match(self, method: str, path: str) -> tuple[Route, dict[str, str]]:
