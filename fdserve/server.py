@@ -13,6 +13,7 @@ import anyio
 from anyio import to_thread
 
 from fdserve.api.metrics import Metrics
+from fdserve.api.response_store import ResponseStore
 from fdserve.config import Config
 from fdserve.engine.engine import Engine
 from fdserve.errors import Unavailable
@@ -70,7 +71,7 @@ class Server:
 
     `model_name` is what responses call the model; `model_names` all that requests may call it. `created` is in
     seconds since the epoch. `tokenizing` bounds the threads that long prompts are tokenized in. `running` has what
-    POST /v1/requests/{id}/cancel can end.
+    POST /v1/requests/{id}/cancel can end, `responses` what /v1/responses has stored.
     """
 
     config: Config
@@ -87,6 +88,7 @@ class Server:
     created: int = field(default_factory=lambda: int(time.time()))
     tokenizing: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(TOKENIZING_THREADS))
     running: RunningRequests = field(default_factory=RunningRequests)
+    responses: ResponseStore = field(default_factory=ResponseStore)
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:

@@ -17,6 +17,8 @@ from fdserve.engine.engine import EngineStats
 from fdserve.errors import ServerError
 from fdserve.protocol.chat import ChatMessage, ChatRequest
 from fdserve.protocol.completion import CompletionRequest
+from fdserve.protocol.messages import CountTokensRequest, MessagesRequest
+from fdserve.protocol.responses import ResponsesRequest
 
 ROOT = Path(__file__).parents[1]
 PROTOCOL = (ROOT / "docs/protocol.md").read_text()
@@ -83,6 +85,16 @@ def test_nothing_is_documented_that_no_request_has() -> None:
     fields = {*ChatRequest.__struct_fields__, *CompletionRequest.__struct_fields__}
     assert fields == BOTH | CHAT | COMPLETIONS | REFUSED
     assert set(ChatMessage.__struct_fields__) == MESSAGES
+
+
+@pytest.mark.parametrize(
+    ("heading", "request_type"),
+    [("## The Responses API", ResponsesRequest), ("## Anthropic's Messages API", MessagesRequest)],
+)
+def test_the_fields_of_the_other_forms_of_a_chat(heading: str, request_type: type[msgspec.Struct]) -> None:
+    before_details = section(PROTOCOL, heading).partition("\n### ")[0]
+    assert first_cells(before_details) == set(request_type.__struct_fields__)
+    assert set(CountTokensRequest.__struct_fields__) < set(MessagesRequest.__struct_fields__)
 
 
 def test_the_extension_fields_are_listed() -> None:

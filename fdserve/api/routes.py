@@ -9,15 +9,22 @@ from fdserve.api.cancel import cancel_request
 from fdserve.api.chat import chat_completions
 from fdserve.api.completion import completions
 from fdserve.api.health import health, load, metrics, version
+from fdserve.api.messages import count_tokens, create_message
 from fdserve.api.models import list_models, retrieve_model
 from fdserve.api.openapi import Description
+from fdserve.api.responses import create_response, delete_response, retrieve_response
 from fdserve.api.tokens import detokenize, render_chat, tokenize
+from fdserve.http.error_forms import ANTHROPIC
 from fdserve.http.request import Request
 from fdserve.http.response import Reply
 from fdserve.http.router import Handler, Route
 from fdserve.protocol.chat import ChatChunk, ChatCompletion, ChatRequest
 from fdserve.protocol.completion import Completion, CompletionRequest
+from fdserve.protocol.message_events import MessageStreamEvent
+from fdserve.protocol.messages import CountTokensRequest, Message, MessagesRequest, TokenCount
 from fdserve.protocol.models import Model, ModelList
+from fdserve.protocol.response_events import ResponseStreamEvent
+from fdserve.protocol.responses import DeletedResponse, Response, ResponsesRequest
 from fdserve.protocol.status import CancelledRequest, Load, Status, Version
 from fdserve.protocol.tokens import (
     Detokenization,
@@ -56,6 +63,35 @@ def routes(server: Server) -> list[Route]:
             body=CompletionRequest,
             answer=Completion,
             events=Completion,
+        ),
+        Route(
+            "POST",
+            "/v1/responses",
+            to(create_response),
+            counted=True,
+            body=ResponsesRequest,
+            answer=Response,
+            events=ResponseStreamEvent,
+        ),
+        Route("GET", "/v1/responses/{id}", to(retrieve_response), answer=Response),
+        Route("DELETE", "/v1/responses/{id}", to(delete_response), answer=DeletedResponse),
+        Route(
+            "POST",
+            "/v1/messages",
+            to(create_message),
+            counted=True,
+            body=MessagesRequest,
+            answer=Message,
+            events=MessageStreamEvent,
+            errors=ANTHROPIC,
+        ),
+        Route(
+            "POST",
+            "/v1/messages/count_tokens",
+            to(count_tokens),
+            body=CountTokensRequest,
+            answer=TokenCount,
+            errors=ANTHROPIC,
         ),
         Route("POST", "/v1/requests/{id}/cancel", to(cancel_request), answer=CancelledRequest),
         Route("POST", "/tokenize", to(tokenize), body=tokenizing, answer=Tokenization),

@@ -105,22 +105,19 @@ class TokenCount(msgspec.Struct):
     input_tokens: int
 
 
-class TextBlock(msgspec.Struct, kw_only=True):
-    type: Literal["text"] = "text"
+class TextBlock(msgspec.Struct, kw_only=True, tag_field="type", tag="text"):
     text: str
     citations: None = None
 
 
-class ThinkingBlock(msgspec.Struct, kw_only=True):
+class ThinkingBlock(msgspec.Struct, kw_only=True, tag_field="type", tag="thinking"):
     """`signature` is always empty: there is nothing to verify."""
 
-    type: Literal["thinking"] = "thinking"
     thinking: str
     signature: str = ""
 
 
-class ToolUseBlock(msgspec.Struct, kw_only=True):
-    type: Literal["tool_use"] = "tool_use"
+class ToolUseBlock(msgspec.Struct, kw_only=True, tag_field="type", tag="tool_use"):
     id: str
     name: str
     input: dict[str, Any]
@@ -156,7 +153,7 @@ class Message(msgspec.Struct, kw_only=True):
     type: Literal["message"] = "message"
     role: Literal["assistant"] = "assistant"
     model: str
-    content: list[Any]  # TextBlock, ThinkingBlock and ToolUseBlock
+    content: list[TextBlock | ThinkingBlock | ToolUseBlock]
     stop_reason: MessageStopReason | None
     stop_sequence: str | None
     usage: MessageUsage

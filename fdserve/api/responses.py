@@ -1,0 +1,234 @@
+"""POST /v1/responses, and GET and DELETE of the responses that are stored."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Sequence
+
+import msgspec
+
+from fdserve.api.chat import prepare_chat
+from fdserve.api.generation import Choice, Piece, running, usage
+from fdserve.api.response_store import StoredResponse
+from fdserve.api.responses_input import as_own_fields, chat_request, input_items, wants_logprobs
+from fdserve.api.responses_output import OutputWriter
+from fdserve.api.responses_truncation import drop_oldest_turns
+from fdserve.errors import InvalidRequest, NotFound, Overloaded, ServerError
+from fdserve.http.request import Request, decode
+from fdserve.http.response import Reply, named_event
+from fdserve.protocol.response_events import (
+    ResponseCompleted,
+    ResponseCreated,
+    ResponseEvent,
+    ResponseFailed,
+    ResponseIncomplete,
+    ResponseInProgress,
+)
+from fdserve.protocol.responses import (
+    DeletedResponse,
+    IncompleteDetails,
+    InputItem,
+    InputTokensDetails,
+    OutputTokensDetails,
+    Reasoning,
+    Response,
+    ResponseError,
+    ResponsesRequest,
+    ResponseUsage,
+    TextFormat,
+    TextOptions,
+)
+from fdserve.server import Server
+
+_DECODER = msgspec.json.Decoder(ResponsesRequest)
+_ITEMS = msgspec.json.Decoder(list[InputItem])
+
+
+async def create_response(server: Server, http: Request, reply: Reply) -> None:
+    """Generate a response. Cancelling it cancels the generation, and then nothing is stored."""
+    server.check_ready()
+    request = decode(http.body, _DECODER)
+    history = _history(server, request.previous_response_id)
+    own = input_items(request)
+    with as_own_fields():
+        chat = chat_request(request, history, own)
+        if request.truncation == "auto":
+            await drop_oldest_turns(chat, server, http)
+        choices = await prepare_chat(chat, server, http)
+    id = f"resp_{uuid.uuid4().hex}"
+    with running(server, http, (id,), choices):
+        answer = _Answer(id, request, server, http, choices[0], [*history, *own])
+        if request.stream:
+            await answer.stream(reply)
+        else:
+            await answer.send(reply)
+
+
+async def retrieve_response(server: Server, http: Request, reply: Reply) -> None:
+    """A stored response as it was sent."""
+    id = http.path_parameters["id"]
+    stored = server.responses.get(id)
+    if stored is None:
+        raise _unknown(id)
+    await reply.text(stored.body, "application/json")
+
+
+async def delete_response(server: Server, http: Request, reply: Reply) -> None:
+    """Forget a stored response. Those that continue it keep what they took from it."""
+    id = http.path_parameters["id"]
+    if not server.responses.delete(id):
+        raise _unknown(id)
+    await reply.json(DeletedResponse(id=id))
+
+
+def _unknown(id: str) -> NotFound:
+    return NotFound(f"Response with id '{id[:200]}' not found.", code="response_not_found")
+
+
+def _history(server: Server, id: str | None) -> list[InputItem]:
+    if id is None:
+        return []
+    stored = server.responses.get(id)
+    if stored is None:
+        message = f"Previous response with id '{id[:200]}' not found."
+        raise InvalidRequest(message, param="previous_response_id", code="previous_response_not_found")
+    return _ITEMS.decode(stored.items)
+
+
+class _Answer:
+    """One response, whole or as a stream of events. `conversation` is all that the model was given."""
+
+    def __init__(
+        self,
+        id: str,
+        request: ResponsesRequest,
+        server: Server,
+        http: Request,
+        choice: Choice,
+        conversation: Sequence[InputItem],
+    ) -> None:
+        self._request = request
+        self._server = server
+        self._http = http
+        self._choice = choice
+        self._conversation = conversation
+        self._writer = OutputWriter(
+            server,
+            choice.prompt,
+            summarize=request.reasoning is not None and request.reasoning.summary is not None,
+            logprobs=wants_logprobs(request),
+        )
+        self._sent = 0  # events
+        self._response = _begun(id, request, server)
+
+    async def send(self, reply: Reply) -> None:
+        """Wait for the end and send the response."""
+        piece = Piece()
+        while piece.finish_reason is None:
+            piece = await self._choice.next_piece()
+            self._writer.push(piece)
+        self._end(piece)
+        await reply.json(self._response)
+
+    async def stream(self, reply: Reply) -> None:
+        """Send events for whatever comes, as it comes."""
+        await reply.start_events()
+        await reply.events(
+            self._encoded([ResponseCreated(response=self._response), ResponseInProgress(response=self._response)])
+        )
+        try:
+            piece = Piece()
+            while piece.finish_reason is None:
+                piece = await self._choice.next_piece()
+                if data := self._encoded(self._writer.push(piece)):
+                    await reply.events(data)
+            last = self._end(piece)
+        except ServerError as error:
+            last = self._fail(error)
+        finally:
+            self._usage()
+        await reply.end_events(self._encoded(last), mark=b"")
+
+    def _encoded(self, events: Sequence[ResponseEvent]) -> bytes:
+        for event in events:
+            event.sequence_number = self._sent
+            self._sent += 1
+        return b"".join(named_event(str(event.__struct_config__.tag), event) for event in events)
+
+    def _end(self, piece: Piece) -> list[ResponseEvent]:
+        """Finish the response after its last piece, and store it; returns the last events."""
+        complete = piece.finish_reason != "length"
+        events = self._writer.finish(complete=complete)
+        response = self._snapshot()
+        if complete:
+            response.status, response.completed_at = "completed", int(time.time())
+            events.append(ResponseCompleted(response=response))
+        else:
+            response.status, response.incomplete_details = "incomplete", IncompleteDetails("max_output_tokens")
+            events.append(ResponseIncomplete(response=response))
+        if response.store:
+            self._store(response)
+        return events
+
+    def _fail(self, error: ServerError) -> list[ResponseEvent]:
+        """The last event of a stream that an error ends."""
+        self._writer.finish(complete=False)
+        response = self._snapshot()
+        response.status = "failed"
+        overloaded = isinstance(error, Overloaded)
+        response.error = ResponseError("rate_limit_exceeded" if overloaded else "server_error", error.message)
+        return [ResponseFailed(response=response)]
+
+    def _snapshot(self) -> Response:
+        self._response.output = self._writer.items
+        self._response.usage = self._usage()
+        return self._response
+
+    def _usage(self) -> ResponseUsage:
+        total = usage([self._choice], 1, self._http)
+        return ResponseUsage(
+            input_tokens=total.prompt_tokens,
+            input_tokens_details=InputTokensDetails(cached_tokens=total.prompt_tokens_details.cached_tokens),
+            output_tokens=total.completion_tokens,
+            output_tokens_details=OutputTokensDetails(total.completion_tokens_details.reasoning_tokens),
+            total_tokens=total.total_tokens,
+        )
+
+    def _store(self, response: Response) -> None:
+        # What came out is a fit input as it is.
+        items = msgspec.json.encode([*self._conversation, *response.output])
+        self._server.responses.put(response.id, StoredResponse(msgspec.json.encode(response), items))
+
+
+def _begun(id: str, request: ResponsesRequest, server: Server) -> Response:
+    """The response before there is any output: what the request said, and what holds where it said nothing."""
+    defaults = server.defaults
+    temperature = request.temperature if request.temperature is not None else defaults.temperature
+    top_p = request.top_p if request.top_p is not None else defaults.top_p
+    text = request.text or TextOptions()
+    return Response(
+        id=id,
+        created_at=int(time.time()),
+        status="in_progress",
+        instructions=request.instructions,
+        max_output_tokens=request.max_output_tokens,
+        max_tool_calls=request.max_tool_calls,
+        metadata=request.metadata or {},
+        model=server.model_name,
+        output=[],
+        parallel_tool_calls=request.parallel_tool_calls is not False,
+        previous_response_id=request.previous_response_id,
+        prompt_cache_key=request.prompt_cache_key,
+        reasoning=request.reasoning or Reasoning(),
+        safety_identifier=request.safety_identifier,
+        store=request.store is not False,
+        temperature=1.0 if temperature is None else temperature,
+        text=TextOptions(format=text.format or TextFormat(type="text"), verbosity=text.verbosity),
+        tool_choice=request.tool_choice or "auto",
+        tools=request.tools or [],
+        top_logprobs=request.top_logprobs or 0,
+        top_p=1.0 if top_p is None else top_p,
+        truncation=request.truncation or "disabled",
+        user=request.user,
+    )
