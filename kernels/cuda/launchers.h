@@ -50,3 +50,24 @@ FDSERVE_EXPORT cudaError_t fdserve_cuda_attention(const void* q, const void* k_c
                                                   const FdservePaged* paged, int64_t tokens, int64_t max_query_len,
                                                   int64_t longest, int64_t heads, int64_t head_dim, float scale, int dtype,
                                                   int multiprocessors, void* out, float* workspace, cudaStream_t stream);
+
+// out[T][N], 16-bit or float32, = x[T][K] times W[N][K]: signed 8-bit integers, or 4-bit ones, two in a byte with the lower
+// half first and 8 for zero, times scales[N][K / group]. K is a multiple of `group`, and that of 64.
+FDSERVE_EXPORT cudaError_t fdserve_cuda_quant_linear(const void* x, int64_t tokens, const void* weight, const float* scales,
+                                                     int bits, int group, int64_t in_features, int64_t out_features,
+                                                     int dtype, int to_float, void* out, cudaStream_t stream);
+
+// A mixture-of-experts layer; at most 256 experts and 16 choices. `hidden` and `inner` are multiples of 8.
+struct FdserveMoe {
+  const void* x;                 // [T][hidden]
+  const float* gate;             // [experts][hidden]
+  const float* correction_bias;  // [experts]
+  const void* up_gate;           // [experts][2 inner][hidden], the gate's rows first
+  const void* down;              // [experts][hidden][inner]
+  const void* shared;            // [T][hidden], added last; may be null
+  void* out;                     // [T][hidden]
+  int64_t tokens, hidden, inner, experts, top_k;
+  float norm_min;
+};
+FDSERVE_EXPORT int64_t fdserve_cuda_moe_workspace(const FdserveMoe* call);
+FDSERVE_EXPORT cudaError_t fdserve_cuda_moe(const FdserveMoe* call, int dtype, void* workspace, cudaStream_t stream);

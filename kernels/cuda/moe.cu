@@ -1,0 +1,263 @@
+// Mixture of experts: route, group the tokens by expert, two products an expert, weighted sum.
+//
+// A slot is one (token, expert) pair; slots are ordered by expert, tokens in order within one. The products run over tiles
+// of 16 or 64 slots of one expert, so the cost follows the experts touched: the weights of those are read once a tile.
+// A token's answers are added in ascending order of its experts. Floor: the touched experts' bytes over the memory
+// bandwidth for a few tokens, the tensor cores for many.
+#include "gemm.cuh"
+#include "launchers.h"
+
+namespace fdserve::cuda {
+namespace {
+
+constexpr int MAX_EXPERTS = 256, MAX_CHOICES = 16, ROUTE_THREADS = 128;
+
+// Whether (value, id) comes before (other, other_id): larger first, then the lower id.
+__device__ inline bool before(float value, int id, float other, int other_id) {
+  return value > other || (value == other && id < other_id);
+}
+
+template <class T>
+__global__ void __launch_bounds__(ROUTE_THREADS)
+    route_kernel(const T* x, const float* gate, const float* bias, int hidden, int experts, int top_k, float norm_min,
+                 int* chosen, float* weights) {
+  __shared__ float p[MAX_EXPERTS];
+  const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+  const int64_t token = blockIdx.x;
+  for (int expert = warp; expert < experts; expert += ROUTE_THREADS / WARP) {
+    float sum = 0.0f;
+    for (int i = lane; i < hidden; i += WARP)
+      sum = __fmaf_rn(to_float(x[token * hidden + i]), gate[static_cast<int64_t>(expert) * hidden + i], sum);
+    sum = warp_sum(sum);
+    if (lane == 0) p[expert] = sum;
+  }
+  __syncthreads();
+  if (warp != 0) return;
+  float peak = -INFINITY, mass = 0.0f;
+  for (int expert = lane; expert < experts; expert += WARP) peak = p[expert] > peak ? p[expert] : peak;
+  peak = warp_max(peak);
+  for (int expert = lane; expert < experts; expert += WARP) mass += p[expert] = expf(p[expert] - peak);
+  mass = warp_sum(mass);
+  for (int expert = lane; expert < experts; expert += WARP) p[expert] /= mass;
+  __syncwarp();
+  int ids[MAX_CHOICES];
+  unsigned taken[MAX_EXPERTS / WARP / 32 + 1] = {};  // bit i: this lane's i-th expert
+  float total = 0.0f;
+  for (int k = 0; k < top_k; ++k) {
+    float best = -INFINITY;
+    int best_id = experts;
+    for (int i = 0, expert = lane; expert < experts; ++i, expert += WARP)
+      if (!(taken[i / 32] >> i % 32 & 1) && before(p[expert] + bias[expert], expert, best, best_id))
+        best = p[expert] + bias[expert], best_id = expert;
+    for (int bits = WARP / 2; bits > 0; bits /= 2) {
+      const float other = __shfl_xor_sync(ALL, best, bits);
+      const int other_id = __shfl_xor_sync(ALL, best_id, bits);
+      if (before(other, other_id, best, best_id)) best = other, best_id = other_id;
+    }
+    if (best_id == experts) best_id = k;  // not a number anywhere: some expert must be named
+    if (best_id % WARP == lane) taken[best_id / WARP / 32] |= 1u << best_id / WARP % 32;
+    // Kept in ascending order.
+    int at = k;
+    for (; at > 0 && ids[at - 1] > best_id; --at) ids[at] = ids[at - 1];
+    ids[at] = best_id;
+    total += p[best_id];
+  }
+  total = total > norm_min ? total : norm_min;
+  if (lane == 0)
+    for (int k = 0; k < top_k; ++k) {
+      chosen[token * top_k + k] = ids[k];
+      weights[token * top_k + k] = to_float(from_float<T>(p[ids[k]] / total));
+    }
+}
+
+// A warp an expert: it counts the slots of the experts before it, then numbers its own.
+__global__ void group_kernel(const int* chosen, int64_t slots, int experts, int* first_slot, int* slot_of, int* chosen_at) {
+  const int expert = blockIdx.x, lane = threadIdx.x;
+  int next = 0;
+  for (int64_t i = 0; i < slots; i += WARP)
+    next += __popc(__ballot_sync(ALL, i + lane < slots && chosen[i + lane] < expert));
+  if (lane == 0) first_slot[expert] = next;
+  for (int64_t i = 0; i < slots; i += WARP) {
+    const bool mine = i + lane < slots && chosen[i + lane] == expert;
+    const unsigned votes = __ballot_sync(ALL, mine);
+    if (mine) {
+      const int slot = next + __popc(votes & ((1u << lane) - 1));
+      slot_of[i + lane] = slot;
+      chosen_at[slot] = static_cast<int>(i + lane);
+    }
+    next += __popc(votes);
+  }
+  if (lane == 0 && expert == experts - 1) first_slot[experts] = next;
+}
+
+// The expert and slots of tile number `tile`; false past the last. By the whole block.
+__device__ inline bool find_tile(const int* first_slot, int experts, int tile, int rows, int& expert, int& first, int& end) {
+  __shared__ int found[3];
+  if (threadIdx.x == 0) found[0] = -1;
+  __syncthreads();
+  if (threadIdx.x < WARP) {
+    const int lane = threadIdx.x;
+    int tiles_before = 0;
+    for (int base = 0; base < experts; base += WARP) {
+      const int e = base + lane, begin = e < experts ? first_slot[e] : 0, stop = e < experts ? first_slot[e + 1] : 0;
+      const int tiles = (stop - begin + rows - 1) / rows;
+      int upto = tiles;
+      for (int by = 1; by < WARP; by *= 2) {
+        const int below = __shfl_up_sync(ALL, upto, by);
+        if (lane >= by) upto += below;
+      }
+      const int mine = tile - tiles_before - (upto - tiles);
+      if (mine >= 0 && mine < tiles) {
+        found[0] = e;
+        found[1] = begin + mine * rows;
+        found[2] = min(begin + (mine + 1) * rows, stop);
+      }
+      tiles_before += __shfl_sync(ALL, upto, WARP - 1);
+    }
+  }
+  __syncthreads();
+  expert = found[0], first = found[1], end = found[2];
+  return expert >= 0;
+}
+
+// inner[slot][I] = silu(gate) * up of the slot's token. A warp's 32 columns are 16 of the gate and the same 16 of up.
+template <class T, int BM>
+__global__ void __launch_bounds__(GEMM_THREADS)
+    up_gate_kernel(const T* x, const T* up_gate, const int* first_slot, const int* chosen_at, int experts, int top_k,
+                   int64_t hidden, int64_t inner, T* out) {
+  using Tile = GemmTile<T, BM, 16>;
+  int expert, first, end;
+  if (!find_tile(first_slot, experts, blockIdx.y, BM, expert, first, end)) return;
+  const int64_t first_column = static_cast<int64_t>(blockIdx.x) * (GEMM_COLUMNS / 2);
+  auto column_at = [&](int j) { return first_column + j / 32 * 16 + j % 16; };
+  typename Tile::Sums sums = {};
+  Tile::run([&](int i) { return first + i < end ? x + chosen_at[first + i] / top_k * hidden : nullptr; },
+            [&](int j) {
+              const int64_t column = column_at(j);
+              return column < inner ? (static_cast<int64_t>(expert) * 2 + j % 32 / 16) * inner + column : int64_t{-1};
+            },
+            Weights{up_gate, nullptr, hidden, 0}, sums);
+  const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+#pragma unroll
+  for (int m = 0; m < BM / 16; ++m)
+#pragma unroll
+    for (int j = 0; j < 2; ++j)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int64_t slot = first + m * 16 + lane / 4 + i / 2 * 8;
+        const int64_t column = column_at(warp * 32 + j * 8 + lane % 4 * 2 + i % 2);
+        if (slot >= end || column >= inner) continue;
+        const float g = to_float(from_float<T>(sums[m][j][i])), u = to_float(from_float<T>(sums[m][j + 2][i]));
+        out[slot * inner + column] = from_float<T>(g / (1.0f + __expf(-g)) * u);
+      }
+}
+
+// answers[slot][H] = the slot's expert on inner[slot], float32.
+template <class T, int BM>
+__global__ void __launch_bounds__(GEMM_THREADS)
+    down_kernel(const T* inner_rows, const T* down, const int* first_slot, int experts, int64_t hidden, int64_t inner,
+                float* answers) {
+  using Tile = GemmTile<T, BM, 16>;
+  int expert, first, end;
+  if (!find_tile(first_slot, experts, blockIdx.y, BM, expert, first, end)) return;
+  const int64_t first_column = static_cast<int64_t>(blockIdx.x) * GEMM_COLUMNS;
+  typename Tile::Sums sums = {};
+  Tile::run([&](int i) { return first + i < end ? inner_rows + (first + i) * inner : nullptr; },
+            [&](int j) { return first_column + j < hidden ? expert * hidden + first_column + j : int64_t{-1}; },
+            Weights{down, nullptr, inner, 0}, sums);
+  const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+#pragma unroll
+  for (int m = 0; m < BM / 16; ++m)
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int64_t slot = first + m * 16 + lane / 4 + i / 2 * 8;
+        const int64_t column = first_column + warp * 32 + j * 8 + lane % 4 * 2 + i % 2;
+        if (slot < end && column < hidden) answers[slot * hidden + column] = sums[m][j][i];
+      }
+}
+
+template <class T>
+__global__ void combine_kernel(const float* answers, const int* slot_of, const float* weights, const T* shared, int top_k,
+                               int64_t hidden, T* out) {
+  const int64_t token = blockIdx.x;
+  for (int64_t i = threadIdx.x; i < hidden; i += blockDim.x) {
+    float sum = 0.0f;
+    for (int k = 0; k < top_k; ++k) {
+      const int64_t choice = token * top_k + k;
+      sum = __fmaf_rn(weights[choice], answers[slot_of[choice] * hidden + i], sum);
+    }
+    if (shared != nullptr) sum += to_float(shared[token * hidden + i]);
+    out[token * hidden + i] = from_float<T>(sum);
+  }
+}
+
+int64_t aligned(int64_t bytes) { return (bytes + 255) / 256 * 256; }
+
+// The workspace's parts, in this order.
+struct Workspace {
+  int64_t chosen, weights, first_slot, slot_of, chosen_at, inner, answers, bytes;
+
+  Workspace(int64_t tokens, int64_t top_k, int64_t experts, int64_t hidden, int64_t inner_size) {
+    const int64_t slots = tokens * top_k;
+    chosen = 0;
+    weights = chosen + aligned(slots * 4);
+    first_slot = weights + aligned(slots * 4);
+    slot_of = first_slot + aligned((experts + 1) * 4);
+    chosen_at = slot_of + aligned(slots * 4);
+    inner = chosen_at + aligned(slots * 4);
+    answers = inner + aligned(slots * inner_size * 2);
+    bytes = answers + aligned(slots * hidden * 4);
+  }
+};
+
+template <class T, int BM>
+void products(const FdserveMoe& call, const Workspace& at, char* base, cudaStream_t stream) {
+  const int64_t slots = call.tokens * call.top_k;
+  const int64_t tiles = slots / BM + (slots < call.experts ? slots : call.experts);
+  const int experts = static_cast<int>(call.experts);
+  const int* first_slot = reinterpret_cast<const int*>(base + at.first_slot);
+  T* inner = reinterpret_cast<T*>(base + at.inner);
+  constexpr int HALF = GEMM_COLUMNS / 2, BYTES = GemmTile<T, BM, 16>::SHARED_BYTES;
+  launch(up_gate_kernel<T, BM>, dim3((call.inner + HALF - 1) / HALF, tiles), dim3(GEMM_THREADS), BYTES, stream,
+         static_cast<const T*>(call.x), static_cast<const T*>(call.up_gate), first_slot,
+         reinterpret_cast<const int*>(base + at.chosen_at), experts, static_cast<int>(call.top_k), call.hidden, call.inner,
+         inner);
+  launch(down_kernel<T, BM>, dim3((call.hidden + GEMM_COLUMNS - 1) / GEMM_COLUMNS, tiles), dim3(GEMM_THREADS), BYTES, stream,
+         static_cast<const T*>(inner), static_cast<const T*>(call.down), first_slot, experts, call.hidden, call.inner,
+         reinterpret_cast<float*>(base + at.answers));
+}
+
+template <class T>
+void moe(const FdserveMoe& call, void* workspace, cudaStream_t stream) {
+  const Workspace at(call.tokens, call.top_k, call.experts, call.hidden, call.inner);
+  char* const base = static_cast<char*>(workspace);
+  const int64_t slots = call.tokens * call.top_k;
+  int *chosen = reinterpret_cast<int*>(base + at.chosen), *slot_of = reinterpret_cast<int*>(base + at.slot_of);
+  float* weights = reinterpret_cast<float*>(base + at.weights);
+  const int experts = static_cast<int>(call.experts), top_k = static_cast<int>(call.top_k);
+  launch(route_kernel<T>, dim3(call.tokens), dim3(ROUTE_THREADS), 0, stream, static_cast<const T*>(call.x), call.gate,
+         call.correction_bias, static_cast<int>(call.hidden), experts, top_k, call.norm_min, chosen, weights);
+  launch(group_kernel, dim3(experts), dim3(WARP), 0, stream, static_cast<const int*>(chosen), slots, experts,
+         reinterpret_cast<int*>(base + at.first_slot), slot_of, reinterpret_cast<int*>(base + at.chosen_at));
+  (slots <= 16 * call.experts ? products<T, 16> : products<T, 64>)(call, at, base, stream);
+  launch(combine_kernel<T>, dim3(call.tokens), dim3(256), 0, stream, reinterpret_cast<const float*>(base + at.answers),
+         static_cast<const int*>(slot_of), static_cast<const float*>(weights), static_cast<const T*>(call.shared), top_k,
+         call.hidden, static_cast<T*>(call.out));
+}
+
+}  // namespace
+}  // namespace fdserve::cuda
+
+using namespace fdserve::cuda;
+
+int64_t fdserve_cuda_moe_workspace(const FdserveMoe* call) {
+  return Workspace(call->tokens, call->top_k, call->experts, call->hidden, call->inner).bytes;
+}
+
+cudaError_t fdserve_cuda_moe(const FdserveMoe* call, int dtype, void* workspace, cudaStream_t stream) {
+  if (call->experts > MAX_EXPERTS || call->top_k > MAX_CHOICES || call->top_k > call->experts) return cudaErrorInvalidValue;
+  if (call->tokens > 0) (dtype == FDSERVE_BF16 ? moe<bf16> : moe<fp16>)(*call, workspace, stream);
+  return cudaGetLastError();
+}

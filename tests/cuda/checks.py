@@ -1,0 +1,277 @@
+"""What every kernel must give, on any device: float64 references over fresh random inputs, odd shapes and empty rows."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tests.cuda.harness import DTYPES, Array, Buffer, Device, rounded, to_bits, to_floats
+
+Generator = np.random.Generator
+EPS = {"bfloat16": 2.0**-8, "float16": 2.0**-11}  # half a step at 1
+
+
+def code(dtype: str) -> ctypes.c_int:
+    """The launchers' number of a dtype."""
+    return ctypes.c_int(DTYPES.index(dtype))
+
+
+def close(actual: Array, expected: Array, tolerance: float) -> None:
+    """Equal but for `tolerance`, relative to the numbers' size where that is above 1."""
+    assert actual.shape == expected.shape
+    error = np.abs(actual.astype(np.float64) - expected) / np.maximum(1.0, np.abs(expected))
+    assert not np.isnan(error).any(), "not a number"
+    assert error.size == 0 or error.max() <= tolerance, f"off by {error.max():.3g}, allowed {tolerance:.3g}"
+
+
+def rms_norm(device: Device, rng: Generator, dtype: str, tokens: int, hidden: int, *, residual: bool) -> None:
+    x, other = (rounded(rng.normal(size=(tokens, hidden)), dtype) for _ in range(2))
+    weight = rounded(rng.normal(size=hidden), dtype)
+    out, total = (device.empty((tokens, hidden), np.uint16) for _ in range(2))
+    inputs = [device.put(to_bits(values, dtype)) for values in (x, other, weight)]
+    device.call(
+        "fdserve_cuda_rms_norm", inputs[0], inputs[1] if residual else None, inputs[2], 1e-5, tokens, hidden,
+        code(dtype), out, total if residual else None,
+    )  # fmt: skip
+    expected = rounded(x + other, dtype) if residual else x
+    if residual:
+        close(to_floats(device.get(total), dtype), expected, 0)
+    scale = 1 / np.sqrt((expected.astype(np.float64) ** 2).mean(1, keepdims=True) + 1e-5)
+    close(to_floats(device.get(out), dtype), expected * scale * weight, 3 * EPS[dtype])
+    for buffer in inputs:
+        device.get(buffer)
+
+
+def swiglu(device: Device, rng: Generator, dtype: str, tokens: int, inner: int) -> None:
+    x = rounded(rng.normal(size=(tokens, 2 * inner)) * 3, dtype)
+    out = device.empty((tokens, inner), np.uint16)
+    device.call("fdserve_cuda_swiglu", device.put(to_bits(x, dtype)), tokens, inner, code(dtype), out)
+    gate, up = x[:, :inner].astype(np.float64), x[:, inner:]
+    close(to_floats(device.get(out), dtype), gate / (1 + np.exp(-gate)) * up, 2 * EPS[dtype])
+
+
+class CPaged(ctypes.Structure):
+    """FdservePaged of launchers.h."""
+
+    _fields_ = [  # noqa: RUF012
+        *((name, ctypes.c_void_p) for name in ("block_tables", "query_starts", "context_lens")),
+        *((name, ctypes.c_int) for name in ("sequences", "table_width", "block_size", "kv_heads")),
+    ]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of an attention: the step's tokens and the tokens before them, of each sequence."""
+
+    lengths: tuple[int, ...]
+    contexts: tuple[int, ...]
+    heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 64
+    block_size: int = 16
+
+
+class Step:
+    """A step over a paged cache whose unused places hold NaNs."""
+
+    def __init__(self, device: Device, rng: Generator, dtype: str, shape: Shape) -> None:
+        self.device, self.dtype, self.shape = device, dtype, shape
+        ends = [a + b for a, b in zip(shape.lengths, shape.contexts, strict=True)]
+        size, sequences = shape.block_size, len(ends)
+        self.longest = max(ends)
+        width = -(-self.longest // size) + 1
+        blocks = rng.permutation(sequences * width + 2)[: sequences * width].reshape(sequences, width)
+        self.tables: npt.NDArray[np.int32] = blocks.astype(np.int32)
+        cache = (sequences * width + 2, shape.kv_heads, size, shape.head_dim)
+        self.keys, self.values = (np.full(cache, np.nan, np.float32) for _ in range(2))
+        for sequence, end in enumerate(ends):
+            for position in range(end):
+                at = self.tables[sequence, position // size], slice(None), position % size
+                for tensor in (self.keys, self.values):
+                    tensor[at] = rounded(rng.normal(size=(shape.kv_heads, shape.head_dim)), dtype)
+        self.tokens = sum(shape.lengths)
+        self.queries = rounded(rng.normal(size=(self.tokens, shape.heads, shape.head_dim)), dtype)
+
+    def paged(self, lengths: Array, contexts: Array, tables: Array) -> tuple[Any, list[Buffer]]:
+        """The structure and what it points at."""
+        starts = np.concatenate([[0], np.cumsum(lengths)])
+        buffers = [self.device.put(np.ascontiguousarray(each, np.int32)) for each in (tables, starts, contexts)]
+        pointers = [buffer.pointer for buffer in buffers]
+        shape = self.shape
+        return CPaged(*pointers, len(lengths), tables.shape[1], shape.block_size, shape.kv_heads), buffers
+
+    def attend(self, queries: Array, lengths: Array, contexts: Array, tables: Array, *, split: bool) -> Array:
+        """The bits of the result. With `split` every part of the keys has blocks of its own."""
+        device, shape = self.device, self.shape
+        paged, kept = self.paged(lengths, contexts, tables)
+        tokens, longest = int(lengths.sum()), int((lengths + contexts).max())
+        out = device.empty((tokens, shape.heads, shape.head_dim), np.uint16)
+        size = device.library.fdserve_cuda_attention_workspace(
+            *map(ctypes.c_int64, (tokens, shape.heads, shape.head_dim, longest))
+        )
+        workspace = device.empty((size // 4,), np.float32) if split else None
+        keys, values = (device.put(to_bits(each, self.dtype)) for each in (self.keys, self.values))
+        device.call(
+            "fdserve_cuda_attention", device.put(to_bits(queries, self.dtype)), keys, values, ctypes.byref(paged), tokens,
+            int(lengths.max()), longest, shape.heads, shape.head_dim, shape.head_dim**-0.5, code(self.dtype),
+            ctypes.c_int(1 << 20), out, workspace,
+        )  # fmt: skip
+        result = device.get(out)
+        if workspace is not None:
+            device.get(workspace)
+        del kept
+        return result
+
+    def expected(self) -> Array:
+        """In float64."""
+        shape, results, token = self.shape, [], 0
+        for sequence, (length, context) in enumerate(zip(shape.lengths, shape.contexts, strict=True)):
+            places = np.arange(length + context)
+            blocks, slots = self.tables[sequence, places // shape.block_size], places % shape.block_size
+            keys, values = (each[blocks, :, slots].astype(np.float64) for each in (self.keys, self.values))
+            for position in range(context, context + length):
+                for head in range(shape.heads):
+                    group = head // (shape.heads // shape.kv_heads)
+                    scores = keys[: position + 1, group] @ self.queries[token, head] * shape.head_dim**-0.5
+                    weights = np.exp(scores - scores.max())
+                    results.append(weights @ values[: position + 1, group] / weights.sum())
+                token += 1
+        return np.array(results).reshape(self.queries.shape)
+
+
+def attention(device: Device, rng: Generator, dtype: str, shape: Shape) -> None:
+    """Right, and the same bits whole, split, and token by token."""
+    step = Step(device, rng, dtype, shape)
+    lengths, contexts = np.array(shape.lengths), np.array(shape.contexts)
+    whole = step.attend(step.queries, lengths, contexts, step.tables, split=False)
+    close(to_floats(whole, dtype), step.expected(), 4 * EPS[dtype])
+    assert (step.attend(step.queries, lengths, contexts, step.tables, split=True) == whole).all(), (
+        "splitting changes bits"
+    )
+    ends = np.cumsum(lengths)
+    for sequence in np.flatnonzero(lengths > 1):
+        last = ends[sequence] - 1
+        context = contexts[sequence] + lengths[sequence] - 1
+        alone = step.attend(
+            step.queries[last : last + 1], np.array([1]), np.array([context]), step.tables[sequence : sequence + 1],
+            split=bool(sequence % 2),
+        )  # fmt: skip
+        assert (alone[0] == whole[last]).all(), "a decode has other bits than a prefill"
+
+
+def rope_and_store(device: Device, rng: Generator, dtype: str, shape: Shape) -> None:
+    step = Step(device, rng, dtype, shape)
+    lengths, contexts = np.array(shape.lengths), np.array(shape.contexts)
+    paged, kept = step.paged(lengths, contexts, step.tables)
+    heads, head_dim = shape.heads + 2 * shape.kv_heads, shape.head_dim
+    qkv = rounded(rng.normal(size=(step.tokens, heads, head_dim)), dtype)
+    angles = rng.uniform(0, 6, size=(step.tokens, head_dim // 2))
+    rope = np.concatenate([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+    queries = device.empty((step.tokens, shape.heads, head_dim), np.uint16)
+    caches = [device.empty(step.keys.shape, np.uint16) for _ in range(2)]
+    device.call(
+        "fdserve_cuda_rope_and_store", device.put(to_bits(qkv, dtype)), device.put(rope), ctypes.byref(paged),
+        step.tokens, shape.heads, head_dim, code(dtype), queries, *caches,
+    )  # fmt: skip
+    cosines, sines = rope[:, None, : head_dim // 2], rope[:, None, head_dim // 2 :]
+    x, y = qkv[:, : -shape.kv_heads, ::2], qkv[:, : -shape.kv_heads, 1::2]
+    rotated = np.stack([x * cosines - y * sines, x * sines + y * cosines], axis=-1).reshape(step.tokens, -1, head_dim)
+    close(to_floats(device.get(queries), dtype), rotated[:, : shape.heads], EPS[dtype])
+    positions = np.concatenate([np.arange(c, c + n) for n, c in zip(lengths, contexts, strict=True)]).astype(int)
+    sequences = np.repeat(np.arange(len(lengths)), lengths)
+    at = step.tables[sequences, positions // shape.block_size], positions % shape.block_size
+    for cache, expected in zip(caches, (rotated[:, shape.heads :], qkv[:, -shape.kv_heads :]), strict=True):
+        bits = device.get(cache)
+        close(to_floats(bits[at[0], :, at[1]], dtype), expected, EPS[dtype])
+        untouched = np.ones((bits.shape[0], shape.block_size), bool)
+        untouched[at] = False
+        assert (bits.transpose(0, 2, 1, 3)[untouched] == 0xFFFF).all(), "a write to another place of the cache"
+    del kept
+
+
+class CMoe(ctypes.Structure):
+    """FdserveMoe of launchers.h."""
+
+    _fields_ = [  # noqa: RUF012
+        *((name, ctypes.c_void_p) for name in ("x", "gate", "correction_bias", "up_gate", "down", "shared", "out")),
+        *((name, ctypes.c_int64) for name in ("tokens", "hidden", "inner", "experts", "top_k")),
+        ("norm_min", ctypes.c_float),
+    ]
+
+
+def moe(
+    device: Device, rng: Generator, dtype: str, tokens: int, hidden: int, inner: int, experts: int, top_k: int
+) -> None:
+    """Right, and a token alone has the same bits."""
+    x = rounded(rng.normal(size=(tokens, hidden)), dtype)
+    gate = (rng.normal(size=(experts, hidden)) / np.sqrt(hidden) * 3).astype(np.float32)
+    bias = rng.normal(size=experts).astype(np.float32) * 0.1
+    up_gate = rounded(rng.normal(size=(experts, 2 * inner, hidden)) / np.sqrt(hidden), dtype)
+    down = rounded(rng.normal(size=(experts, hidden, inner)) / np.sqrt(inner), dtype)
+    shared = rounded(rng.normal(size=(tokens, hidden)), dtype)
+    weights = [device.put(gate), device.put(bias), *(device.put(to_bits(each, dtype)) for each in (up_gate, down))]
+
+    def run(rows: slice) -> Array:
+        count = len(x[rows])
+        inputs = [device.put(to_bits(each[rows], dtype)) for each in (x, shared)]
+        out = device.empty((count, hidden), np.uint16)
+        pointers = [buffer.pointer for buffer in (inputs[0], *weights, inputs[1], out)]
+        call = CMoe(*pointers, count, hidden, inner, experts, top_k, 1e-12)
+        size = device.library.fdserve_cuda_moe_workspace(ctypes.byref(call))
+        workspace = device.empty((max(size, 1),), np.uint8)
+        device.call("fdserve_cuda_moe", ctypes.byref(call), code(dtype), workspace)
+        device.get(workspace)
+        return device.get(out)
+
+    together = run(slice(None))
+    scores = x.astype(np.float64) @ gate.T
+    p = np.exp(scores - scores.max(1, keepdims=True))
+    p /= p.sum(1, keepdims=True)
+    expected = shared.astype(np.float64)
+    for token in range(tokens):
+        chosen = np.argsort(-(p[token] + bias), kind="stable")[:top_k]
+        for expert in chosen:
+            both = rounded(x[token].astype(np.float64) @ up_gate[expert].T, dtype).astype(np.float64)
+            hidden_row = rounded(both[:inner] / (1 + np.exp(-both[:inner])) * both[inner:], dtype)
+            weight = rounded(np.array(p[token, expert] / p[token, chosen].sum()), dtype)
+            expected[token] += weight * (hidden_row @ down[expert].astype(np.float64).T)
+    close(to_floats(together, dtype), expected, 6 * EPS[dtype])
+    if tokens > 1:
+        assert (run(slice(1, 2))[0] == together[1]).all(), "other tokens change a token's bits"
+
+
+def quant_linear(
+    device: Device, rng: Generator, dtype: str, bits: int, tokens: int, depth: int, columns: int, *, to_float: bool
+) -> None:
+    """Right, and a row alone has the same bits."""
+    group = 64
+    x = rounded(rng.normal(size=(tokens, depth)), dtype)
+    high = 1 << bits - 1
+    integers = rng.integers(-high, high, size=(columns, depth))
+    scales = (rng.uniform(0.5, 1.5, size=(columns, depth // group)) / high / np.sqrt(depth)).astype(np.float32)
+    if bits == 8:
+        stored = integers.astype(np.int8)
+    else:
+        stored = ((integers[:, ::2] + 8) | (integers[:, 1::2] + 8) << 4).astype(np.uint8)
+    weight, scale = device.put(stored), device.put(scales)
+
+    def run(rows: slice) -> Array:
+        count = len(x[rows])
+        out = device.empty((count, columns), np.float32 if to_float else np.uint16)
+        device.call(
+            "fdserve_cuda_quant_linear", device.put(to_bits(x[rows], dtype)), count, weight, scale, ctypes.c_int(bits),
+            ctypes.c_int(group), depth, columns, code(dtype), ctypes.c_int(to_float), out,
+        )  # fmt: skip
+        return device.get(out)
+
+    together = run(slice(None))
+    expected = x.astype(np.float64) @ (integers * np.repeat(scales.astype(np.float64), group, axis=1)).T
+    if to_float:
+        close(together, expected, 1e-4)
+    else:
+        close(to_floats(together, dtype), expected, 2 * EPS[dtype])
+    assert (run(slice(0, 1)) == together[:1]).all(), "other rows change a row's bits"

@@ -1,0 +1,158 @@
+"""The CUDA launchers from Python, by raw pointers: on a GPU, or on the CPU under emulator.h.
+
+Memory that a test hands out is poisoned and has guard bands on both sides, so a kernel that leaves out an element or
+writes past the end is caught.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+HERE = Path(__file__).parent
+SOURCES = HERE.parents[1] / "kernels/cuda"
+LAUNCHERS = sorted(SOURCES.glob("*.cu"))
+GUARD_BYTES = 256
+GUARD = 0xA5
+POISON = 0xFF  # a NaN in every float type
+
+Array = npt.NDArray[Any]
+DTYPES = ("bfloat16", "float16")
+
+
+def to_bits(x: Array, dtype: str) -> Array:
+    """Floats as the 16-bit type's bits, to the nearest, ties to even."""
+    if dtype == "float16":
+        return x.astype(np.float16).view(np.uint16)
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+
+
+def to_floats(bits: Array, dtype: str) -> Array:
+    """The other way round, exact."""
+    if dtype == "float16":
+        return bits.view(np.float16).astype(np.float32)
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def rounded(x: Array, dtype: str) -> Array:
+    """The nearest values of the 16-bit type, as float32."""
+    return to_floats(to_bits(x, dtype), dtype)
+
+
+class Buffer:
+    """Device memory between its guards; `pointer` is its address."""
+
+    def __init__(self, device: Device, content: Array, *, read_only: bool) -> None:
+        self.content = np.ascontiguousarray(content)
+        self.read_only = read_only
+        bands = np.full(GUARD_BYTES, GUARD, np.uint8)
+        self.memory = device.allocate(np.concatenate([bands, self.content.view(np.uint8).ravel(), bands]))
+        self.pointer = ctypes.c_void_p(device.address(self.memory) + GUARD_BYTES)
+
+
+class Device(ABC):
+    """Where kernels run."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self.library = library
+        library.fdserve_cuda_attention_workspace.restype = ctypes.c_int64
+        library.fdserve_cuda_moe_workspace.restype = ctypes.c_int64
+
+    @property
+    @abstractmethod
+    def multiprocessors(self) -> int: ...
+    @abstractmethod
+    def allocate(self, content: Array) -> Any:
+        """Memory with these bytes, aligned to 256."""
+
+    @abstractmethod
+    def address(self, memory: Any) -> int: ...
+    @abstractmethod
+    def read(self, memory: Any) -> Array:
+        """The bytes, after all kernels."""
+
+    def put(self, content: Array) -> Buffer:
+        """An input."""
+        return Buffer(self, content, read_only=True)
+
+    def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Buffer:
+        """An output, poisoned."""
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        return Buffer(self, np.full(size, POISON, np.uint8).view(dtype).reshape(shape), read_only=False)
+
+    def get(self, buffer: Buffer) -> Array:
+        """What a buffer holds now. Its guards must be whole, and an input must be what it was."""
+        data = self.read(buffer.memory)
+        assert (data[:GUARD_BYTES] == GUARD).all(), "a write before the buffer"
+        assert (data[-GUARD_BYTES:] == GUARD).all(), "a write past the buffer"
+        content = data[GUARD_BYTES:-GUARD_BYTES].view(buffer.content.dtype).reshape(buffer.content.shape)
+        if buffer.read_only:
+            assert content.tobytes() == buffer.content.tobytes(), "a write into an input"
+        return content
+
+    def call(self, launcher: str, *arguments: Any) -> None:
+        """Run a launcher on the default stream: buffers by their address, ints as int64 unless already of ctypes."""
+        converted = []
+        for argument in arguments:
+            if isinstance(argument, Buffer):
+                converted.append(argument.pointer)
+            elif isinstance(argument, int):
+                converted.append(ctypes.c_int64(argument))
+            elif isinstance(argument, float):
+                converted.append(ctypes.c_float(argument))
+            else:
+                converted.append(argument)
+        status = getattr(self.library, launcher)(*converted, None)
+        assert status == 0, f"{launcher} failed with CUDA error {status}"
+
+
+class Emulated(Device):
+    """The CPU; memory is NumPy's."""
+
+    multiprocessors = 0
+
+    def allocate(self, content: Array) -> Array:
+        whole = np.zeros(len(content) + 256, np.uint8)
+        start = -int(whole.ctypes.data) % 256
+        memory = whole[start : start + len(content)]
+        memory[:] = content
+        return memory
+
+    def address(self, memory: Array) -> int:
+        return int(memory.ctypes.data)
+
+    def read(self, memory: Array) -> Array:
+        return memory.copy()
+
+
+def build_emulated(directory: Path) -> ctypes.CDLL:
+    """Compile the launchers for the CPU. Floats are not contracted: a fused multiply-add is one that the source asks for."""
+    objects = []
+    compiler = ["g++", "-std=c++17", "-O2", "-ffp-contract=off", "-fPIC", "-DFDSERVE_EMULATED", "-Wno-unknown-pragmas"]
+    commands = []
+    for source in LAUNCHERS:
+        if source.name.startswith("bindings"):
+            continue
+        objects.append(directory / f"{source.stem}.o")
+        commands.append(
+            [*compiler, f"-I{HERE}", f"-I{SOURCES}", "-x", "c++", "-c", str(source), "-o", str(objects[-1])]
+        )
+    processes = [subprocess.Popen(command) for command in commands]
+    for process in processes:
+        assert process.wait(240) == 0, process.args
+    library = directory / "emulated.so"
+    subprocess.run(["g++", "-shared", "-o", str(library), *map(str, objects)], check=True)
+    return ctypes.CDLL(str(library))
+
+
+def has_nvcc() -> bool:
+    """Whether the CUDA compiler is there."""
+    return shutil.which("nvcc") is not None

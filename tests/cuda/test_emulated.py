@@ -1,0 +1,85 @@
+"""The CUDA kernels' results, from the same sources, on the CPU."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tests.cuda import checks
+from tests.cuda.harness import DTYPES, Emulated, build_emulated
+
+
+@pytest.fixture(scope="module")
+def device(tmp_path_factory: pytest.TempPathFactory) -> Emulated:
+    return Emulated(build_emulated(tmp_path_factory.mktemp("emulated")))
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(7)
+
+
+every_dtype = pytest.mark.parametrize("dtype", DTYPES)
+
+
+@every_dtype
+@pytest.mark.parametrize(("tokens", "hidden"), [(3, 1024), (2, 8), (1, 2568), (2, 17000), (0, 64)])
+@pytest.mark.parametrize("residual", [False, True])
+def test_rms_norm(
+    device: Emulated, rng: np.random.Generator, dtype: str, tokens: int, hidden: int, residual: bool
+) -> None:
+    checks.rms_norm(device, rng, dtype, tokens, hidden, residual=residual)
+
+
+@every_dtype
+@pytest.mark.parametrize(("tokens", "inner"), [(3, 1024), (5, 8), (2, 2504), (0, 64)])
+def test_swiglu(device: Emulated, rng: np.random.Generator, dtype: str, tokens: int, inner: int) -> None:
+    checks.swiglu(device, rng, dtype, tokens, inner)
+
+
+SHAPES = {
+    "mixed": checks.Shape((1, 3, 0, 20, 1), (5, 70, 9, 0, 1100)),
+    "one": checks.Shape((1,), (0,)),
+    "long": checks.Shape((1, 9), (2100, 1020), heads=16, kv_heads=2, head_dim=128, block_size=64),
+    "prefill": checks.Shape((70,), (30,), heads=8, kv_heads=1, head_dim=128, block_size=32),
+    "no groups": checks.Shape((5, 17, 2), (1023, 63, 64), heads=2, kv_heads=2),
+}
+
+
+@every_dtype
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_attention(device: Emulated, rng: np.random.Generator, dtype: str, shape: checks.Shape) -> None:
+    checks.attention(device, rng, dtype, shape)
+
+
+@every_dtype
+@pytest.mark.parametrize("shape", [SHAPES["mixed"], SHAPES["prefill"]], ids=["mixed", "prefill"])
+def test_rope_and_store(device: Emulated, rng: np.random.Generator, dtype: str, shape: checks.Shape) -> None:
+    checks.rope_and_store(device, rng, dtype, shape)
+
+
+@every_dtype
+@pytest.mark.parametrize(
+    ("tokens", "hidden", "inner", "experts", "top_k"),
+    [(5, 128, 64, 8, 2), (1, 72, 40, 4, 4), (40, 64, 72, 3, 2), (3, 64, 64, 64, 6), (0, 64, 64, 4, 2)],
+)
+def test_moe(
+    device: Emulated,
+    rng: np.random.Generator,
+    dtype: str,
+    tokens: int,
+    hidden: int,
+    inner: int,
+    experts: int,
+    top_k: int,
+) -> None:
+    checks.moe(device, rng, dtype, tokens, hidden, inner, experts, top_k)
+
+
+@every_dtype
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(("tokens", "depth", "columns"), [(1, 192, 130), (16, 64, 128), (17, 128, 40), (70, 64, 8)])
+def test_quant_linear(
+    device: Emulated, rng: np.random.Generator, dtype: str, bits: int, tokens: int, depth: int, columns: int
+) -> None:
+    checks.quant_linear(device, rng, dtype, bits, tokens, depth, columns, to_float=tokens == 16)
