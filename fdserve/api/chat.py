@@ -51,7 +51,8 @@ async def prepare_chat(request: ChatRequest, server: Server, http: Request) -> l
     check_request(request, server)
     check_chat(request, server)
     _, prompt = await rendered(request, server, http)
-    thinking = server.reasoning is not None and starts_in_thinking(server.reasoning, prompt)
+    continued = bool(request.continue_final_message)
+    thinking = server.reasoning is not None and starts_in_thinking(server.reasoning, prompt, continued)
     params = _params(request, server, len(prompt), thinking)
     tools = tool_use(request)
     grammar = await compile_grammar(request, server, tools)
@@ -66,6 +67,7 @@ async def prepare_chat(request: ChatRequest, server: Server, http: Request) -> l
             params=for_choice(params if not index else msgspec.structs.replace(params, prompt_logprobs=None), index),
             format=server.reasoning,
             thinking=thinking,
+            continued=continued,
             tools=server.tools if tools else None,
             constraint=grammar.constraint(thinking) if grammar else None,
         )

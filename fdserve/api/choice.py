@@ -200,14 +200,16 @@ def new_choice(
     params: SamplingParams,
     format: ReasoningFormat | None = None,
     thinking: bool = False,
+    continued: bool = False,
     tools: ToolFormat | None = None,
     constraint: Constraint | None = None,
 ) -> Choice:
-    """Choice number `index` of a response; `thinking` says whether its first token is a thought in `format`."""
+    """Choice number `index` of a response; for `thinking` and `continued` see `TextStream`."""
     text = TextStream(
         server.tokenizer,
         format=format,
         thinking=thinking,
+        continued=continued,
         tools=tools,
         stop=stop_strings(request),
         skip_special_tokens=request.skip_special_tokens is not False,

@@ -22,7 +22,7 @@ _FORMAT_OF = {
 
 @dataclass(frozen=True, slots=True)
 class ReasoningFormat:
-    """The ids of a format's tags.
+    """The ids of a format's tags, and of the token that begins a turn of the dialogue, if there is one.
 
     "ernie_x1" writes `<think>…</think><response>…</response>`, "ernie_45_vl" and "think" write
     `<think>…</think>…` and have no response tags.
@@ -33,6 +33,7 @@ class ReasoningFormat:
     think_end: int
     response_start: int | None = None
     response_end: int | None = None
+    turn_start: int | None = None
 
 
 def resolve_reasoning(name: str | None, tokenizer: Tokenizer, template_source: str) -> ReasoningFormat | None:
@@ -57,7 +58,10 @@ def resolve_reasoning(name: str | None, tokenizer: Tokenizer, template_source: s
     ids = [tokenizer.token_id(tag) for tag in tags]
     if missing := [tag for tag, token_id in zip(tags, ids, strict=True) if token_id is None]:
         raise StartupError(f"reasoning parser {name!r} needs {', '.join(missing)} as single tokens")
-    return ReasoningFormat(kind, *[token_id for token_id in ids if token_id is not None])
+    think_start, think_end, *response = [token_id for token_id in ids if token_id is not None]
+    response_start, response_end = response or (None, None)
+    turn_start = tokenizer.token_id("<|im_start|>")
+    return ReasoningFormat(kind, think_start, think_end, response_start, response_end, turn_start)
 
 
 def _detect(tokenizer: Tokenizer, template_source: str) -> str | None:
@@ -71,21 +75,24 @@ def _detect(tokenizer: Tokenizer, template_source: str) -> str | None:
     return "think"
 
 
-def starts_in_thinking(format: ReasoningFormat, prompt_ids: Sequence[int]) -> bool:
-    """Whether the model's first token is a thought: the last tag in the prompt decides.
+def starts_in_thinking(format: ReasoningFormat, prompt_ids: Sequence[int], continued: bool = False) -> bool:
+    """Whether the model's first token is a thought: the last tag in the prompt's last turn decides.
 
-    `<think>` means yes, any other tag no. In a prompt without a tag the formats differ. ernie_x1 models think
+    `<think>` means yes, any other tag no. In a turn without a tag the formats differ. ernie_x1 models think
     always and their template opens the thought for them, so what they write is a thought (FastDeploy decides
-    the same). The others may be asked not to think, and where they do they can write `<think>` themselves,
-    which `ReasoningSplitter` sees.
+    the same), unless the prompt ends inside of a message that is `continued`: that is an answer. The others may be
+    asked not to think, and where they do they can write `<think>` themselves, which `ReasoningSplitter` sees.
+    Earlier turns do not count: whoever writes about a tag may have written one there.
     """
-    others = {format.think_end, format.response_start, format.response_end}
+    others = {format.think_end, format.response_start, format.response_end} - {None}
     for token_id in reversed(prompt_ids):
         if token_id == format.think_start:
             return True
         if token_id in others:
             return False
-    return format.name == "ernie_x1"
+        if token_id == format.turn_start:
+            break
+    return format.name == "ernie_x1" and not continued
 
 
 class ReasoningSplitter:
@@ -100,19 +107,24 @@ class ReasoningSplitter:
       answer    text with no tags around it; `<response>` may still open, and `</response>` close
     One newline next to a tag, inside, belongs to the layout and not to the text. White space in a gap is
     dropped. `<think>` and `</think>` inside an answer are literal text.
+    An output that is `continued` begins in the middle: of a thought if `thinking`, else of an answer.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, format: ReasoningFormat, thinking: bool, skip_special_tokens: bool = True
+        self,
+        tokenizer: Tokenizer,
+        format: ReasoningFormat,
+        thinking: bool,
+        skip_special_tokens: bool = True,
+        continued: bool = False,
     ) -> None:
-        self._tokenizer = tokenizer
         self._format = format
         self._tags = {format.think_start, format.think_end, format.response_start, format.response_end} - {None}
         # Whether a tag may end the content, so that its last newline is not certain to be text.
         self._content_closable = format.response_end is not None
         self._detokenizer = Detokenizer(tokenizer, skip_special_tokens)
-        self._region = "thought" if thinking else "opening"
-        self._at_start = True  # of the region: no text of it yet
+        self._region = "thought" if thinking else "answer" if continued else "opening"
+        self._at_start = not continued  # of the region: no text of it yet
         self._held = ""  # white space that the next token may turn into layout
         self.reasoning_tokens = 0  # ids in thoughts, the tags not counted
 

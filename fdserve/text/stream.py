@@ -34,8 +34,9 @@ class TextStream:
     pushes. Stop strings are looked for in the content only, which is all text when `format` is None, and not before
     `min_tokens` ids were pushed. Calls are looked for in the content too, if `tools` is given; their text is not
     content, and a stop string does not reach over one.
-    `thinking` says whether the first id is a thought (see `starts_in_thinking`). The ids of `hidden` (eos and
-    stop tokens) never show and are no reasoning tokens, whatever `skip_special_tokens` says.
+    `thinking` says whether the first id is a thought (see `starts_in_thinking`), and `continued` whether the prompt
+    ends in the middle of a thought or an answer. The ids of `hidden` (eos and stop tokens) never show and are no
+    reasoning tokens, whatever `skip_special_tokens` says.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class TextStream:
         *,
         format: ReasoningFormat | None = None,
         thinking: bool = False,
+        continued: bool = False,
         stop: Sequence[str] = (),
         skip_special_tokens: bool = True,
         include_stop_str_in_output: bool = False,
@@ -53,7 +55,7 @@ class TextStream:
     ) -> None:
         self._splitter: ReasoningSplitter | None = None
         if format is not None:
-            self._splitter = ReasoningSplitter(tokenizer, format, thinking, skip_special_tokens)
+            self._splitter = ReasoningSplitter(tokenizer, format, thinking, skip_special_tokens, continued)
         self._detokenizer = Detokenizer(tokenizer, skip_special_tokens)
         self._tools = ToolCallParser(tools) if tools is not None else None
         self._stop = StopStrings(stop, include_stop_str_in_output)

@@ -281,6 +281,22 @@ async def test_reasoning(template: str, text: str) -> None:
         assert len(whole["logprobs"]["content"]) == len(ids(text))
 
 
+@pytest.mark.parametrize(
+    ("template", "text", "expected"),
+    [
+        ("{{ messages[-1].content }}</response>", "\n\nYes.\n</response>\n", (None, "\n\nYes.")),
+        ("<think>{{ messages[-1].content }}</think>", "\nhm</think>\nYes.", ("\nhm", "Yes.")),
+    ],
+)
+async def test_a_continued_message_goes_on_where_it_ended(
+    template: str, text: str, expected: tuple[str | None, str]
+) -> None:
+    async with serving(FakeEngine(say(text)), Config(reasoning_parser="ernie_x1"), template=template) as client:
+        messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "Well:"}]
+        message = choice(await client.chat(messages=messages, continue_final_message=True))["message"]
+        assert (message["reasoning_content"], message["content"]) == expected
+
+
 async def test_thinking_in_a_stream_comes_first() -> None:
     text = "\nhm\n</think>\n\n<response>\nYes.\n</response>\n"
     config = Config(reasoning_parser="ernie_x1")

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from fdserve.errors import StartupError
@@ -10,7 +12,7 @@ from .conftest import TAGS
 from .vocabulary import ListTokenizer
 
 THINK, THINK_END, RESPONSE, RESPONSE_END = range(4)
-LETTERS = [bytes([byte]) for byte in b"abcdefghijklmnopqrstuvwxyz .\n"] + [b"\n\n", b".\n", b"\xf0\x9f\x98"]
+LETTERS = [bytes([byte]) for byte in b"abcdefghijklmnopqrstuvwxyz .\n"] + [b"\n\n", b".\n", b"\xf0\x9f\x98", b"@"]
 WORDS = ListTokenizer([tag.encode() for tag in TAGS] + LETTERS + [b"</s>"], special=[b"</s>"])
 ERNIE_X1 = ReasoningFormat("ernie_x1", THINK, THINK_END, RESPONSE, RESPONSE_END)
 THINK_ONLY = ReasoningFormat("think", THINK, THINK_END)
@@ -98,6 +100,39 @@ def test_reasoning_tokens_are_the_ids_between_the_tags() -> None:
     assert splitter.reasoning_tokens == 5
 
 
+def test_what_forces_the_end_of_a_thought_counts_up_to_the_tag() -> None:
+    splitter = ReasoningSplitter(WORDS, ERNIE_X1, thinking=True)
+    forced = [WORDS.tokens.index(b"\n"), THINK_END, WORDS.tokens.index(b"\n\n")]
+    parts = [splitter.push(token) for token in [*WORDS.encode("ab"), *forced, *WORDS.encode("cd")]]
+    assert ["".join(side) for side in zip(*parts, strict=True)] == ["ab", "cd"]
+    assert splitter.reasoning_tokens == 3
+
+
+@pytest.mark.parametrize(
+    ("format", "thinking", "text", "expected"),
+    [
+        (ERNIE_X1, True, "\nab\n</think>\n\n<response>\nc\n</response>", ("\nab", "c")),
+        (ERNIE_X1, True, "<think>\n</think>c", ("<think>", "c")),
+        (ERNIE_X1, False, "\n\nab\n</response>\n", ("", "\n\nab")),
+        (ERNIE_X1, False, "<think>a</think>", ("", "<think>a</think>")),
+        (THINK_ONLY, False, "\n<think>a</think>\n", ("", "\n<think>a</think>\n")),
+    ],
+)
+def test_a_continued_text_has_no_layout_in_front(
+    format: ReasoningFormat, thinking: bool, text: str, expected: tuple[str, str]
+) -> None:
+    splitter = ReasoningSplitter(WORDS, format, thinking, continued=True)
+    parts = [splitter.push(token) for token in WORDS.encode(text)] + [splitter.flush()]
+    assert ("".join(reasoning for reasoning, _ in parts), "".join(content for _, content in parts)) == expected
+
+
+def test_tags_are_text_where_that_is_said() -> None:
+    splitter = ReasoningSplitter(WORDS, ERNIE_X1, thinking=False)
+    splitter.push(WORDS.tokens.index(b"a"))
+    assert splitter.push(RESPONSE_END, literal=True) == ("", "</response>")
+    assert splitter.push(RESPONSE_END) == ("", "")
+
+
 def test_unfinished_character_stays_on_its_side_of_a_tag() -> None:
     half = WORDS.tokens.index(b"\xf0\x9f\x98")
     splitter = ReasoningSplitter(WORDS, ERNIE_X1, thinking=True)
@@ -129,6 +164,23 @@ class TestStartsInThinking:
         format = ReasoningFormat(name, THINK, THINK_END, RESPONSE, RESPONSE_END)
         assert starts_in_thinking(format, WORDS.encode(prompt)) is expected
 
+    @pytest.mark.parametrize(
+        ("prompt", "continued", "expected"),
+        [
+            ("user <think>@assistant ", False, {"ernie_x1": True, "think": False}),  # the user writes about the tag
+            ("a</think>@user b@assistant ", False, {"ernie_x1": True, "think": False}),
+            ("@user a@assistant <think>\nab", True, {"ernie_x1": True, "think": True}),
+            ("@user <think>@assistant ab", True, {"ernie_x1": False, "think": False}),
+            ("@assistant <think>\na</think>b", True, {"ernie_x1": False, "think": False}),
+            ("@assistant <response>b", True, {"ernie_x1": False, "think": False}),
+        ],
+    )
+    def test_only_the_last_turn_counts(self, prompt: str, continued: bool, expected: dict[str, bool]) -> None:
+        ids = WORDS.encode(prompt)
+        for format in (ERNIE_X1, THINK_ONLY):
+            in_turns = replace(format, turn_start=WORDS.tokens.index(b"@"))
+            assert starts_in_thinking(in_turns, ids, continued) is expected[format.name]
+
     def test_without_a_tag_only_ernie_x1_thinks(self) -> None:
         assert starts_in_thinking(ERNIE_X1, WORDS.encode("hello")) is True
         assert starts_in_thinking(THINK_ONLY, WORDS.encode("hello")) is False
@@ -158,6 +210,7 @@ class TestResolve:
             ernie.token_id("</think>"),
         )
         assert (format.response_end == ernie.token_id("</response>")) is (kind == "ernie_x1")
+        assert format.turn_start == ernie.token_id("<|im_start|>")
 
     def test_detection(self, ernie: Tokenizer) -> None:
         def detect(template: str, tokenizer: Tokenizer = ernie) -> str | None:

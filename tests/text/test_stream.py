@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fdserve.text.detokenizer import decode
-from fdserve.text.reasoning import ReasoningFormat
+from fdserve.text.reasoning import ReasoningFormat, resolve_reasoning
 from fdserve.text.stream import TextDelta, TextStream
 from fdserve.text.tokenizer import Tokenizer
+from fdserve.text.tools import ToolFormat
 
 from .conftest import TAGS
 from .vocabulary import ListTokenizer
@@ -27,10 +28,17 @@ TOKENS = [tag.encode() for tag in TAGS] + [
     EMOJI[:2],
     EMOJI[2:],
     b"</s>",
+    b'{"name":"b","arguments":',
+    b'{"a":"',
+    b'"}',
+    b"}",
+    b"</tool",
+    b"_call>",
 ]
 TOY = ListTokenizer(TOKENS, special=[b"</s>"])
 EOS = TOKENS.index(b"</s>")
 ERNIE_X1 = ReasoningFormat("ernie_x1", 0, 1, 2, 3)
+HERMES = ToolFormat("hermes")
 FORMATS = [None, ERNIE_X1, ReasoningFormat("think", 0, 1)]
 
 
@@ -40,6 +48,8 @@ class Seen(NamedTuple):
     stop: str | None
     used: int
     reasoning_tokens: int
+    calls: tuple[tuple[str, str], ...] = ()
+    complete: int = 0
 
 
 def run(stream: TextStream, pushes: list[list[int]]) -> Seen:
@@ -52,7 +62,22 @@ def run(stream: TextStream, pushes: list[list[int]]) -> Seen:
         stops[0] if stops else None,
         sum(delta.tokens_used for delta in deltas),
         stream.reasoning_tokens,
+        calls_of(deltas),
+        stream.complete_calls,
     )
+
+
+def calls_of(deltas: list[TextDelta]) -> tuple[tuple[str, str], ...]:
+    calls: list[tuple[str, str]] = []
+    for delta in deltas:
+        for call in delta.tool_calls:
+            if call.id is not None:
+                assert (call.index, call.arguments) == (len(calls), "")
+                calls.append((call.name or "", ""))
+            else:
+                assert call.index == len(calls) - 1
+                calls[-1] = (calls[-1][0], calls[-1][1] + call.arguments)
+    return tuple(calls)
 
 
 @settings(max_examples=400)
@@ -64,6 +89,7 @@ def run(stream: TextStream, pushes: list[list[int]]) -> Seen:
     stop=st.lists(st.sampled_from(["a", "ab", "ba", "\n", "😀", "b\n\na", "aab", "\ufffd"]), max_size=3),
     skip=st.booleans(),
     include=st.booleans(),
+    tools=st.booleans(),
 )
 def test_the_split_over_pushes_makes_no_difference(
     ids: list[int],
@@ -73,6 +99,7 @@ def test_the_split_over_pushes_makes_no_difference(
     stop: list[str],
     skip: bool,
     include: bool,
+    tools: bool,
 ) -> None:
     def stream() -> TextStream:
         return TextStream(
@@ -83,6 +110,7 @@ def test_the_split_over_pushes_makes_no_difference(
             skip_special_tokens=skip,
             include_stop_str_in_output=include,
             hidden={EOS},
+            tools=HERMES if tools else None,
         )
 
     edges = [0, *sorted(min(cut, len(ids)) for cut in cuts), len(ids)]
@@ -93,7 +121,7 @@ def test_the_split_over_pushes_makes_no_difference(
     assert "</s>" not in seen.content + seen.reasoning
     if seen.stop is not None:
         assert seen.content.endswith(seen.stop) or not include
-    elif format is None:
+    elif format is None and not seen.calls:
         assert seen.content == decode(TOY, [token for token in ids if token != EOS])
         assert seen.used == len(ids)
 
@@ -170,3 +198,87 @@ def test_no_stop_string_ends_the_text_before_min_tokens(tokenizer: Tokenizer) ->
             stream = TextStream(tokenizer, stop=["stop"], min_tokens=minimum)
             deltas = [stream.push(ids[at : at + step]) for at in range(0, len(ids), step)]
             assert sum(delta.tokens_used for delta in deltas) == expected
+
+
+CALL = b'{"name":"b","arguments":', b'{"a":"', EMOJI[:2], EMOJI[2:], b"\n", b'"}', b"}"
+CALL_IDS = [TOKENS.index(token) for token in CALL]
+
+
+def in_tags(ids: list[int]) -> list[int]:
+    return [*TOY.encode("<tool_call>\n"), *ids, *TOY.encode("\n</tool_call>")]
+
+
+@given(
+    before=st.lists(st.sampled_from(["a", "b", "ab", " ", "\n"]), max_size=4).map("".join),
+    after=st.lists(st.sampled_from(["a", "b", " ", "\n"]), max_size=3).map("".join),
+    inside=st.lists(st.sampled_from([*TAGS[2:], "a", "\n\n", "}", "😀", "</tool"]), max_size=4).map("".join),
+    format=st.sampled_from(FORMATS),
+    cuts=st.lists(st.integers(0, 40), max_size=6),
+)
+def test_calls_of_an_answer(
+    before: str, after: str, inside: str, format: ReasoningFormat | None, cuts: list[int]
+) -> None:
+    # What is inside the string of a call is never a tag.
+    call = in_tags([*CALL_IDS[:2], *TOY.encode(inside), *CALL_IDS[2:]])
+    thought = [*TOY.encode("a\n"), *call, TAGS.index("</think>")] if format else []
+    ids = [*thought, *TOY.encode(before), *call, *TOY.encode("\n"), *call, *TOY.encode(after)]
+    edges = [0, *sorted(cut for cut in cuts if cut < len(ids)), len(ids)]
+    pushes = [ids[start:end] for start, end in itertools.pairwise(edges)]
+    seen = run(TextStream(TOY, format=format, thinking=True, tools=HERMES), pushes)
+    arguments = '{"a":"' + inside.replace("\n", "\\n") + '😀\\n"}'
+    assert seen.calls == (("b", arguments),) * 2
+    assert seen.complete == 2
+    content = (before.lstrip("\n") if format else before).rstrip() + after.lstrip()
+    assert seen.content == content
+    assert seen.reasoning_tokens == (len(thought) - 1 if thought else 0)
+
+
+def test_calls_of_a_thought_are_thoughts() -> None:
+    text = '<tool_call>{"name":"b","arguments":{"a":"a"}}</tool_call>'
+    stream = TextStream(TOY, format=ERNIE_X1, thinking=True, tools=HERMES)
+    assert run(stream, [TOY.encode(text + "</think>")])[:2] == (text, "")
+    assert stream.complete_calls == 0
+
+
+def test_calls_are_text_without_a_format() -> None:
+    text = '<tool_call>{"name":"b","arguments":{"a":"a"}}</tool_call>'
+    assert run(TextStream(TOY), [TOY.encode(text)])[:2] == ("", text)
+
+
+def test_stop_strings_are_not_looked_for_in_calls() -> None:
+    ids = [*TOY.encode("a"), *in_tags(CALL_IDS), *TOY.encode("b")]
+    for stop in ('"', "}", "\n", "name", "ab", "call"):
+        seen = run(TextStream(TOY, tools=HERMES, stop=[stop]), [[token] for token in ids])
+        assert (seen.content, seen.stop, seen.complete) == ("ab", None, 1)
+    # What could have become one comes out before the call does.
+    stream = TextStream(TOY, tools=HERMES, stop=["ab"])
+    deltas = [stream.push([token]) for token in ids]
+    begun = next(at for at, delta in enumerate(deltas) if delta.tool_calls)
+    assert deltas[begun].content == "a"
+    # What is no call is content like any other.
+    bad = TOY.encode("<tool_call>\nab")
+    seen = run(TextStream(TOY, tools=HERMES, stop=["l>\na"]), [bad])
+    assert (seen.content, seen.stop, seen.used) == ("<tool_cal", "l>\na", len(bad))
+
+
+def test_nothing_comes_after_a_stop_string() -> None:
+    ids = [*TOY.encode("a"), *in_tags(CALL_IDS)]
+    stream = TextStream(TOY, tools=HERMES, stop=["a"])
+    assert run(stream, [ids]) == Seen("", "", "a", 1, 0)
+
+
+def test_fragments_of_one_push_come_as_one() -> None:
+    name, arguments = TextStream(TOY, tools=HERMES).push(in_tags(CALL_IDS)).tool_calls
+    assert (name.index, name.name, name.arguments) == (0, "b", "")
+    assert (arguments.index, arguments.id, arguments.arguments) == (0, None, '{"a":"😀\\n"}')
+
+
+def test_calls_of_a_thinking_model_end_to_end(ernie: Tokenizer) -> None:
+    format = resolve_reasoning("ernie-x1", ernie, "")
+    call = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "世界", "tag": "</response>"}}\n</tool_call>\n'
+    for answer, content in (("\n", ""), ("<response>\nhello\n</response>\n", "hello"), ("hello", "hello")):
+        output = f"The 世界 is big.\n</think>\n\n{answer}\n{call}{call}</s>"
+        stream = TextStream(ernie, format=format, thinking=True, tools=ToolFormat("ernie_x1"))
+        seen = run(stream, [[token] for token in ernie.encode(output)])
+        assert (seen.reasoning, seen.content, seen.complete) == ("The 世界 is big.", content, 2)
+        assert seen.calls == (("get_weather", '{"city": "世界", "tag": "</response>"}'),) * 2
