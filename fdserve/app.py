@@ -120,8 +120,11 @@ class App:
 
 def configure_logging(config: Config) -> None:
     """Log to stderr from the configured level on, unless logging was configured already."""
+    handler = logging.StreamHandler(sys.stderr)
+    # Hypercorn's own loggers write what they are told, and pass it on besides.
+    handler.addFilter(lambda record: not logging.getLogger(record.name).handlers)
     logging.basicConfig(
-        level=config.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+        level=config.log_level.upper(), handlers=[handler], format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import msgspec
 
 from fdserve.errors import StartupError
+from fdserve.models.checkpoint import INDEX, SINGLE
 
 DEMO = Path(__file__).parent / "demo" / "checkpoint"
 
@@ -63,16 +64,20 @@ def _cached(name: str) -> Path | None:
 
 def _complete(directory: Path) -> bool:
     """Whether an earlier download got all that a start needs; one that was interrupted goes on where it stopped."""
-    index = directory / "model.safetensors.index.json"
+    tokenizer = any(directory.glob("tokenizer.*")) or any(directory.glob("*.model"))
+    return tokenizer and (directory / "config.json").is_file() and _has_weights(directory)
+
+
+def _has_weights(directory: Path) -> bool:
+    """Like the loader, which prefers the single file to an index."""
+    if (directory / SINGLE).is_file():
+        return True
     try:
-        weight_map = msgspec.json.decode(index.read_bytes())["weight_map"]
-        shards = {directory / shard for shard in weight_map.values()}
-    except FileNotFoundError:
-        shards = {directory / "model.safetensors"}
+        weight_map = msgspec.json.decode((directory / INDEX).read_bytes())["weight_map"]
+        shards = set(weight_map.values())
+        return bool(shards) and all((directory / shard).is_file() for shard in shards)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
-    tokenizer = any(directory.glob("tokenizer.*")) or any(directory.glob("*.model"))
-    return tokenizer and (directory / "config.json").is_file() and all(shard.is_file() for shard in shards)
 
 
 def _download(name: str) -> Path:

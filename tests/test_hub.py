@@ -184,7 +184,9 @@ def test_a_file(tmp_path: Path) -> None:
         (["tokenizer.json", "model.safetensors"], False),
         (["config.json", "tokenizer.json", "index:a,b", "a", "b"], True),
         (["config.json", "tokenizer.json", "index:a,b", "a"], False),
-        (["config.json", "tokenizer.json", "index:broken", "model.safetensors"], False),
+        (["config.json", "tokenizer.json", "index:broken"], False),
+        (["config.json", "tokenizer.json", "index:broken", "model.safetensors"], True),
+        (["config.json", "tokenizer.json", "index:a,b", "a", "model.safetensors"], True),
     ],
 )
 def test_complete(tmp_path: Path, files: list[str], complete: bool) -> None:

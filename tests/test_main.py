@@ -136,3 +136,25 @@ def test_ipv6() -> None:
         with socket.create_connection(("::1", int(match[1])), timeout=10) as sock:
             sock.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
             assert b" 200 " in read_until(sock, b"\r\n\r\n")
+
+
+@pytest.mark.parametrize("delay", [0.05, 0.1, 0.2, 0.3])
+def test_an_early_interrupt_leaves_no_traceback(delay: float) -> None:
+    # Before the interpreter has come to the program there is nothing that it could do.
+    code = "import runpy; print('begun', flush=True); runpy.run_module('fdserve', run_name='__main__')"
+    with ServerProcess("-c", code, FDSERVE_PORT="0") as server:
+        server.wait_line("begun")
+        time.sleep(delay)
+        server.stop(signal.SIGINT)
+        status = server.wait()
+        output = "".join(server.output)
+        assert status in (-signal.SIGINT, 128 + signal.SIGINT, 0)
+        assert "Traceback" not in output
+
+
+def test_hypercorns_messages_are_logged_once() -> None:
+    with ServerProcess("-m", "hypercorn", "-w", "0", "-b", "127.0.0.1:0", "tests.http.fake_main:app") as server:
+        server.listening()
+        server.stop()
+        server.wait()
+        assert sum("Running on" in line for line in server.output) == 1

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator
 
 import anyio
 
-import fdserve.__main__ as launcher
+from fdserve import launcher
 from fdserve.app import create_app
 from fdserve.config import Config
 from fdserve.engine.request import Request, TokenDelta

@@ -1,0 +1,169 @@
+"""The server in one process, on trio, with an orderly end."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import resource
+import signal
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import hypercorn.config
+import hypercorn.trio
+import trio
+
+import fdserve
+from fdserve.app import App, Build, configure_logging, create_app
+from fdserve.config import Config
+from fdserve.errors import StartupError
+from fdserve.http import hypercorn_fixes
+from fdserve.server import build
+
+log = logging.getLogger("fdserve")
+
+# After the requests that were waited for: time for the last events to go out, and for the ranks to end.
+GOODBYE_SECONDS = 2.0
+FORCE_AFTER_SECONDS = 5.0
+
+
+def main(argv: Sequence[str] | None = None, build: Build = build) -> int:
+    """Serve until a signal says otherwise; return the exit status.
+
+    SIGTERM and SIGINT let running requests finish, for `graceful_timeout` seconds; a second one ends at once.
+    """
+    try:
+        config = Config.load(sys.argv[1:] if argv is None else argv, os.environ)
+        sock = listen(config.host, config.port)
+    except StartupError as error:
+        print(f"fdserve: {error}", file=sys.stderr)
+        return 1
+    configure_logging(config)
+    logging.getLogger("hypercorn.error").setLevel(logging.WARNING)
+    hypercorn_fixes.apply()
+    _raise_descriptor_limit()
+    return trio.run(_Launcher(config, create_app(config, build), sock).run)
+
+
+def _raise_descriptor_limit() -> None:
+    """As many connections as the system lets the process have: the usual soft limit is 1024."""
+    _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A bound socket; StartupError when the address cannot be had."""
+    where = f"{host} port {port}"
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        sock = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise StartupError(f"cannot listen on {where}: {error.strerror}.") from None
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # Accepted connections inherit it; a token is not to wait for the next one.
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.bind(address)
+        # Two sockets may be bound to one address as long as neither listens: only this tells.
+        sock.listen(1)
+    except OSError as error:
+        sock.close()
+        raise StartupError(f"cannot listen on {where}: {error.strerror}; choose another --host or --port.") from None
+    return sock
+
+
+class _Launcher:
+    def __init__(self, config: Config, app: App, sock: socket.socket) -> None:
+        self._config = config
+        self._app = app
+        host, port = sock.getsockname()[:2]
+        self._url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        self._sock = sock
+        self._began = time.monotonic()
+        self._stopping = trio.Event()
+        self._status = 0
+
+    async def run(self) -> int:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._watch_signals, nursery)
+            nursery.start_soon(self._watch_engine)
+            nursery.start_soon(self._announce)
+            try:
+                # Hypercorn types its applications' messages by structs of its own, where ASGI has plain dictionaries.
+                app: Any = self._app
+                await hypercorn.trio.serve(app, self._hypercorn(), shutdown_trigger=self._stopping.wait)
+            except Exception:
+                if self._app.failure is None:
+                    raise
+                self._status = 1  # the application has said why
+            nursery.cancel_scope.cancel()
+        return self._status
+
+    def _hypercorn(self) -> hypercorn.config.Config:
+        config = hypercorn.config.Config()
+        config.bind = [f"fd://{self._sock.detach()}"]
+        config.backlog = 2048
+        config.keep_alive_timeout = 75
+        config.startup_timeout = 86400  # a download may be part of the start
+        config.graceful_timeout = GOODBYE_SECONDS
+        config.errorlog = logging.getLogger("hypercorn.error")
+        config.include_server_header = False
+        # HTTP/2 flow control does not reach the application, so a client that reads nothing would have a whole
+        # stream buffered. Clients that speak it without being asked cannot be kept out; streams refuse them.
+        config.alpn_protocols = ["http/1.1"]
+        return config
+
+    async def _announce(self) -> None:
+        await self._app.started.wait()
+        server = self._app.server
+        assert server is not None
+        print(f"fdserve {fdserve.__version__} listens on {self._url}, loading {server.model_name}", flush=True)
+        await server.engine.wait_ready()
+        # What lives by now lives for ever: full collections need not look at it, and may be rarer.
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(20_000, 10, 10)
+        seconds, longest = time.monotonic() - self._began, server.engine.max_model_len
+        print(f"ready in {seconds:.1f} s: {server.model_name}, {longest} tokens at most", flush=True)
+
+    async def _watch_engine(self) -> None:
+        await self._app.failed.wait()
+        self._status = 1
+        self._stopping.set()
+
+    async def _watch_signals(self, nursery: trio.Nursery) -> None:
+        with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+            first = True
+            async for number in signals:
+                if not first or not self._app.started.is_set():
+                    _exit(128 + number, "stopped at once")
+                first = False
+                nursery.start_soon(self._drain)
+
+    async def _drain(self) -> None:
+        """Refuse what is new, wait for what runs, then end it; the process ends whatever clients do."""
+        server = self._app.server
+        assert server is not None
+        server.engine.drain()
+        timeout = self._config.graceful_timeout
+        print(f"stopping: {self._app.active} requests have up to {timeout:g} s to finish", flush=True)
+        with trio.move_on_after(timeout):
+            while self._app.active:
+                await trio.sleep(0.05)
+        self._app.stop_engine()
+        self._stopping.set()
+        # A client that stopped reading blocks its connection, and no deadline reaches it there.
+        await trio.sleep(FORCE_AFTER_SECONDS)
+        _exit(self._status, "stopped without waiting for clients that do not read")
+
+
+def _exit(status: int, message: str) -> None:
+    print(message, flush=True)
+    logging.shutdown()
+    os._exit(status)
