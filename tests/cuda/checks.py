@@ -1,4 +1,4 @@
-"""What every kernel must give, on any device: float64 references over fresh random inputs, odd shapes and empty rows."""
+"""What every kernel must give, on any device: float64 references over random inputs, odd shapes and empty rows."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def swiglu(device: Device, rng: Generator, dtype: str, tokens: int, inner: int) 
 class CPaged(ctypes.Structure):
     """FdservePaged of launchers.h."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         *((name, ctypes.c_void_p) for name in ("block_tables", "query_starts", "context_lens")),
         *((name, ctypes.c_int) for name in ("sequences", "table_width", "block_size", "kv_heads")),
     ]
@@ -116,8 +116,8 @@ class Step:
         workspace = device.empty((size // 4,), np.float32) if split else None
         keys, values = (device.put(to_bits(each, self.dtype)) for each in (self.keys, self.values))
         device.call(
-            "fdserve_cuda_attention", device.put(to_bits(queries, self.dtype)), keys, values, ctypes.byref(paged), tokens,
-            int(lengths.max()), longest, shape.heads, shape.head_dim, shape.head_dim**-0.5, code(self.dtype),
+            "fdserve_cuda_attention", device.put(to_bits(queries, self.dtype)), keys, values, ctypes.byref(paged),
+            tokens, int(lengths.max()), longest, shape.heads, shape.head_dim, shape.head_dim**-0.5, code(self.dtype),
             ctypes.c_int(1 << 20), out, workspace,
         )  # fmt: skip
         result = device.get(out)
@@ -196,7 +196,7 @@ def rope_and_store(device: Device, rng: Generator, dtype: str, shape: Shape) -> 
 class CMoe(ctypes.Structure):
     """FdserveMoe of launchers.h."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         *((name, ctypes.c_void_p) for name in ("x", "gate", "correction_bias", "up_gate", "down", "shared", "out")),
         *((name, ctypes.c_int64) for name in ("tokens", "hidden", "inner", "experts", "top_k")),
         ("norm_min", ctypes.c_float),

@@ -134,9 +134,9 @@ class Emulated(Device):
 
 
 def build_emulated(directory: Path) -> ctypes.CDLL:
-    """Compile the launchers for the CPU. Floats are not contracted: a fused multiply-add is one that the source asks for."""
+    """Compile the launchers for the CPU. Floats do not contract: the sources say what is to be fused."""
     objects = []
-    compiler = ["g++", "-std=c++17", "-O2", "-ffp-contract=off", "-fPIC", "-DFDSERVE_EMULATED", "-Wno-unknown-pragmas"]
+    compiler = ["g++", "-std=c++17", "-O2", "-ffp-contract=off", "-fPIC", "-Wno-unknown-pragmas", "-DFDSERVE_EMULATED"]
     commands = []
     for source in LAUNCHERS:
         if source.name.startswith("bindings"):
