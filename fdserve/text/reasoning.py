@@ -12,6 +12,7 @@ from fdserve.text.tokenizer import Tokenizer
 # What a parser may be called -> the format. The names are FastDeploy's and vLLM's; "-" reads as "_".
 _FORMAT_OF = {
     "ernie_x1": "ernie_x1",
+    "ernie45": "ernie_x1",
     "ernie_45_vl": "ernie_45_vl",
     "ernie_45_vl_thinking": "ernie_45_vl",
     "deepseek_r1": "think",

@@ -194,6 +194,7 @@ class TestResolve:
             ("ernie_x1", "ernie_x1"),
             ("ernie-x1", "ernie_x1"),
             ("Ernie-X1", "ernie_x1"),
+            ("ernie45", "ernie_x1"),
             ("ernie-45-vl", "ernie_45_vl"),
             ("ernie_45_vl_thinking", "ernie_45_vl"),
             ("deepseek_r1", "think"),

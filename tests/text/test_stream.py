@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import itertools
+import json
 import time
 from typing import NamedTuple
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fdserve.text.detokenizer import decode
@@ -282,3 +283,22 @@ def test_calls_of_a_thinking_model_end_to_end(ernie: Tokenizer) -> None:
         seen = run(stream, [[token] for token in ernie.encode(output)])
         assert (seen.reasoning, seen.content, seen.complete) == ("The 世界 is big.", content, 2)
         assert seen.calls == (("get_weather", '{"city": "世界", "tag": "</response>"}'),) * 2
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(
+    arguments=st.dictionaries(st.text(max_size=5), st.text(max_size=8) | st.integers(), max_size=3),
+    ascii=st.booleans(),
+    quoted=st.booleans(),
+)
+def test_calls_come_out_of_any_tokenizer(
+    tokenizer: Tokenizer, arguments: dict[str, str | int], ascii: bool, quoted: bool
+) -> None:
+    written = json.dumps({"<tool_call>世界": arguments}, ensure_ascii=ascii)
+    inside = json.dumps(written, ensure_ascii=ascii) if quoted else written
+    text = f'the 世界 \n<tool_call>\n{{"name": "天气", "arguments": {inside}}}\n</tool_call>\n'
+    for step in (1, 2, len(text)):
+        ids = tokenizer.encode(text)
+        pushes = [ids[at : at + step] for at in range(0, len(ids), step)]
+        seen = run(TextStream(tokenizer, tools=HERMES, skip_special_tokens=False), pushes)
+        assert (seen.content, seen.calls, seen.complete) == ("the 世界", (("天气", written),), 1)

@@ -312,6 +312,18 @@ def test_every_call_comes_out_as_written_wherever_it_is_split(blocks: list[Writt
     assert parse_anyhow(whole) == Seen(text + text, calls, len(calls))
 
 
+@settings(max_examples=100, deadline=None)
+@given(block=written_block())
+def test_a_call_that_is_cut_off_is_the_beginning_of_the_whole(block: Written) -> None:
+    for length in range(len(block.text)):
+        seen = parse([block.text[:length]])
+        assert seen.content == ("" if seen.calls else block.text[:length])
+        assert seen.complete == 0
+        for (name, arguments), (whole_name, whole) in zip(seen.calls, block.calls, strict=False):
+            assert name == whole_name
+            assert arguments == whole[: len(arguments)]
+
+
 PARTS = [
     *TRICKY,
     '{"name": "f"',
@@ -337,6 +349,8 @@ def test_anything_can_come(parts: list[str]) -> None:
     assert seen.complete <= len(seen.calls)
     if not seen.calls:
         assert seen.content == text
+    rest = iter(text)
+    assert all(char in rest for char in seen.content)
     if seen.complete == len(seen.calls):
         assert all(isinstance(json.loads(arguments), dict) for _, arguments in seen.calls)
 
