@@ -9,6 +9,12 @@ from fdserve.ops.library import run
 if TYPE_CHECKING:
     from paddle import Tensor
 
+BROKEN = -1
+NOTHING_ALLOWED = -2
+NO_LOGPROBS = -1
+TEMPERATURE_SCALED = 1
+TOP_P_NORMALIZED = 2
+
 
 def sample(
     logits: Tensor,
@@ -23,43 +29,49 @@ def sample(
     *,
     vocab_size: int,
     num_top: int,
+    masks: Tensor | None = None,
+    mask_rows: Tensor | None = None,
+    logprob_modes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Choose one token a row and report raw log-probabilities.
+    """Choose one token a row and report log-probabilities.
 
     In order: bias added; repetition penalty a over prompt and output tokens (l < 0 ? l * a : l / a); for each
-    id c > 0 times in the output, l -= c * frequency + presence; division by the temperature (below 1e-5: the
-    largest logit, lowest id on ties); min_p relative to the largest probability; top_k, renormalising; top_p,
-    the smallest leading set of the candidates ordered by (logit descending, id ascending) that reaches it;
-    one draw with the Philox4x32-10 number keyed by the seed at counter = position.
-    `fdserve.ops.reference.candidates` says it in code.
+    id c > 0 times in the output, l -= c * frequency + presence; -inf where the row's mask has no bit; division by
+    the temperature (below 1e-5: the largest logit, lowest id on ties); min_p relative to the largest probability;
+    top_k, renormalising; top_p, the smallest leading set of the candidates ordered by (logit descending, id
+    ascending) that reaches it; one draw with the Philox4x32-10 number keyed by the seed at counter = position.
+    `fdserve.ops.sampling_reference` says it in code.
 
-    Rows are independent. A row whose logits hold a NaN, or none finite at the top, gets token -1 and NaN
-    log-probabilities.
+    Rows are independent. A row whose logits hold a NaN, or none finite at the top, gets token `BROKEN` and NaN
+    log-probabilities; one whose bans and mask leave nothing gets token `NOTHING_ALLOWED`.
 
     Args:
         logits: float32 [R, V]; never modified.
-        float_params: float32 [R, 6]: temperature, top_p (>= 1 off), min_p (0 off), repetition (1 off),
-        presence,
+        float_params: float32 [R, 6]: temperature, top_p (>= 1 off), min_p (0 off), repetition (1 off), presence,
             frequency (0 off).
         int_params: int64 [R, 4]: top_k (<= 0 off), seed, position, forced_id (taken as it is when >= 0).
-        history: int32, each row's prompt ids then its output ids; a row without penalties may leave its own
-        empty.
+        history: int32, each row's prompt ids then its output ids; a row without penalties may leave its own empty.
         history_offsets: int32 [R + 1] into `history`.
         prompt_lens: int32 [R], how much of the row's history is prompt.
         bias_ids, bias_values: int32 and float32, added to the logits; -inf bans.
         bias_offsets: int32 [R + 1] into them.
         vocab_size: ids from here on are never chosen nor counted.
         num_top: K, how many of the most probable tokens to report; at most `vocab_size`.
+        masks: int32 [M, W >= vocab_size / 32], bit i % 32 of word i // 32 for id i, or None.
+        mask_rows: int32 [R], which of `masks` is the row's, -1 for none; None without `masks`.
+        logprob_modes: int32 [R]: `NO_LOGPROBS`, which leaves them NaN and the top ids -1, or the sum of
+            `TEMPERATURE_SCALED` (of the logits divided by the temperature, unless the row is greedy) and
+            `TOP_P_NORMALIZED` (of the distribution cut to its top_p set and normalised; -inf outside); None: all 0.
 
     Returns:
         (token int32 [R], its logprob float32 [R], top ids int32 [R, K], top logprobs float32 [R, K]):
-        log-softmax of the logits as given, over ids below `vocab_size`; the top K by (logprob descending, id
-        ascending).
+        log-softmax of the logits as given, over ids below `vocab_size`, unless the mode says otherwise; the top K
+        by (logit descending, id ascending).
     """
     tokens, logprobs, top_ids, top_logprobs = run(
         "sample",
         logits, float_params, int_params, history, history_offsets, prompt_lens,
-        bias_ids, bias_values, bias_offsets,
+        bias_ids, bias_values, bias_offsets, masks, mask_rows, logprob_modes,
         vocab_size, num_top,
     )  # fmt: skip
     return tokens, logprobs, top_ids, top_logprobs

@@ -65,12 +65,26 @@ struct FloatKernels {
   void (*finish)(AttendState state, int64_t rows, int64_t head_dim, int64_t stride);
   // Largest element and whether there is a NaN.
   float (*peak)(const float* x, int64_t size, bool* has_nan);
-  // sums[b] = sum of exp((x - peak) * inverse) over the b-th block of SUM_BLOCK elements.
-  void (*exp_sums)(const float* x, int64_t size, float peak, float inverse, double* sums);
+  // sums[b] = sum of exp((x - peak) * inverse) over the b-th block of SUM_BLOCK elements; each into `out` unless null.
+  void (*exp_sums)(const float* x, int64_t size, float peak, float inverse, double* sums, float* out);
   // out = exp((x - peak) * inverse)
   void (*exps)(const float* x, int64_t size, float peak, float inverse, float* out);
   // Ids of elements >= threshold, ascending; stops at `capacity`.
   int64_t (*at_least)(const float* x, int64_t size, float threshold, int32_t* ids, int64_t capacity);
+  // Sum of the weights of the elements >= threshold, or their number where `weights` is null.
+  double (*mass_from)(const float* x, const float* weights, int64_t size, float threshold);
+  // Elements in [low, high) and their weights (if any), in order; the outputs may be the inputs, or need 16 floats more.
+  // `above` becomes what the elements from `high` on weigh.
+  int64_t (*between)(const float* x, const float* weights, int64_t size, float low, float high, float* out_x,
+                     float* out_weights, double* above);
+  // sums[b] = sum of the weights in the b-th block that are not under `least`, and whose element is over `cut`, or
+  // equals it and is not past index `last`.
+  void (*kept_sums)(const float* x, const float* weights, int64_t size, float cut, int64_t last, float least,
+                    double* sums);
+  // Index of the n-th element (from 1) that equals `value`, or `size` if there are fewer.
+  int64_t (*nth_equal)(const float* x, int64_t size, float value, int64_t n);
+  // -inf where the element's bit (from the lowest of the first word on) is not set.
+  void (*allow)(float* x, const uint32_t* bits, int64_t size);
 };
 
 constexpr int64_t SUM_BLOCK = 1024;
@@ -125,6 +139,10 @@ struct SampleCall {
   const int32_t *history, *history_offsets, *prompt_lens, *bias_ids;
   const float* bias_values;
   const int32_t* bias_offsets;
+  const int32_t* masks;  // [..][mask_words]; null without
+  int64_t mask_words;
+  const int32_t* mask_rows;      // null: no row has a mask
+  const int32_t* logprob_modes;  // null: all raw
   int32_t* tokens;
   float* logprobs;
   int32_t* top_ids;

@@ -1,8 +1,8 @@
-// Sampling, a row a task: raw log-probabilities from two passes over the logits, then the token.
+// Sampling, a row a task: the token, then log-probabilities from two more passes over the logits where they are asked for.
 //
-// Nothing of the vocabulary's size is written, except a copy of the logits for a row with biases or penalties. Candidates
-// under top_k, top_p or min_p are found by passes that skip 64 logits at a time, never by sorting the row: the top_p set
-// is cut by a quickselect on probability mass. Floor: two or three passes over the row, ~25 us each with exp.
+// Nothing of the vocabulary's size is written but a copy of the logits for a row with biases, penalties or a mask, and
+// the weights of a row that top_p, min_p or a large top_k cut down: the cut is found by passes (select.h), never by
+// sorting the row. Floor: reading the row once for the peak, and ~20 us for each pass with exp.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -12,12 +12,15 @@
 
 #include "kernels.h"
 #include "pool.h"
+#include "select.h"
 
 namespace fdserve {
 namespace {
 
 constexpr float GREEDY_TEMPERATURE = 1e-5f;
-constexpr int64_t HEAP_LIMIT = 256;  // beyond so many of the largest, partition instead
+constexpr int64_t HEAP_LIMIT = 256;  // beyond so many of the largest, find where they end instead
+constexpr int32_t BROKEN = -1, NOTHING_ALLOWED = -2;  // in place of a token
+constexpr int32_t TEMPERATURE_SCALED = 1, TOP_P_NORMALIZED = 2;  // bits of a logprob mode
 constexpr float INF = std::numeric_limits<float>::infinity();
 constexpr float NOT_A_NUMBER = std::numeric_limits<float>::quiet_NaN();
 
@@ -57,23 +60,16 @@ class Row {
         ints(call.int_params + row * 4) {}
 
   void run() {
-    c.tokens[row] = -1;
+    const int32_t mode = c.logprob_modes == nullptr ? 0 : c.logprob_modes[row];
+    c.tokens[row] = BROKEN;
     c.logprobs[row] = NOT_A_NUMBER;
     std::fill(c.top_ids + row * c.num_top, c.top_ids + (row + 1) * c.num_top, -1);
     std::fill(c.top_logprobs + row * c.num_top, c.top_logprobs + (row + 1) * c.num_top, NOT_A_NUMBER);
     bool has_nan;
     const float peak = floats.peak(raw, size, &has_nan);
     if (has_nan || !std::isfinite(peak)) return;
-    const double log_total = std::log(mass(raw, peak, 1.0f));
-    const auto logprob = [&](int64_t id) { return static_cast<float>(double{raw[id]} - peak - log_total); };
-    std::vector<Candidate> top = largest(raw, c.num_top);
-    for (size_t i = 0; i < top.size(); ++i) {
-      c.top_ids[row * c.num_top + static_cast<int64_t>(i)] = top[i].id;
-      c.top_logprobs[row * c.num_top + static_cast<int64_t>(i)] = logprob(top[i].id);
-    }
-    const int64_t token = ints[3] >= 0 ? ints[3] : choose(peak);
-    c.tokens[row] = static_cast<int32_t>(token);
-    if (token >= 0 && token < size) c.logprobs[row] = logprob(token);
+    c.tokens[row] = static_cast<int32_t>(ints[3] >= 0 ? ints[3] : choose(peak));
+    if (mode >= 0) report(peak, mode);
   }
 
  private:
@@ -85,34 +81,89 @@ class Row {
   const float* params;
   const int64_t* ints;
   std::vector<double> sums;
+  // The top_p set of the unchanged logits over a temperature and its weight, if the draw found it: `inverse` is not 0.
+  struct {
+    float inverse = 0;
+    Cut cut;
+    double total = 0;
+  } nucleus;
 
-  double mass(const float* logits, float peak, float inverse) {
-    sums.resize(static_cast<size_t>((size + SUM_BLOCK - 1) / SUM_BLOCK));
-    floats.exp_sums(logits, size, peak, inverse, sums.data());
+  // The log-probabilities of the token and of the likeliest, as `mode` says.
+  void report(float peak, int32_t mode) {
+    const float inverse = (mode & TEMPERATURE_SCALED) != 0 && params[0] >= GREEDY_TEMPERATURE ? 1.0f / params[0] : 1.0f;
+    const float top_p = params[1];
+    Cut cut;
+    double total;
+    if ((mode & TOP_P_NORMALIZED) != 0 && top_p < 1 && nucleus.inverse == inverse) {
+      cut = nucleus.cut, total = nucleus.total;
+    } else if ((mode & TOP_P_NORMALIZED) != 0 && top_p < 1) {
+      float* weights = weight_room();
+      total = weigh(raw, peak, inverse, weights);
+      cut = selector(raw, weights).reach(top_p * total, total);
+      total = kept_mass(raw, weights, cut, 0);
+    } else {
+      total = weigh(raw, peak, inverse, nullptr);
+    }
+    const double log_total = std::log(total);
+    const auto logprob = [&](int64_t id) {
+      return cut.keeps(raw[id], id) ? static_cast<float>((double{raw[id]} - peak) * inverse - log_total) : -INF;
+    };
+    const std::vector<Candidate> top = largest(raw, c.num_top);
+    for (size_t i = 0; i < top.size(); ++i) {
+      c.top_ids[row * c.num_top + static_cast<int64_t>(i)] = top[i].id;
+      c.top_logprobs[row * c.num_top + static_cast<int64_t>(i)] = logprob(top[i].id);
+    }
+    const int64_t token = c.tokens[row];
+    if (token >= 0 && token < size) c.logprobs[row] = logprob(token);
+  }
+
+  // The weights of the row, and behind them the selector's room.
+  float* weight_room() const { return scratch<float>(kScratchWeights, 3 * (size + 16)); }
+
+  Selector selector(const float* logits, const float* weights) const {
+    return {floats, logits, weights, size, weight_room() + size + 16};
+  }
+
+  double total_of_sums() const {
     double total = 0;
     for (double each : sums) total += each;
     return total;
+  }
+
+  // exp((logits - peak) * inverse) summed by blocks, and stored unless `weights` is null; returns the sum of all.
+  double weigh(const float* logits, float peak, float inverse, float* weights) {
+    sums.resize(static_cast<size_t>((size + SUM_BLOCK - 1) / SUM_BLOCK));
+    floats.exp_sums(logits, size, peak, inverse, sums.data(), weights);
+    return total_of_sums();
+  }
+
+  // The weight of what `cut` and `least` leave, summed by blocks.
+  double kept_mass(const float* logits, const float* weights, Cut cut, float least) {
+    floats.kept_sums(logits, weights, size, cut.value, cut.last, least, sums.data());
+    return total_of_sums();
   }
 
   // The `count` largest in order (weights unset): a heap whose smallest member is the bar the next must clear.
   std::vector<Candidate> largest(const float* logits, int64_t count) {
     std::vector<Candidate> best;
     if (count <= 0) return best;
+    count = std::min(count, size);
     if (count > HEAP_LIMIT) {
-      for (int64_t i = 0; i < size; ++i) best.push_back({logits[i], 0, static_cast<int32_t>(i)});
-      if (count < size) std::nth_element(best.begin(), best.begin() + count, best.end(), before);
-      best.resize(static_cast<size_t>(std::min(count, size)));
+      const Cut cut = selector(logits, nullptr).reach(static_cast<double>(count), static_cast<double>(size));
+      for (int64_t i = 0; i < size; ++i)
+        if (cut.keeps(logits[i], i)) best.push_back({logits[i], 0, static_cast<int32_t>(i)});
       std::sort(best.begin(), best.end(), before);
       return best;
     }
     int64_t next = 0;
-    for (; next < std::min(count, size); ++next) best.push_back({logits[next], 0, static_cast<int32_t>(next)});
+    for (; next < count; ++next) best.push_back({logits[next], 0, static_cast<int32_t>(next)});
     std::make_heap(best.begin(), best.end(), before);
     // A few ids at a time: the bar rises while they are taken.
     constexpr int64_t TAKE = 16;
     int32_t found[TAKE];
     while (next < size) {
-      const int64_t n = floats.at_least(logits + next, size - next, best.front().logit, found, TAKE);
+      const float bar = std::nextafter(best.front().logit, INF);  // of equals the first are in
+      const int64_t n = floats.at_least(logits + next, size - next, bar, found, TAKE);
       for (int64_t i = 0; i < n; ++i) {
         const Candidate candidate{logits[next + found[i]], 0, static_cast<int32_t>(next + found[i])};
         if (!before(candidate, best.front())) continue;
@@ -134,7 +185,8 @@ class Row {
       bool has_nan;
       logits = changed;
       peak = floats.peak(logits, size, &has_nan);
-      if (has_nan || !std::isfinite(peak)) return -1;
+      if (peak == -INF && !has_nan) return NOTHING_ALLOWED;
+      if (has_nan || !std::isfinite(peak)) return BROKEN;
     }
     if (!(params[0] >= GREEDY_TEMPERATURE)) {
       int32_t first;
@@ -144,18 +196,20 @@ class Row {
     return draw(logits, peak, 1.0f / params[0]);
   }
 
-  // The logits after bias and penalties, or null when neither applies.
+  // The logits after bias, penalties and mask, or null when none applies.
   const float* processed() {
     const float repetition = params[3], presence = params[4], frequency = params[5];
     const int64_t biases = c.bias_offsets[row + 1] - c.bias_offsets[row];
     const int64_t past = c.history_offsets[row + 1] - c.history_offsets[row];
     const bool penalised = past > 0 && (repetition != 1 || presence != 0 || frequency != 0);
-    if (biases == 0 && !penalised) return nullptr;
+    const int32_t mask = c.mask_rows == nullptr ? -1 : c.mask_rows[row];
+    if (biases == 0 && !penalised && mask < 0) return nullptr;
     float* logits = scratch<float>(kScratchLogits, size);
     std::memcpy(logits, raw, static_cast<size_t>(size) * sizeof(float));
     for (int64_t i = c.bias_offsets[row]; i < c.bias_offsets[row + 1]; ++i)
       if (c.bias_ids[i] >= 0 && c.bias_ids[i] < size) logits[c.bias_ids[i]] += c.bias_values[i];
     if (penalised) penalise(logits, c.history + c.history_offsets[row], past, c.prompt_lens[row]);
+    if (mask >= 0) floats.allow(logits, reinterpret_cast<const uint32_t*>(c.masks + mask * c.mask_words), size);
     return logits;
   }
 
@@ -184,101 +238,65 @@ class Row {
     const double u = uniform(static_cast<uint64_t>(ints[1]), static_cast<uint64_t>(ints[2]));
     const float top_p = params[1], min_p = std::min(params[2], 1.0f);
     const int64_t top_k = ints[0] <= 0 || ints[0] >= size ? 0 : ints[0];
-    if (top_k == 0 && !(top_p < 1) && !(min_p > 0)) return draw_any(logits, peak, inverse, u);
-    std::vector<Candidate> kept;
-    double total = 0;
+    if (top_k > 0 && top_k <= HEAP_LIMIT) return draw_few(largest(logits, top_k), peak, inverse, u);
+    if (top_k == 0 && !(top_p < 1) && !(min_p > 0))
+      return pick(logits, peak, inverse, nullptr, {}, u * weigh(logits, peak, inverse, nullptr));
+    float* weights = weight_room();
+    double total = weigh(logits, peak, inverse, weights);
+    Cut cut;
     if (top_k > 0) {
-      kept = largest(logits, top_k);
-      std::sort(kept.begin(), kept.end(), [](const Candidate& a, const Candidate& b) { return a.id < b.id; });
-      weigh(kept, peak, inverse);
-    } else {
-      total = top_p < 1 ? mass(logits, peak, inverse) : 0;
-      kept = within(logits, peak, inverse, min_p, top_p < 1 ? top_p * total : INF);
+      cut = selector(logits, nullptr).reach(static_cast<double>(top_k), static_cast<double>(size));
+      total = kept_mass(logits, weights, cut, min_p);
     }
-    if (min_p > 0)
-      kept.erase(std::remove_if(kept.begin(), kept.end(), [&](const Candidate& x) { return x.weight < min_p; }), kept.end());
-    if (top_k > 0) total = mass_of(kept);
-    if (top_p < 1) cut(kept, top_p * total);
-    double target = u * mass_of(kept), reached = 0;
+    if (top_p < 1) cut = selector(logits, weights).reach(top_p * total, total);
+    if (top_p < 1 || top_k == 0) total = kept_mass(logits, weights, cut, min_p);
+    if (logits == raw && top_k == 0 && top_p < 1 && !(min_p > 0)) nucleus = {inverse, cut, total};
+    return pick(logits, peak, inverse, weights, cut, u * total);
+  }
+
+  // From candidates in order: what top_p and min_p leave of them, by id.
+  int64_t draw_few(std::vector<Candidate> kept, float peak, float inverse, double u) const {
+    const float top_p = params[1], min_p = std::min(params[2], 1.0f);
+    std::vector<float> weights(kept.size());
+    for (size_t i = 0; i < kept.size(); ++i) weights[i] = kept[i].logit;
+    floats.exps(weights.data(), static_cast<int64_t>(weights.size()), peak, inverse, weights.data());
+    double total = 0, reached = 0;
+    size_t count = 0;
+    for (size_t i = 0; i < kept.size(); ++i)
+      if ((kept[i].weight = weights[i]) >= min_p) total += weights[i], count = i + 1;
+    if (top_p < 1)
+      for (size_t i = 0; i < count; ++i)
+        if ((reached += kept[i].weight) >= top_p * total) count = i + 1;
+    kept.resize(count);
+    std::sort(kept.begin(), kept.end(), [](const Candidate& a, const Candidate& b) { return a.id < b.id; });
+    total = reached = 0;
+    for (const Candidate& candidate : kept) total += candidate.weight;
     for (const Candidate& candidate : kept)
-      if ((reached += candidate.weight) > target) return candidate.id;
+      if ((reached += candidate.weight) > u * total) return candidate.id;
     return kept.back().id;
   }
 
-  // The whole row by id: find the block the target falls in, then the id within it.
-  int64_t draw_any(const float* logits, float peak, float inverse, double u) {
-    double target = u * mass(logits, peak, inverse);
+  // The id in which the running sum by id of the weights that `cut` and min_p leave passes `target`: find the block by
+  // `sums`, then the id within it. Where `weights` is null all are left, and computed again.
+  int64_t pick(const float* logits, float peak, float inverse, const float* weights, Cut cut, double target) const {
+    const float least = weights == nullptr ? 0 : std::min(params[2], 1.0f);
     size_t block = 0;
     while (block + 1 < sums.size() && sums[block] <= target) target -= sums[block++];
-    float weights[SUM_BLOCK];
+    float again[SUM_BLOCK];
     // Rounding may leave a little of the target past the block's last id that has any weight: that one is taken.
     int64_t chosen = -1;
     for (; chosen < 0 && block < sums.size(); --block, target = INF) {
       const int64_t first = static_cast<int64_t>(block) * SUM_BLOCK, count = std::min(SUM_BLOCK, size - first);
-      floats.exps(logits + first, count, peak, inverse, weights);
+      if (weights == nullptr) floats.exps(logits + first, count, peak, inverse, again);
+      const float* here = weights == nullptr ? again : weights + first;
       double reached = 0;
       for (int64_t i = 0; i < count && reached <= target; ++i) {
-        if (weights[i] > 0) chosen = first + i;
-        reached += double{weights[i]};
+        if (!(here[i] > 0 && here[i] >= least && cut.keeps(logits[first + i], first + i))) continue;
+        chosen = first + i;
+        reached += double{here[i]};
       }
     }
     return chosen;
-  }
-
-  void weigh(std::vector<Candidate>& list, float peak, float inverse) const {
-    std::vector<float> values(list.size());
-    for (size_t i = 0; i < list.size(); ++i) values[i] = list[i].logit;
-    floats.exps(values.data(), static_cast<int64_t>(values.size()), peak, inverse, values.data());
-    for (size_t i = 0; i < list.size(); ++i) list[i].weight = values[i];
-  }
-
-  static double mass_of(const std::vector<Candidate>& list) {
-    double total = 0;
-    for (const Candidate& candidate : list) total += candidate.weight;
-    return total;
-  }
-
-  // Candidates by id, from a window below the peak that widens until it holds `needed` mass or all that min_p keeps.
-  std::vector<Candidate> within(const float* logits, float peak, float inverse, float min_p, double needed) {
-    const float floor = min_p > 0 ? std::log(min_p) - 1e-3f : -INF;  // a little wide: weights decide
-    for (float window = 4;; window *= 2) {
-      const float lowest = std::max(needed < INF ? -window : -INF, floor);
-      const float threshold = lowest < -100 ? -INF : peak + lowest / inverse;
-      int32_t* ids = scratch<int32_t>(kScratchIds, size);
-      const int64_t count = floats.at_least(logits, size, threshold, ids, size);
-      std::vector<Candidate> list(static_cast<size_t>(count));
-      for (int64_t i = 0; i < count; ++i) {
-        list[static_cast<size_t>(i)] = {logits[ids[i]], 0, ids[i]};
-      }
-      weigh(list, peak, inverse);
-      if (count == size || threshold == -INF || lowest == floor || mass_of(list) >= needed) return list;
-    }
-  }
-
-  // Drop what is past the smallest leading set that reaches `needed`, keeping the order by id.
-  static void cut(std::vector<Candidate>& list, double needed) {
-    std::vector<Candidate> work = list;
-    auto low = work.begin(), high = work.end();
-    double above = 0;  // mass of everything before `low`, which is known to be kept
-    while (high - low > 16) {
-      auto middle = low + (high - low) / 2;
-      const Candidate pivot = std::max(std::min(*low, *middle, before), std::min(std::max(*low, *middle, before), high[-1], before), before);
-      const auto split = std::partition(low, high, [&](const Candidate& x) { return !before(pivot, x); });
-      double part = 0;
-      for (auto each = low; each != split; ++each) part += each->weight;
-      if (above + part >= needed) {
-        if (split == high) break;
-        high = split;
-      } else {
-        above += part;
-        low = split;
-      }
-    }
-    std::sort(low, high, before);
-    while (low != high && above < needed) above += (low++)->weight;
-    if (low == work.begin()) ++low;
-    const Candidate last = low[-1];
-    list.erase(std::remove_if(list.begin(), list.end(), [&](const Candidate& x) { return before(last, x); }), list.end());
   }
 };
 

@@ -9,7 +9,8 @@ import paddle
 import pytest
 
 from fdserve import ops
-from fdserve.ops import reference
+from fdserve.ops import sampling_reference as reference
+from fdserve.ops.sampling import NO_LOGPROBS, TEMPERATURE_SCALED, TOP_P_NORMALIZED
 from tests.ops.arrays import Float, ints, tensor
 
 pytestmark = pytest.mark.usefixtures("isa")
@@ -32,6 +33,8 @@ class Row:
     prompt: list[int] = field(default_factory=list)
     output: list[int] = field(default_factory=list)
     bias: dict[int, float] = field(default_factory=dict)
+    allowed: list[int] | None = None
+    mode: int = 0
 
     @property
     def floats(self) -> list[float]:
@@ -53,20 +56,42 @@ def arguments(rows: list[Row]) -> list[npt.NDArray[Any]]:
     ]
 
 
+def options(rows: list[Row], vocab: int) -> dict[str, npt.NDArray[Any]]:
+    """The optional arrays of `sample`; those that no row needs are left out."""
+    given: dict[str, npt.NDArray[Any]] = {}
+    masked = [row for row in rows if row.allowed is not None]
+    if masked:
+        bits = np.zeros((len(masked), -(-vocab // 32) * 32), np.uint8)
+        for number, row in enumerate(masked):
+            bits[number, row.allowed] = 1
+        given["masks"] = np.packbits(bits, axis=1, bitorder="little").view(np.int32)
+        numbers = np.cumsum([row.allowed is not None for row in rows]) - 1
+        given["mask_rows"] = np.where([row.allowed is not None for row in rows], numbers, -1).astype(np.int32)
+    if any(row.mode for row in rows):
+        given["logprob_modes"] = np.array([row.mode for row in rows], np.int32)
+    return given
+
+
 def sample(logits: Float, rows: list[Row], *, vocab: int | None = None, top: int = 0) -> list[npt.NDArray[Any]]:
     kept = tensor(logits, "float32")
+    size = vocab or logits.shape[1]
     args = [ints(each, each.dtype.name) for each in arguments(rows)]
-    out = ops.sample(kept, *args, vocab_size=vocab or logits.shape[1], num_top=top)
+    extra = {name: ints(each, each.dtype.name) for name, each in options(rows, size).items()}
+    out = ops.sample(kept, *args, vocab_size=size, num_top=top, **extra)
     assert (kept.numpy().view(np.uint32) == logits.view(np.uint32)).all(), "the logits were modified"
     return [each.numpy() for each in out]
 
 
 def expect(logits: Float, rows: list[Row], *, vocab: int | None = None, top: int = 0) -> Any:
-    return reference.sample(logits, *arguments(rows), vocab_size=vocab or logits.shape[1], num_top=top)
+    size = vocab or logits.shape[1]
+    return reference.sample(logits, *arguments(rows), vocab_size=size, num_top=top, **options(rows, size))
 
 
 def random_logits(rng: np.random.Generator, rows: int, vocab: int) -> Float:
-    return (rng.standard_normal((rows, vocab)) * rng.uniform(0.5, 6, (rows, 1))).astype(np.float32)
+    """Rows from nearly flat to peaked; some of them coarse, so that they are full of ties."""
+    spread = rng.choice([0.001, 0.3, 1, 3, 6], (rows, 1))
+    grain = rng.choice([1e-6, 1e-6, 0.5], (rows, 1))
+    return (np.round(rng.standard_normal((rows, vocab)) * spread / grain) * grain).astype(np.float32)
 
 
 def random_row(rng: np.random.Generator, vocab: int) -> Row:
@@ -85,12 +110,14 @@ def random_row(rng: np.random.Generator, vocab: int) -> Row:
         repetition=maybe(float(rng.uniform(0.5, 2)), 1.0),
         presence=maybe(float(rng.uniform(-2, 2)), 0.0),
         frequency=maybe(float(rng.uniform(-2, 2)), 0.0),
-        top_k=maybe(int(rng.integers(1, 400)), 0),
+        top_k=maybe(int(rng.integers(1, rng.choice([20, 400, vocab + 1]) + 1)), 0),
         seed=int(rng.integers(0, 2**60)),
         position=int(rng.integers(0, 2**20)),
         prompt=tokens[:cut],
         output=tokens[cut:],
         bias=maybe({int(each): float(rng.normal() * 5) for each in rng.integers(0, vocab, 5)}, {}),
+        allowed=maybe(rng.permutation(vocab)[: int(rng.choice([1, 30, vocab // 2, vocab]))].tolist(), None),
+        mode=int(rng.integers(-1, 4)),
     )
 
 
@@ -104,9 +131,18 @@ def test_against_the_reference(vocab: int) -> None:
     # A draw may land on the other side of a boundary that float32 and float64 put elsewhere: rarely, and only there.
     same = tokens == expected[0]
     assert same.mean() >= 0.97
-    assert np.abs(logprobs - expected[1])[same].max() < 2e-5
     assert (top_ids == expected[2]).all()
-    assert np.abs(top_logprobs - expected[3]).max() < 2e-5
+    # The last of a top_p set may be another one, too: all of that row's numbers follow it.
+    clear = np.array([close(*each) for each in zip(top_logprobs, expected[3], strict=True)])
+    assert clear.mean() >= 0.97
+    assert all(close(*each) for each in zip(logprobs[same & clear], expected[1][same & clear], strict=True))
+    raw = np.array([row.mode in (0, TEMPERATURE_SCALED) for row in rows])
+    assert clear[raw].all()
+    assert np.isnan(logprobs[[row.mode == NO_LOGPROBS for row in rows]]).all()
+
+
+def close(actual: Any, expected: Any) -> bool:
+    return bool(np.allclose(actual, expected, rtol=0, atol=5e-5, equal_nan=True))
 
 
 def test_greedy_takes_the_lowest_of_equals() -> None:
@@ -149,9 +185,63 @@ def test_bans_and_forced_tokens() -> None:
         Row(forced=2, temperature=0),
     ]
     tokens, logprobs, _, _ = sample(logits, rows)
-    assert tokens.tolist() == [1, -1, 2, 2]
+    assert tokens.tolist() == [1, -2, 2, 2]
     assert np.allclose(logprobs[[0, 2, 3]], -np.log(3))
     assert np.isnan(logprobs[1])
+
+
+def test_a_mask_outranks_every_bias_and_padding_stays_out() -> None:
+    logits = np.zeros((6, 70), np.float32)
+    logits[:, 66:] = 9
+    rows = [
+        Row(allowed=[40], bias={41: 100.0}, temperature=0),
+        Row(allowed=[0, 31, 32, 64], top_p=0.99, seed=3),
+        Row(allowed=[5, 7], bias={5: -np.inf}, top_k=3),
+        Row(allowed=[5], bias={5: -np.inf}, min_p=0.1),
+        Row(allowed=[]),
+        Row(allowed=[40], forced=3),
+    ]
+    tokens, logprobs, _, _ = sample(logits, rows, vocab=66)
+    assert tokens.tolist()[0] == 40
+    assert tokens[1] in (0, 31, 32, 64)
+    assert tokens.tolist()[2:] == [7, -2, -2, 3]
+    assert np.allclose(logprobs[[0, 1, 2, 5]], -np.log(66))
+    assert np.isnan(logprobs[[3, 4]]).all()
+
+
+def test_logprob_modes() -> None:
+    probs = np.array([0.5, 0.2, 0.2, 0.1])
+    logits = np.tile(np.log(probs), (6, 1)).astype(np.float32)
+    squared = probs**2 / (probs**2).sum()
+    rows = [
+        Row(temperature=0.5, forced=3),
+        Row(temperature=0.5, forced=3, mode=TEMPERATURE_SCALED),
+        Row(temperature=0, mode=TEMPERATURE_SCALED),
+        Row(top_p=0.65, forced=2, mode=TOP_P_NORMALIZED),
+        Row(top_p=0.65, temperature=0.5, mode=TEMPERATURE_SCALED | TOP_P_NORMALIZED, bias={0: -9.0}, forced=1),
+        Row(mode=NO_LOGPROBS, forced=0),
+    ]
+    tokens, logprobs, top_ids, top_logprobs = sample(logits, rows, top=4)
+    assert tokens.tolist() == [3, 3, 0, 2, 1, 0]
+    outside = [-np.inf, -np.inf]
+    head, square = np.log(probs[:2] / 0.7), np.log(squared[:1])
+    for row, expected in enumerate(
+        [np.log(probs), np.log(squared), np.log(probs), [*head, *outside], [0.0, -np.inf, *outside]]
+    ):
+        assert top_ids[row].tolist() == [0, 1, 2, 3]
+        assert close(top_logprobs[row], expected), row
+    assert square[0] > np.log(0.65)
+    assert close(logprobs[:5], [np.log(0.1), np.log(squared[3]), np.log(0.5), -np.inf, -np.inf])
+    assert np.isnan(logprobs[5])
+    assert top_ids[5].tolist() == [-1] * 4
+
+
+def test_a_hundred_thousand_biases() -> None:
+    vocab = 103424
+    logits = np.random.default_rng(6).standard_normal((1, vocab)).astype(np.float32)
+    bias = dict.fromkeys(range(100_000), -100.0)
+    token = sample(logits, [Row(bias=bias, temperature=0)])[0][0]
+    assert token == 100_000 + logits[0, 100_000:].argmax()
 
 
 def test_a_broken_row_disturbs_no_other() -> None:
@@ -190,9 +280,11 @@ def test_a_rows_answer_does_not_depend_on_the_batch_or_the_threads() -> None:
         Row(top_k=7, top_p=0.8, temperature=1.3),
         Row(min_p=0.1),
         Row(top_k=300, top_p=0.9, min_p=0.02),
+        Row(min_p=0.01, top_p=0.95),
+        Row(allowed=list(range(0, 400, 3)), top_p=0.9),
         Row(prompt=[0, 1], output=[5, 5, 9], repetition=1.3, presence=0.5, frequency=0.2),
     ],
-    ids=["plain", "temperature", "top_p", "top_k", "min_p", "all", "penalties"],
+    ids=["plain", "temperature", "top_p", "top_k", "min_p", "all", "min_p and top_p", "mask", "penalties"],
 )
 def test_draws_follow_the_exact_probabilities(settings: Row) -> None:
     """Chi-square of 20000 draws at as many positions against the reference's probabilities."""
@@ -200,6 +292,8 @@ def test_draws_follow_the_exact_probabilities(settings: Row) -> None:
     logits = np.random.default_rng(3).standard_normal(vocab).astype(np.float32) * 2
     args = arguments([settings])
     changed = reference.processed_logits(logits, args[0][0], args[2], int(args[4][0]), args[5], args[6])
+    if settings.allowed is not None:
+        changed[np.delete(np.arange(vocab), settings.allowed)] = -np.inf
     ids, probs = reference.candidates(changed, args[0][0], settings.top_k)
     row = vars(settings) | {"seed": 1234}
     tokens = np.concatenate(
