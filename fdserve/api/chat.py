@@ -78,7 +78,9 @@ async def prepare_chat(request: ChatRequest, server: Server, http: Request) -> l
 async def rendered(request: ChatRequest, server: Server, http: Request) -> tuple[str, list[int]]:
     """`render_prompt`, in a thread where it may take long. Cancellation waits for the thread."""
     long = request.chat_template is not None  # whoever wrote it may have written a slow one
-    return await off_loop_if_long(server, len(http.body), lambda: render_prompt(request, server), always=long)
+    # The body does not have all of a conversation that goes on from a stored one.
+    size = max(len(http.body), sum(len(message.content or "") for message in request.messages or ()))
+    return await off_loop_if_long(server, size, lambda: render_prompt(request, server), always=long)
 
 
 def check_chat(request: ChatRequest, server: Server) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterable
 from typing import Any
 
@@ -13,7 +14,7 @@ from pydantic import TypeAdapter
 from fdserve.config import Config
 from fdserve.errors import Unavailable
 from tests.http.client import Client, Response, serving
-from tests.http.fake_engine import FakeEngine, Script, broken, endless, say
+from tests.http.fake_engine import ByteTokenizer, FakeEngine, Script, broken, endless, say
 
 pytestmark = pytest.mark.anyio
 
@@ -239,6 +240,23 @@ async def test_stored_responses_can_be_had_and_deleted() -> None:
             "param": "previous_response_id",
             "code": "previous_response_not_found",
         }
+
+
+async def test_a_long_stored_conversation_is_tokenized_in_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with serving(FakeEngine(max_model_len=100_000)) as client:
+        first = whole(await respond(client, "x" * 20_000))
+        threads: list[int] = []
+        encode = ByteTokenizer.encode
+
+        def watched(self: ByteTokenizer, text: str) -> list[int]:
+            threads.append(threading.get_ident())
+            return encode(self, text)
+
+        monkeypatch.setattr(ByteTokenizer, "encode", watched)
+        await respond(client, "short")
+        await respond(client, "short", previous_response_id=first["id"])
+        assert threads[0] == threading.get_ident()
+        assert threads[-1] != threading.get_ident()
 
 
 async def test_what_is_not_to_be_stored_is_not() -> None:
