@@ -176,8 +176,8 @@ class ChatAnswer:
             deltas.append(Delta(content=None, tool_calls=parts))
         elif parts and parts[0].index == 0:
             deltas.append(Delta(content=None, function_call=parts[0].function))
-        told = piece.logprobs or piece.prompt_logprobs or (self._request.return_token_ids and piece.token_ids)
-        return deltas or ([Delta(content="")] if told else [])
+        told = piece.logprobs or (self._request.return_token_ids and piece.token_ids)
+        return deltas or ([Delta(content="")] if told or piece.prompt_logprobs is not None else [])
 
     def _chunk(self, choice: ChatChunkChoice) -> ChatChunk:
         chunk = ChatChunk(

@@ -71,7 +71,7 @@ class CompletionAnswer:
             while not finished:
                 piece = await choice.next_piece(tokens)
                 finished = piece.finish_reason is not None
-                told = piece.logprobs or piece.prompt_logprobs or self._request.return_token_ids
+                told = piece.logprobs or self._request.return_token_ids or piece.prompt_logprobs is not None
                 if piece.content or told or finished or (first and self._request.echo):
                     shape = self._choice(choice, piece, first=first)
                     shape.arrival_time = choice.arrival_time

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 from openai.types import Completion
 
+from fdserve.engine.request import Request, TokenDelta, TokenLogprobs
 from tests.http.client import Response, serving
 from tests.http.fake_engine import EOS, FakeEngine, follow, ids, say
 
@@ -142,3 +144,105 @@ async def test_tags_are_text_here() -> None:
     async with serving(FakeEngine(follow([*ids("<think>a</think>b"), EOS])), config) as client:
         (choice,) = choices(await client.complete())
         assert choice["text"] == "<think>a</think>b"
+
+
+async def test_echo() -> None:
+    async with serving(FakeEngine(say("yz"))) as client:
+        (choice,) = choices(await client.complete("é!", echo=True))
+        assert choice["text"] == "é!yz"
+        response = await client.complete(ids("é!"), echo=True, logprobs=1, max_tokens=1)
+        assert response.json()["choices"][0]["logprobs"] == {
+            "tokens": ["bytes:\\xc3", "bytes:\\xa9", "!", "y"],
+            "token_logprobs": [None, -0.25, -0.25, -0.25],
+            "top_logprobs": [None, {"bytes:\\xa9": -0.25}, {"!": -0.25}, {"y": -0.25}],
+            "text_offset": [0, 0, 1, 2],
+        }
+        assert client.engine.requests[-1].params.prompt_logprobs == 1
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_prompt_alone(stream: bool) -> None:
+    async with serving() as client:
+        response = await client.complete(["abc", "d"], echo=True, logprobs=0, max_tokens=0, stream=stream)
+        parts = response.events if stream else [response.json()]
+        told = [choice for part in parts for choice in part["choices"]]
+        assert [choice["text"] for choice in sorted(told, key=lambda choice: choice["index"])] == ["abc", "d"]
+        assert {choice["finish_reason"] for choice in told} == {"length"}
+        lists = next(choice["logprobs"] for choice in told if choice["index"] == 0)
+        assert lists["tokens"] == ["a", "b", "c"]
+        assert lists["token_logprobs"] == [None, -0.25, -0.25]
+        assert lists["top_logprobs"] == [None, {"b": -0.25}, {"c": -0.25}]
+        if not stream:
+            assert response.json()["usage"]["completion_tokens"] == 0
+
+
+async def test_the_tokens_of_an_echo_join_to_its_text() -> None:
+    async with serving(FakeEngine(follow([*b"o", EOS, *b"k", EOS]))) as client:
+        for skip in (True, False):
+            fields = {"ignore_eos": True, "max_tokens": 4, "skip_special_tokens": skip}
+            response = await client.complete("a</s>b", echo=True, logprobs=0, **fields)
+            (choice,) = response.json()["choices"]
+            assert choice["text"] == "a</s>b" + ("ok" if skip else "o</s>k</s>")
+            lists = choice["logprobs"]
+            assert "".join(lists["tokens"]) == choice["text"]
+            ends = [*lists["text_offset"][1:], len(choice["text"])]
+            spans = [choice["text"][a:b] for a, b in zip(lists["text_offset"], ends, strict=True)]
+            assert spans == lists["tokens"]
+
+
+async def test_the_logprobs_of_a_prompt() -> None:
+    async with serving(FakeEngine(say("z"))) as client:
+        (choice,) = choices(await client.complete("ab", prompt_logprobs=2))
+        assert choice["prompt_logprobs"] == [
+            None,
+            {
+                "98": {"logprob": -0.25, "rank": 1, "decoded_token": "b"},
+                "99": {"logprob": -1.25, "rank": 2, "decoded_token": "c"},
+            },
+        ]
+        (choice,) = choices(await client.complete("ab", prompt_logprobs=0))
+        assert choice["prompt_logprobs"] == [None, {"98": {"logprob": -0.25, "rank": None, "decoded_token": "b"}}]
+        assert "prompt_logprobs" not in choices(await client.complete("ab"))[0]
+        # The echo and the prompt's own may want different numbers of alternatives.
+        response = await client.complete("ab", echo=True, logprobs=1, prompt_logprobs=0, max_tokens=0)
+        (choice,) = response.json()["choices"]
+        assert choice["logprobs"]["top_logprobs"] == [None, {"b": -0.25}]
+        assert list(choice["prompt_logprobs"][1]) == ["98"]
+        chat = (await client.chat(prompt_logprobs=1, n=2)).json()
+        assert [next(iter(entry.values()))["decoded_token"] for entry in chat["prompt_logprobs"][1:]] == list(
+            "ser: Hi\n"
+        )
+
+
+async def test_the_best_of_several() -> None:
+    means = {"0": -2.0, "1": -0.5, "2": -1.0}
+
+    async def script(request: Request) -> AsyncIterator[TokenDelta]:
+        index = request.id[-1]
+        values = TokenLogprobs(means[str(int(index) % 3)], (), ())
+        assert request.params.logprobs == 0
+        yield TokenDelta([ord(index), EOS], logprobs=[values] * 2, finish_reason="stop", stop_token_id=EOS)
+
+    async with serving(FakeEngine(script)) as client:
+        response = await client.complete(["a", "b"], n=2, best_of=3)
+        assert [choice["text"] for choice in choices(response)] == ["1", "2", "4", "5"]
+        assert [choice["index"] for choice in choices(response)] == [0, 1, 2, 3]
+        assert all(choice["logprobs"] is None for choice in choices(response))
+        assert response.json()["usage"]["completion_tokens"] == 12  # all of them were generated
+        assert response.json()["usage"]["prompt_tokens"] == 2
+
+
+async def test_best_of_as_many_as_are_sent() -> None:
+    async with serving() as client:
+        assert (await client.complete(n=2, best_of=2, stream=True)).status == 200
+        assert [request.params.logprobs for request in client.engine.requests] == [None, None]
+
+
+async def test_of_two_tokens_with_one_text_the_likelier_counts() -> None:
+    async def script(request: Request) -> AsyncIterator[TokenDelta]:
+        values = TokenLogprobs(-3.0, (1000, 2000), (-1.0, -2.0))  # none of them is in the vocabulary
+        yield TokenDelta([65], logprobs=[values], finish_reason="length")
+
+    async with serving(FakeEngine(script)) as client:
+        (choice,) = choices(await client.complete(logprobs=2))
+        assert choice["logprobs"]["top_logprobs"] == [{"": -1.0, "A": -3.0}]

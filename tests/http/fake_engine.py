@@ -80,6 +80,10 @@ def follow(token_ids: list[int], *, delay: float = 0.0, batch: int = 1) -> Scrip
     async def script(request: Request) -> AsyncIterator[TokenDelta]:
         params = request.params
         tokens = token_ids[: params.max_tokens]
+        if not tokens or params.prompt_logprobs is not None:
+            yield _of_prompt(request)
+        if not params.max_tokens:
+            return
         for start in range(0, len(tokens), batch):
             if delay:
                 await anyio.sleep(delay)
@@ -99,6 +103,13 @@ def follow(token_ids: list[int], *, delay: float = 0.0, batch: int = 1) -> Scrip
         await anyio.sleep_forever()
 
     return script
+
+
+def _of_prompt(request: Request) -> TokenDelta:
+    delta = TokenDelta([], finish_reason=None if request.params.max_tokens else "length")
+    if request.params.prompt_logprobs is not None:
+        delta.prompt_logprobs = [logprobs_of(token, request.params.prompt_logprobs) for token in request.prompt[1:]]
+    return delta
 
 
 def endless(delay: float = 0.01, text: str = "x") -> Script:

@@ -1,0 +1,212 @@
+"""Fields that decide what the engine gets, over the fake engine: prompts, token rules, limits, names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import anyio
+import pytest
+
+from fdserve.config import Config
+from fdserve.engine.request import Request, SamplingParams
+from tests.http.client import Client, serving
+from tests.http.fake_engine import EOS, FakeEngine, endless, ids, say
+
+pytestmark = pytest.mark.anyio
+
+
+async def asked(client: Client, path: str = "chat", **fields: Any) -> Request:
+    """The engine's request that a client's leads to."""
+    response = await (client.chat(**fields) if path == "chat" else client.complete(**fields))
+    assert response.status == 200, response.body
+    return client.engine.requests[-1]
+
+
+async def params_of(client: Client, **fields: Any) -> SamplingParams:
+    return (await asked(client, **fields)).params
+
+
+async def prompt_of(client: Client, **fields: Any) -> str:
+    return bytes((await asked(client, **fields)).prompt).decode()
+
+
+async def test_logit_bias() -> None:
+    async with serving() as client:
+        params = await params_of(client, logit_bias={"5": 1.5, "6": -100, "7": 0, "8": -99})
+        assert params.logit_bias == ((5, 1.5), (8, -99.0))
+        assert params.bad_words == ((6,),)
+        assert params.allowed_token_ids == ()
+        params = await params_of(client, logit_bias={"5": 100, "6": 100, "7": 50})
+        assert (params.allowed_token_ids, params.logit_bias) == ((5, 6), ((7, 50.0),))
+        params = await params_of(client, logit_bias={"5": 100, "6": 100}, allowed_token_ids=[6, 7])
+        assert params.allowed_token_ids == (6,)
+
+
+async def test_bad_words() -> None:
+    async with serving() as client:
+        params = await params_of(client, bad_words=["ab", "</s>"], bad_words_token_ids=[7, 7])
+        assert params.bad_words == ((7,), tuple(b"ab"), tuple(b" ab"), (EOS,), (ord(" "), EOS))
+
+
+async def test_allowed_tokens() -> None:
+    async with serving() as client:
+        assert (await params_of(client, allowed_token_ids=[9, 8, 9])).allowed_token_ids == (9, 8)
+        assert (await params_of(client)).allowed_token_ids == ()
+
+
+async def test_ways_of_telling_logprobs() -> None:
+    async with serving() as client:
+        params = await params_of(client, temp_scaled_logprobs=True, top_p_normalized_logprobs=True)
+        assert (params.temp_scaled_logprobs, params.top_p_normalized_logprobs) == (True, True)
+        assert (await params_of(client, prompt_logprobs=3)).prompt_logprobs == 3
+        await client.chat(prompt_logprobs=3, n=2)
+        assert [request.params.prompt_logprobs for request in client.engine.requests[-2:]] == [3, None]
+
+
+async def test_prompts_by_ids() -> None:
+    async with serving() as client:
+        assert await prompt_of(client, prompt_token_ids=ids("raw")) == "raw"
+        response = await client.post("/v1/chat/completions", {"prompt_token_ids": ids("raw"), "messages": []})
+        assert response.status == 200
+        response = await client.post("/v1/chat/completions", {"extra_body": {"prompt_token_ids": ids("raw")}})
+        assert response.status == 200
+        assert await prompt_of(client, path="completion", prompt="lost", prompt_token_ids=ids("raw")) == "raw"
+
+
+async def test_truncated_prompts() -> None:
+    async with serving(FakeEngine(max_model_len=64)) as client:
+        assert await prompt_of(client, truncate_prompt_tokens=4) == " Hi\n"
+        assert await prompt_of(client, truncate_prompt_tokens=400) == "user: Hi\n"
+        long = "x" * 100
+        assert len(await prompt_of(client, text=long, truncate_prompt_tokens=-1)) == 63
+        assert len(await prompt_of(client, text=long, truncate_prompt_tokens=-1, max_tokens=10)) == 54
+        assert len(await prompt_of(client, text=long, truncate_prompt_tokens=-1, max_tokens=1000)) == 1
+        assert len(await prompt_of(client, path="completion", prompt=long, truncate_prompt_tokens=-1)) == 48
+        response = await client.complete([long, "short"], truncate_prompt_tokens=9)
+        assert [len(request.prompt) for request in client.engine.requests[-2:]] == [9, 5]
+        assert response.json()["usage"]["prompt_tokens"] == 14
+
+
+TURNS = "{% for m in messages %}[{{ m.role }}]{{ m.content | trim }}[end]{% endfor %}"
+TEMPLATE = TURNS + "{% if add_generation_prompt %}[assistant]{% endif %}"
+
+
+async def test_the_generation_prompt() -> None:
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": " Well, "}]
+    async with serving(template=TEMPLATE) as client:
+        opened = "[user]Hi[end][assistant]Well,[end][assistant]"
+        assert await prompt_of(client, messages=messages) == opened
+        assert await prompt_of(client, messages=messages, add_generation_prompt=True) == opened
+        closed = await prompt_of(client, messages=messages, add_generation_prompt=False)
+        assert closed == "[user]Hi[end][assistant]Well,[end]"
+        assert (
+            await prompt_of(client, messages=messages, chat_template_kwargs={"add_generation_prompt": False}) == closed
+        )
+        for fields in ({}, {"add_generation_prompt": False}):
+            going_on = await prompt_of(client, messages=messages, continue_final_message=True, **fields)
+            assert going_on == "[user]Hi[end][assistant]Well, "  # the message as it is, whatever the template trims
+
+
+async def test_a_template_of_the_request() -> None:
+    async with serving() as client:
+        assert await prompt_of(client, chat_template="{{ messages[0].content }}!") == "Hi!"
+        assert (
+            await prompt_of(client, extra_body={"chat_template": "{{ style }}", "chat_template_kwargs": {"style": 1}})
+            == "1"
+        )
+        response = await client.chat(chat_template="{% for i in range(10**9) %}{% endfor %}")
+        assert (response.status, response.error["param"]) == (400, "messages")
+
+
+async def test_no_template() -> None:
+    async with serving() as client:
+        messages = [{"role": "user", "content": [{"type": "text", "text": "a"}]}, {"role": "user", "content": "b"}]
+        assert await prompt_of(client, messages=messages, disable_chat_template=True) == "ab"
+        response = await client.chat(messages=[{"role": "user", "content": ""}], disable_chat_template=True)
+        assert (response.status, response.error["param"]) == (400, "messages")
+
+
+async def test_the_effort_of_reasoning() -> None:
+    template = "{{ reasoning_effort }} {{ enable_thinking }}"
+    async with serving(template=template) as client:
+        assert await prompt_of(client) == " "
+        assert await prompt_of(client, reasoning_effort="none") == "none False"
+        assert await prompt_of(client, reasoning_effort="minimal") == "minimal False"
+        assert await prompt_of(client, reasoning_effort="high") == "high True"
+        assert await prompt_of(client, reasoning_effort="high", enable_thinking=False) == "high False"
+        assert await prompt_of(client, chat_template_kwargs={"reasoning_effort": "none"}) == "none False"
+
+
+async def test_a_limit_for_the_answer() -> None:
+    config = Config(reasoning_parser="ernie_x1")
+    async with serving(config=config, template="<think>") as client:
+        params = await params_of(client, response_max_tokens=5)
+        assert (params.answer_limit, params.think_end_id) == (5, ids("</think>")[0])
+        assert (params.max_tokens, params.thinking_budget) == (1023, None)
+        params = await params_of(client, response_max_tokens=5, reasoning_max_tokens=7)
+        assert (params.answer_limit, params.thinking_budget) == (5, 6)
+    async with serving(config=config, template="</think>") as client:
+        params = await params_of(client, response_max_tokens=5, min_tokens=9)
+        assert (params.answer_limit, params.max_tokens, params.min_tokens) == (None, 5, 5)
+        assert (await params_of(client, response_max_tokens=5, max_tokens=3)).max_tokens == 3
+
+
+async def test_salts_and_names() -> None:
+    async with serving() as client:
+        assert (await asked(client, cache_salt="mine")).cache_salt == "mine"
+        assert (await asked(client)).cache_salt == ""
+        assert (await client.chat(request_id="abc")).json()["id"] == "chatcmpl-abc"
+        assert (await client.chat(request_id="chatcmpl-abc")).json()["id"] == "chatcmpl-abc"
+        assert (await client.complete(request_id="abc")).json()["id"] == "cmpl-abc"
+
+
+async def test_the_service_tier_is_told_where_it_was_asked_for() -> None:
+    async with serving() as client:
+        assert (await client.chat(service_tier="flex")).json()["service_tier"] == "default"
+        assert "service_tier" not in (await client.chat()).json()
+        events = (await client.chat(service_tier="flex", stream=True)).events
+        assert {event["service_tier"] for event in events} == {"default"}
+
+
+async def test_tokens_can_be_gathered() -> None:
+    async with serving(FakeEngine(say("Hello, world!", delay=0.001))) as client:
+        for path, count in (("chat", 1), ("completion", 0)):
+            call = client.chat if path == "chat" else client.complete
+            events = (await call(stream=True, max_streaming_response_tokens=5)).events
+            shown = [e["choices"][0]["delta"]["content"] if path == "chat" else e["choices"][0]["text"] for e in events]
+            assert [text for text in shown[count:] if text] == ["Hello", ", wor", "ld!"]
+
+
+async def test_usage_in_every_event() -> None:
+    async with serving(FakeEngine(say("Hello", delay=0.001))) as client:
+        for call, first in ((client.chat, 1), (client.complete, 0)):
+            events = (await call(stream=True, stream_options={"continuous_usage_stats": True})).events
+            counts = [event["usage"]["completion_tokens"] for event in events]
+            assert counts[first : first + 5] == [1, 2, 3, 4, 5]
+            assert counts[-1] == 6
+            assert events[-1]["choices"] == []
+
+
+@pytest.mark.parametrize("by", ["response", "request_id", "header"])
+async def test_cancelling_by_id(by: str) -> None:
+    async with serving(FakeEngine(endless())) as client:
+        id = {"response": "chatcmpl-mine", "request_id": "mine", "header": "http-1"}[by]
+        results: list[Any] = []
+
+        async def ask(stream: bool) -> None:
+            headers = {"x-request-id": "http-1"}
+            results.append(await client.chat(stream=stream, request_id="mine", headers=headers))
+
+        for stream in (False, True):
+            with anyio.fail_after(5):
+                async with anyio.create_task_group() as tasks:
+                    tasks.start_soon(ask, stream)
+                    while not client.engine.active:
+                        await anyio.sleep(0.001)
+                    await anyio.sleep(0.03)
+                    assert (await client.post(f"/v1/requests/{id}/cancel", {})).status == 200
+        whole, streamed = results
+        assert (whole.status, whole.error["code"]) == (409, "request_cancelled")
+        assert streamed.events[-1]["error"]["code"] == "request_cancelled"
+        assert not client.engine.active
+        assert (await client.post(f"/v1/requests/{id}/cancel", {})).status == 404
