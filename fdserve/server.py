@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import anyio
@@ -20,6 +21,7 @@ from fdserve.errors import Unavailable
 from fdserve.hub import resolve_model
 from fdserve.models.checkpoint import check_checkpoint
 from fdserve.models.config import GenerationDefaults, ModelConfig, read_generation_config
+from fdserve.text.grammar import GrammarCompiler
 from fdserve.text.reasoning import ReasoningFormat, resolve_reasoning
 from fdserve.text.template import ChatTemplate, load_template
 from fdserve.text.tokenizer import Tokenizer, load_tokenizer
@@ -89,6 +91,11 @@ class Server:
     tokenizing: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(TOKENIZING_THREADS))
     running: RunningRequests = field(default_factory=RunningRequests)
     responses: ResponseStore = field(default_factory=ResponseStore)
+
+    @cached_property
+    def grammars(self) -> GrammarCompiler:
+        """What compiles structured output; made when it is first needed."""
+        return GrammarCompiler(self.tokenizer, self.eos_token_ids, self.reasoning, self.model.vocab_size)
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:

@@ -113,7 +113,7 @@ async def _choices(request: CompletionRequest, server: Server, http: Request, pr
                     index=len(choices),
                     prompt=prompt,
                     params=for_choice(params, index),
-                    constraint=grammar.constraint(False) if grammar else None,
+                    constraint=grammar.constraint(None) if grammar else None,
                 )
             )
     return choices

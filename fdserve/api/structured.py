@@ -2,22 +2,117 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
-from fdserve.api.params import unsupported
+import msgspec
+
 from fdserve.api.tool_use import ToolUse
+from fdserve.errors import InvalidRequest
 from fdserve.protocol.generation import GenerationRequest
+from fdserve.protocol.structured import ResponseFormat
 from fdserve.server import Server
+from fdserve.text.grammar import Grammar
+from fdserve.text.grammar_spec import Choice, JsonSchema, Lark, Regex, Spec, StructuralTag, ToolCalls
 
-_FIELDS = ("guided_json", "guided_regex", "guided_choice", "guided_grammar", "structural_tag", "structured_outputs")
+
+async def compile_grammar(request: GenerationRequest, server: Server, tools: ToolUse | None = None) -> Grammar | None:
+    """The grammar of the request's output; None where anything goes.
+
+    Raises InvalidRequest for two forms at a time, or for one that cannot be followed, and Overloaded where grammars
+    keep all threads busy. When cancelled it returns at once.
+    """
+    form = output_form(request)
+    spec = form if tools is None else _with_calls(form, tools, server)
+    return None if spec is None else await server.grammars.compile(spec)
 
 
-async def compile_grammar(request: GenerationRequest, server: Server, tools: ToolUse | None = None) -> Any:
-    """The grammar of the request's output; None where anything goes."""
-    for name in _FIELDS:
-        if getattr(request, name):
-            raise unsupported(name)
-    if request.response_format is not None and request.response_format.type != "text":
-        raise unsupported("response_format", "with another type than 'text' ")
-    if tools is not None and tools.forced:
-        raise unsupported(tools.param, "that forces a call ")
+def output_form(request: GenerationRequest) -> Spec | None:
+    """The form that the request gives its text. Raises InvalidRequest for two of them, or for one that is no form."""
+    forms = list(_forms(request))
+    if len(forms) > 1:
+        message = f"{forms[0].param} and {forms[1].param} both say what the output must look like: give one of them."
+        raise InvalidRequest(message, param=forms[1].param)
+    return forms[0] if forms else None
+
+
+def _with_calls(form: Spec | None, tools: ToolUse, server: Server) -> Spec | None:
+    """The form of an answer that may call tools."""
+    strict = frozenset(tool.function.name for tool in tools.tools if tool.function.strict)
+    if server.tools is None or not (tools.forced or strict or form or not tools.parallel):
+        return form
+    return ToolCalls(
+        tools={tool.function.name: tool.function.parameters for tool in tools.tools},
+        mode=tools.mode,
+        parallel=tools.parallel,
+        format=server.tools.name,
+        param="functions" if tools.param == "function_call" else "tools",
+        strict=strict,
+        content=form,
+    )
+
+
+def _forms(request: GenerationRequest) -> Iterator[Spec]:
+    if request.response_format is not None:
+        yield from _response_format(request.response_format)
+    guided = {
+        "guided_json": request.guided_json,
+        "guided_regex": request.guided_regex,
+        "guided_choice": request.guided_choice,
+        "guided_grammar": request.guided_grammar,
+        "structural_tag": request.structural_tag,
+    }
+    if (newer := request.structured_outputs) is not None:
+        guided |= {f"structured_outputs.{name}": getattr(newer, name) for name in newer.__struct_fields__}
+    for param, value in guided.items():
+        if value not in (None, "", []):
+            yield from _guided(param, value)
+
+
+def _guided(param: str, value: Any) -> Iterator[Spec]:
+    kind = param.removeprefix("structured_outputs.").removeprefix("guided_")
+    if kind == "json":
+        yield JsonSchema(_object(value, param), strict=False, param=param)
+    elif kind == "json_object":
+        if value:
+            yield JsonSchema(None, strict=False, param=param)
+    elif kind == "regex":
+        yield Regex(value, param)
+    elif kind == "choice":
+        yield Choice([item if isinstance(item, str) else _json_text(item) for item in value], param)
+    elif kind == "grammar":
+        yield Lark(value, param)
+    else:
+        yield StructuralTag(_object(value, param), param)
+
+
+def _object(value: Any, param: str) -> Any:
+    """A schema or the like, which may come as JSON text."""
+    if not isinstance(value, str):
+        return value
+    try:
+        value = msgspec.json.decode(value)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise InvalidRequest(f"{param} is not valid JSON: {error}.", param=param) from None
+    if not isinstance(value, dict | bool):
+        raise InvalidRequest(f"{param} must hold a JSON object.", param=param)
+    return value
+
+
+def _json_text(value: float | bool) -> str:
+    return msgspec.json.encode(value).decode()
+
+
+def _response_format(format: ResponseFormat) -> Iterator[Spec]:
+    if format.type == "json_object":
+        yield JsonSchema(None, strict=False, param="response_format")
+    elif format.type == "json_schema":
+        if format.json_schema is None:
+            message = "Missing required parameter: 'response_format.json_schema'."
+            raise InvalidRequest(message, param="response_format.json_schema", code="missing_required_parameter")
+        schema = format.json_schema
+        yield JsonSchema(schema.schema, strict=bool(schema.strict), param="response_format.json_schema.schema")
+    elif format.type == "structural_tag":
+        parts = {"structures": format.structures, "triggers": format.triggers, "format": format.format}
+        value = {name: part for name, part in parts.items() if part is not None}
+        yield StructuralTag(value, param="response_format")

@@ -1,0 +1,165 @@
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from fdserve.api.structured import output_form
+from fdserve.config import Config
+from fdserve.engine.request import Constraint
+from fdserve.errors import InvalidRequest
+from fdserve.protocol.completion import CompletionRequest
+from fdserve.protocol.structured import JsonSchemaFormat, ResponseFormat, StructuredOutputs
+from fdserve.text.grammar_spec import Choice, JsonSchema, Lark, Regex, Spec, StructuralTag
+from tests.http.client import serving
+from tests.http.fake_engine import EOS, FakeEngine, ids, say
+
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"], "additionalProperties": False}
+TAG = {"structures": [{"begin": "<f>", "schema": SCHEMA, "end": "</f>"}], "triggers": ["<f>"]}
+TOOL = {"type": "function", "function": {"name": "add", "parameters": SCHEMA}}
+CONFIG = Config(tool_call_parser="hermes")
+
+
+@pytest.mark.parametrize(
+    ("fields", "form"),
+    [
+        ({}, None),
+        ({"response_format": ResponseFormat(type="text")}, None),
+        ({"guided_regex": "", "guided_choice": [], "structured_outputs": StructuredOutputs()}, None),
+        ({"response_format": ResponseFormat(type="json_object")}, JsonSchema(None, False, "response_format")),
+        (
+            {"response_format": ResponseFormat(type="json_schema", json_schema=JsonSchemaFormat(schema=SCHEMA))},
+            JsonSchema(SCHEMA, False, "response_format.json_schema.schema"),
+        ),
+        (
+            {
+                "response_format": ResponseFormat(
+                    type="json_schema", json_schema=JsonSchemaFormat(name="x", schema=SCHEMA, strict=True)
+                )
+            },
+            JsonSchema(SCHEMA, True, "response_format.json_schema.schema"),
+        ),
+        ({"response_format": ResponseFormat(type="structural_tag", **TAG)}, StructuralTag(TAG, "response_format")),
+        ({"guided_json": SCHEMA}, JsonSchema(SCHEMA, False, "guided_json")),
+        ({"guided_json": json.dumps(SCHEMA)}, JsonSchema(SCHEMA, False, "guided_json")),
+        ({"guided_regex": "a+"}, Regex("a+", "guided_regex")),
+        ({"guided_choice": ["a", 1, 0.5, True]}, Choice(["a", "1", "0.5", "true"], "guided_choice")),
+        ({"guided_grammar": 'start: "a"'}, Lark('start: "a"', "guided_grammar")),
+        ({"structural_tag": json.dumps(TAG)}, StructuralTag(TAG, "structural_tag")),
+        (
+            {"structured_outputs": StructuredOutputs(json_object=True)},
+            JsonSchema(None, False, "structured_outputs.json_object"),
+        ),
+        ({"structured_outputs": StructuredOutputs(regex="a")}, Regex("a", "structured_outputs.regex")),
+        ({"structured_outputs": StructuredOutputs(json="{}")}, JsonSchema({}, False, "structured_outputs.json")),
+    ],
+)
+def test_forms(fields: dict[str, Any], form: Spec | None) -> None:
+    assert output_form(CompletionRequest(**fields)) == form
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"guided_json": SCHEMA, "guided_regex": "a"}, "guided_regex"),
+        ({"guided_json": SCHEMA, "response_format": ResponseFormat(type="json_object")}, "guided_json"),
+        ({"structured_outputs": StructuredOutputs(regex="a", choice=["a"])}, "structured_outputs.choice"),
+        ({"response_format": ResponseFormat(type="json_schema")}, "response_format.json_schema"),
+        ({"guided_json": "{"}, "guided_json"),
+        ({"guided_json": "[1]"}, "guided_json"),
+        ({"structural_tag": "{"}, "structural_tag"),
+    ],
+)
+def test_what_is_no_form(fields: dict[str, Any], param: str) -> None:
+    with pytest.raises(InvalidRequest) as error:
+        output_form(CompletionRequest(**fields))
+    assert error.value.param == param
+
+
+def allows(constraint: Constraint | None, text: str) -> bool:
+    """Whether the text may come, and the end after it."""
+    assert constraint is not None
+    for token in [*ids(text), EOS]:
+        mask = constraint.mask()
+        if mask is not None and not mask[token // 8] >> token % 8 & 1:
+            return False
+        if token != EOS:
+            constraint.advance(token)
+    return True
+
+
+CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
+BAD_CALL = '<tool_call>\n{"name": "add", "arguments": {"b": 1}}\n</tool_call>'
+FORM = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA, "strict": True}}
+NAMED = {"type": "function", "function": {"name": "add"}}
+STRICT = {"type": "function", "function": {**TOOL["function"], "strict": True}}
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("fields", "good", "bad"),
+    [
+        ({"guided_regex": "a+"}, ["a", "aaa"], ["", "b"]),
+        ({"response_format": FORM}, ['{"a": 1}'], ["{}", '{"a": "x"}', CALL]),
+        ({"tools": [TOOL], "tool_choice": "required"}, [CALL, CALL + "\n" + CALL], [BAD_CALL, "text", ""]),
+        ({"tools": [TOOL], "tool_choice": NAMED}, [CALL], [BAD_CALL, "text"]),
+        ({"tools": [TOOL], "tool_choice": "required", "parallel_tool_calls": False}, [CALL], [CALL + "\n" + CALL]),
+        ({"tools": [TOOL], "parallel_tool_calls": False}, [CALL, "text"], [CALL + "\n" + CALL]),
+        ({"tools": [STRICT]}, [CALL, "text"], [BAD_CALL]),
+        ({"tools": [TOOL], "response_format": FORM}, [CALL, '{"a": 1}'], [BAD_CALL, "text", '{"b": 1}']),
+        ({"tools": [TOOL], "tool_choice": "required", "response_format": FORM}, [CALL], ['{"a": 1}']),
+        ({"functions": [TOOL["function"]], "function_call": {"name": "add"}}, [CALL], [BAD_CALL, CALL + "\n" + CALL]),
+    ],
+)
+async def test_what_may_come(fields: dict[str, Any], good: list[str], bad: list[str]) -> None:
+    async with serving(FakeEngine(say("x")), CONFIG, template="{{ messages[0].content }}") as client:
+        for text in good + bad:
+            assert (await client.chat(**fields)).status == 200
+            assert allows(client.engine.requests[-1].constraint, text) == (text in good), text
+
+
+@pytest.mark.anyio
+async def test_every_choice_has_a_constraint_of_its_own() -> None:
+    async with serving(FakeEngine(say("x"))) as client:
+        assert (await client.complete(["a", "b"], n=2, guided_choice=["x", "y"])).status == 200
+        constraints = [request.constraint for request in client.engine.requests]
+        assert len({id(constraint) for constraint in constraints}) == 4
+        await client.chat()
+        assert client.engine.requests[-1].constraint is None
+        await client.chat(tools=[TOOL])
+        assert client.engine.requests[-1].constraint is None
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"guided_regex": "("}, "guided_regex"),
+        ({"guided_json": {"type": "nothing"}}, "guided_json"),
+        ({"guided_grammar": "start: missing"}, "guided_grammar"),
+        ({"response_format": {**FORM, "json_schema": {"schema": {"type": 5}}}}, "response_format.json_schema.schema"),
+        ({"structural_tag": {"structures": 5}}, "structural_tag"),
+        ({"response_format": {"type": "structural_tag"}}, "response_format"),
+        ({"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": 5}}}]}, "tools"),
+    ],
+)
+async def test_forms_that_do_not_compile(fields: dict[str, Any], param: str) -> None:
+    async with serving(FakeEngine(say("x")), CONFIG) as client:
+        forced = {"tool_choice": "required"} if "tools" in fields else {}
+        response = await client.chat(**fields, **forced)
+        assert (response.status, response.error["param"]) == (400, param), response.body
+        assert response.error["code"] == "invalid_value"
+        assert len(response.error["message"]) > 30
+
+
+@pytest.mark.anyio
+async def test_calls_or_a_form_after_a_thought() -> None:
+    config = Config(reasoning_parser="ernie_x1", tool_call_parser="ernie_x1")
+    thought = "\nhm\n</think>\n\n"
+    good = [thought + '<response>\n{"a": 1}', thought + "\n" + CALL]
+    bad = [thought + '{"a": 1}', thought + "<response>\nfree", thought + "\n" + BAD_CALL]
+    async with serving(FakeEngine(say("x")), config, template="<think>") as client:
+        for text in good + bad:
+            assert (await client.chat(tools=[TOOL], response_format=FORM)).status == 200
+            assert allows(client.engine.requests[-1].constraint, text) == (text in good), text
