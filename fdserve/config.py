@@ -83,6 +83,12 @@ class Config:
         "what to compute in: auto (as stored), bfloat16 or float32",
         choices=("auto", "bfloat16", "float32"),
     )
+    quantization: str = _setting(
+        "none",
+        "NAME",
+        "how weights are stored: none (as computed with), wint8, wint4 or w8a8 (8-bit activations, too)",
+        choices=("none", "wint8", "wint4", "w8a8"),
+    )
     tokenizer_backend: str = _setting(
         "auto", "NAME", "what reads the tokenizer: auto, native or paddlenlp", choices=("auto", "native", "paddlenlp")
     )

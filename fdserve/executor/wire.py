@@ -89,6 +89,8 @@ class Load(msgspec.Struct, frozen=True, tag="load"):
     """0: as many as the process may run on cores."""
     parent: int
     """The API process: a rank whose parent is another one has lost it already."""
+    quantization: str = "none"
+    """How weights are stored: "wint8", "wint4", "w8a8" or "none"."""
     peers: tuple[int, ...] = ()
     """Descriptors of the socket pairs between the ranks: to each other rank on rank 0, to rank 0 on the others."""
     shared_memory: int = -1

@@ -42,6 +42,7 @@ def load_model(
     rank: int = 0,
     world_size: int = 1,
     dtype: str,
+    quantization: str | None = None,
     all_reduce: Collective = identity,
     all_gather: Collective = identity,
     progress: Progress = no_progress,
@@ -50,6 +51,8 @@ def load_model(
 
     Args:
         dtype: what to compute in, "bfloat16" or "float32", whatever dtype the weights are in.
+        quantization: how to store the matrices, "wint8", "wint4" or "w8a8" (see `fdserve.ops.weights.FORMATS`), the
+            routers' excepted; None stores them in `dtype`. The vocabulary's are "wint8" under "w8a8".
         all_reduce: sums a tensor over the ranks.
         all_gather: joins the ranks' tensors along the last axis, in rank order.
         progress: called, as loading goes on, with the bytes of the checkpoint that are dealt with and all it has.
@@ -60,17 +63,25 @@ def load_model(
     check_world_size(config, world_size)
     with Checkpoint(directory) as checkpoint:
         validate(config, checkpoint)
-        reader = _Reader(checkpoint, config, dtype, progress)
+        reader = _Reader(checkpoint, config, dtype, quantization, progress)
         return _Builder(config, reader, Ranks(rank, world_size, all_reduce, all_gather)).model()
 
 
 class _Reader:
     """Turns tensors of the checkpoint into operands in the compute dtype."""
 
-    def __init__(self, checkpoint: Checkpoint, config: ModelConfig, dtype: str, progress: Progress) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        config: ModelConfig,
+        dtype: str,
+        quantization: str | None,
+        progress: Progress,
+    ) -> None:
         self._checkpoint = checkpoint
         self.layout = checkpoint.layout
         self.dtype = dtype
+        self._quantization = quantization
         self._progress = progress
         infos = checkpoint.tensors
         self._left = {
@@ -95,10 +106,17 @@ class _Reader:
         self._finish([name])
         return tensor
 
-    def matrix(self, parts: list[Part], inputs: range, *, in_out: bool | None = None) -> PackedWeight:
+    def matrix(self, parts: list[Part], inputs: range) -> PackedWeight:
         """The parts' output features, one part after the other, over the input features `inputs`."""
-        in_out = self.layout.in_out if in_out is None else in_out
-        packed = ops.pack_weight(self._join(parts, inputs, in_out), dtype=self.dtype, in_out=in_out)
+        return self._matrix(parts, inputs, self.layout.in_out, self._quantization)
+
+    def vocabulary(self, part: Part, inputs: range, *, in_out: bool) -> PackedWeight:
+        """As `matrix`. Activations are never rounded before logits: with few rows only the weights' bytes count."""
+        return self._matrix([part], inputs, in_out, "wint8" if self._quantization == "w8a8" else self._quantization)
+
+    def _matrix(self, parts: list[Part], inputs: range, in_out: bool, quantization: str | None) -> PackedWeight:
+        matrix = self._join(parts, inputs, in_out)
+        packed = ops.pack_weight(matrix, dtype=self.dtype, in_out=in_out, quantization=quantization)
         self._finish([part.name for part in parts])
         return packed
 
@@ -110,8 +128,13 @@ class _Reader:
                 yield self._join(parts, inputs, self.layout.in_out)
                 self._finish([part.name for part in parts])
 
-        count = len(experts)
-        return ops.pack_experts(weights(), num_experts=count, dtype=self.dtype, in_out=self.layout.in_out)
+        return ops.pack_experts(
+            weights(),
+            num_experts=len(experts),
+            dtype=self.dtype,
+            in_out=self.layout.in_out,
+            quantization=self._quantization,
+        )
 
     def _join(self, parts: list[Part], inputs: range, in_out: bool) -> Array:
         columns = slice(inputs.start, inputs.stop)
@@ -152,10 +175,12 @@ class _Builder:
     def _vocabulary(self) -> Vocabulary:
         rows = self._ranks.share(self._config.vocab_size)
         # The embedding has the vocabulary first in both layouts.
-        table = self._reader.matrix([Part(self._layout.embedding, rows.start, rows.stop)], self._hidden, in_out=False)
+        embedding = Part(self._layout.embedding, rows.start, rows.stop)
+        table = self._reader.vocabulary(embedding, self._hidden, in_out=False)
         head = table
         if not self._config.tie_word_embeddings:
-            head = self._reader.matrix([Part("lm_head.weight", rows.start, rows.stop)], self._hidden)
+            lm_head = Part("lm_head.weight", rows.start, rows.stop)
+            head = self._reader.vocabulary(lm_head, self._hidden, in_out=self._layout.in_out)
         return Vocabulary(table, head, rows.start, self._ranks)
 
     def _layer(self, layer: int) -> Layer:

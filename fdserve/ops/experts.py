@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from fdserve.ops.library import run
-from fdserve.ops.weights import PackedExperts
+from fdserve.ops.weights import FORMATS, PackedExperts
 
 if TYPE_CHECKING:
     from paddle import Tensor
@@ -39,5 +39,7 @@ def moe(
     Returns:
         [T, H] D.
     """
-    inner = down.in_features
-    return run("moe", x, gate, correction_bias, up_gate.data, down.data, shared, inner, top_k, norm_min)[0]
+    format = FORMATS.index(down.format)
+    return run(
+        "moe", x, gate, correction_bias, up_gate.data, down.data, shared, format, down.in_features, top_k, norm_min
+    )[0]

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 def linear(x: Tensor, w: PackedWeight, *, out_dtype: str | None = None) -> Tensor:
     """x [T, K] D times the matrix -> [T, N], D or `out_dtype` ("float32"). Accumulates in float32."""
-    return run("linear", x, w.data, w.out_features, w.in_features, out_dtype == "float32")[0]
+    return run("linear", x, w.data, w.code, w.out_features, w.in_features, out_dtype == "float32")[0]
 
 
 def embedding(ids: Tensor, w: PackedWeight) -> Tensor:
@@ -21,7 +21,7 @@ def embedding(ids: Tensor, w: PackedWeight) -> Tensor:
 
     The table is packed like a linear layer's matrix, so an output head tied to it needs no memory of its own.
     """
-    return run("embedding", ids, w.data, w.out_features, w.in_features)[0]
+    return run("embedding", ids, w.data, w.code, w.out_features, w.in_features, w.dtype == "bfloat16")[0]
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

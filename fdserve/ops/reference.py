@@ -43,6 +43,21 @@ def linear(x: Float, weight: Float, *, dtype: str = "float32", out_dtype: str | 
     return rounded(x.astype(np.float64) @ weight.astype(np.float64).T, out_dtype or dtype)
 
 
+def to_bytes(x: Float) -> tuple[Float, Float]:
+    """x [N, K] as integers of at most 127 (as float32), and the scale of each row [N, 1]."""
+    top = np.abs(x).max(axis=-1, keepdims=True)
+    inverse = np.divide(127, top, out=np.zeros_like(top), where=top > 0)
+    return np.rint(x * inverse).astype(np.float32), top / np.float32(127)
+
+
+def w8a8_linear(x: Float, weight: Float) -> Float:
+    """x [T, K] times weight [N, K] transposed, both rounded to bytes with a scale a row -> float32 [T, N]."""
+    (left, left_scale), (right, right_scale) = to_bytes(x), to_bytes(weight)
+    exact = left.astype(np.float64) @ right.astype(np.float64).T
+    product: Float = (exact * left_scale * right_scale.T).astype(np.float32)
+    return product
+
+
 def embedding(ids: Int, weight: Float) -> Float:
     """Rows `ids` [T] of weight [V, H] -> [T, H]."""
     rows: Float = weight[ids]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,17 +16,32 @@ if TYPE_CHECKING:
     from paddle import Tensor
 
 PANEL = 64
+FORMATS = ("float32", "bfloat16", "wint8", "wint4", "w8a8")
+"""How a weight is stored, in the order of the kernels' own numbers.
+
+"wint8" and "wint4" keep integers with a scale for every 64 inputs of an output and multiply activations as they are;
+"w8a8" keeps bytes with a scale for every output and rounds each row of activations to bytes.
+"""
 _SOURCES = {"uint16": 0, "float32": 1}
 
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """A linear layer's matrix or an embedding table. `data` is opaque; `dtype` "bfloat16" or "float32"."""
+    """A linear layer's matrix or an embedding table. `data` is opaque; `format` one of FORMATS.
+
+    `dtype` is what it is computed with, "bfloat16" or "float32".
+    """
 
     data: Tensor
     out_features: int
     in_features: int
     dtype: str
+    format: str
+
+    @property
+    def code(self) -> int:
+        """The kernels' number of the format."""
+        return FORMATS.index(self.format)
 
 
 @dataclass(frozen=True)
@@ -37,43 +53,61 @@ class PackedExperts:
     out_features: int
     in_features: int
     dtype: str
+    format: str
 
 
-def pack_weight(weight: npt.NDArray[Any], *, dtype: str, in_out: bool) -> PackedWeight:
+def pack_weight(weight: npt.NDArray[Any], *, dtype: str, in_out: bool, quantization: str | None = None) -> PackedWeight:
     """Pack a matrix for `linear` or `embedding`.
 
     Args:
-        weight: [N, K], or [K, N] when `in_out`; float32, or uint16 holding bfloat16 bits. May be a view of a
-        mapped
+        weight: [N, K], or [K, N] when `in_out`; float32, or uint16 holding bfloat16 bits. May be a view of a mapped
             file; it is read once and no copy of it in another dtype is made.
         dtype: what to compute in, "bfloat16" or "float32".
         in_out: whether the input features come first.
+        quantization: "wint8", "wint4" or (not for an embedding) "w8a8", see FORMATS; None stores `dtype`.
 
     Raises:
-        ValueError: another shape or dtype.
+        ValueError: another shape, dtype or quantization.
     """
     out_features, in_features = _features(weight, in_out)
-    data = _empty_panels(1, out_features, in_features, dtype)
-    _pack_into(data, 0, weight, dtype, in_out)
-    return PackedWeight(data[0], out_features, in_features, dtype)
+    format = _format(dtype, quantization)
+    data = _empty_panels(1, out_features, in_features, format)
+    _pack_into(data, 0, weight, format, in_out)
+    return PackedWeight(data[0], out_features, in_features, dtype, format)
 
 
-def pack_experts(weights: Iterable[npt.NDArray[Any]], *, num_experts: int, dtype: str, in_out: bool) -> PackedExperts:
+def pack_experts(
+    weights: Iterable[npt.NDArray[Any]],
+    *,
+    num_experts: int,
+    dtype: str,
+    in_out: bool,
+    quantization: str | None = None,
+) -> PackedExperts:
     """Pack `num_experts` equal-shaped matrices, one at a time; otherwise as `pack_weight`."""
+    format = _format(dtype, quantization)
     data: Any = None
     shape: tuple[int, ...] = ()
     count = 0
     for count, weight in enumerate(weights, 1):
         if data is None:
             shape = weight.shape
-            data = _empty_panels(num_experts, *_features(weight, in_out), dtype)
+            data = _empty_panels(num_experts, *_features(weight, in_out), format)
         if weight.shape != shape or count > num_experts:
             raise ValueError(f"expected {num_experts} experts of {shape}, got number {count}: {weight.shape}")
-        _pack_into(data, count - 1, weight, dtype, in_out)
+        _pack_into(data, count - 1, weight, format, in_out)
     if count != num_experts or data is None:
         raise ValueError(f"expected {num_experts} experts, got {count}")
     out_features, in_features = shape[::-1] if in_out else shape
-    return PackedExperts(data, num_experts, out_features, in_features, dtype)
+    return PackedExperts(data, num_experts, out_features, in_features, dtype, format)
+
+
+def _format(dtype: str, quantization: str | None) -> str:
+    if dtype not in ("bfloat16", "float32"):
+        raise ValueError(f"cannot compute in {dtype}")
+    if quantization is not None and quantization not in FORMATS[2:]:
+        raise ValueError(f"cannot store weights as {quantization}")
+    return quantization or dtype
 
 
 def _features(weight: npt.NDArray[Any], in_out: bool) -> tuple[int, int]:
@@ -83,20 +117,19 @@ def _features(weight: npt.NDArray[Any], in_out: bool) -> tuple[int, int]:
     return (columns, rows) if in_out else (rows, columns)
 
 
-def _empty_panels(count: int, out_features: int, in_features: int, dtype: str) -> Any:
+def _empty_panels(count: int, out_features: int, in_features: int, format: str) -> Any:
     import paddle
 
     panels = -(-out_features // PANEL)
-    if dtype == "bfloat16":
-        return paddle.empty([count, panels, -(-in_features // 2), PANEL, 2], dtype)
-    if dtype == "float32":
-        return paddle.empty([count, panels, in_features, PANEL], dtype)
-    raise ValueError(f"cannot compute in {dtype}")
+    if format == "bfloat16":
+        return paddle.empty([count, panels, -(-in_features // 2), PANEL, 2], format)
+    if format == "float32":
+        return paddle.empty([count, panels, in_features, PANEL], format)
+    panel_bytes = library().c.fdserve_panel_bytes(FORMATS.index(format), ctypes.c_int64(in_features))
+    return paddle.empty([count, panels, panel_bytes], "uint8")
 
 
-def _pack_into(data: Any, index: int, weight: npt.NDArray[Any], dtype: str, in_out: bool) -> None:
-    import ctypes
-
+def _pack_into(data: Any, index: int, weight: npt.NDArray[Any], format: str, in_out: bool) -> None:
     if weight.dtype.name not in _SOURCES or not weight.dtype.isnative:
         raise ValueError(f"a weight must be float32 or bfloat16 (as uint16), not {weight.dtype}")
     weight = np.ascontiguousarray(weight)
@@ -108,6 +141,6 @@ def _pack_into(data: Any, index: int, weight: npt.NDArray[Any], dtype: str, in_o
         ctypes.c_int64(out_features),
         ctypes.c_int64(in_features),
         ctypes.c_int(_SOURCES[weight.dtype.name]),
-        ctypes.c_int(dtype == "bfloat16"),
+        ctypes.c_int(FORMATS.index(format)),
         ctypes.c_int(in_out),
     )

@@ -40,6 +40,7 @@ class Runner:
             rank=load.rank,
             world_size=load.world_size,
             dtype=self.dtype,
+            quantization=None if load.quantization == "none" else load.quantization,
             all_reduce=collectives.all_reduce if collectives else identity,
             all_gather=collectives.all_gather if collectives else identity,
             progress=lambda done, total: progress("weights", done, total),

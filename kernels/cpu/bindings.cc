@@ -10,6 +10,8 @@
 namespace {
 
 using fdserve::Dtype;
+using fdserve::Format;
+using fdserve::Matrix;
 using paddle::DataType;
 using paddle::Tensor;
 
@@ -35,20 +37,37 @@ Tensor make(std::initializer_list<int64_t> shape, DataType dtype) {
   return paddle::empty(std::vector<int64_t>(shape), dtype, paddle::CPUPlace());
 }
 
-std::vector<Tensor> linear(const Tensor& x, const Tensor& panels, int64_t n, int64_t k, bool to_float) {
+// A packed matrix, or one for each of several experts, for activations of `dtype`.
+Matrix matrix_of(const Tensor& panels, int64_t format_, int64_t n, int64_t k, DataType dtype) {
+  require(format_ >= 0 && format_ <= static_cast<int64_t>(Format::kW8a8), "a weight has an unknown format");
+  const Format format = static_cast<Format>(format_);
+  const DataType stored = format == Format::kFloat32    ? DataType::FLOAT32
+                          : format == Format::kBfloat16 ? DataType::BFLOAT16
+                                                        : DataType::UINT8;
+  require(panels.dtype() == stored && (stored == DataType::UINT8 || stored == dtype),
+          "x and the weight must have the same dtype");
+  require(n > 0 && k > 0 && panels.numel() * static_cast<int64_t>(phi::SizeOf(stored)) %
+                                    (fdserve::panel_bytes(format, k) * ((n + fdserve::PANEL - 1) / fdserve::PANEL)) == 0,
+          "a weight is not of this size");
+  return {panels.data(), n, k, format};
+}
+
+std::vector<Tensor> linear(const Tensor& x, const Tensor& panels, int64_t format, int64_t n, int64_t k, bool to_float) {
   require(x.dims().size() == 2 && x.dims()[1] == k, "linear: x must be [T, in_features]");
-  require(x.dtype() == panels.dtype(), "linear: x and the weight must have the same dtype");
+  const Matrix weight = matrix_of(panels, format, n, k, x.dtype());
   Tensor out = make({x.dims()[0], n}, to_float ? DataType::FLOAT32 : x.dtype());
-  if (out.numel() > 0)
-    fdserve::linear(x.data(), x.dims()[0], k, panels.data(), n, dtype_of(x), out.data(), dtype_of(out));
+  if (out.numel() > 0) fdserve::linear(x.data(), x.dims()[0], dtype_of(x), weight, out.data(), dtype_of(out));
   return {out};
 }
 
-std::vector<Tensor> embedding(const Tensor& ids, const Tensor& panels, int64_t vocab, int64_t hidden) {
+std::vector<Tensor> embedding(const Tensor& ids, const Tensor& panels, int64_t format, int64_t vocab, int64_t hidden,
+                              bool to_bfloat16) {
   const auto* id = data_of<int32_t>(ids, DataType::INT32, "embedding: ids must be int32");
   for (int64_t t = 0; t < ids.numel(); ++t) require(id[t] >= 0 && id[t] < vocab, "embedding: an id is out of range");
-  Tensor out = make({ids.numel(), hidden}, panels.dtype());
-  if (out.numel() > 0) fdserve::embedding(id, ids.numel(), panels.data(), hidden, dtype_of(panels), out.data());
+  require(format != static_cast<int64_t>(Format::kW8a8), "embedding: a table cannot be w8a8");
+  Tensor out = make({ids.numel(), hidden}, to_bfloat16 ? DataType::BFLOAT16 : DataType::FLOAT32);
+  const Matrix table = matrix_of(panels, format, vocab, hidden, out.dtype());
+  if (out.numel() > 0) fdserve::embedding(id, ids.numel(), table, dtype_of(out), out.data());
   return {out};
 }
 
@@ -129,22 +148,23 @@ std::vector<Tensor> attention(const Tensor& qkv, const Tensor& k_cache, const Te
 }
 
 std::vector<Tensor> moe(const Tensor& x, const Tensor& gate, const Tensor& correction_bias, const Tensor& up_gate,
-                        const Tensor& down, const paddle::optional<Tensor>& shared, int64_t inner, int64_t top_k,
-                        float norm_min) {
+                        const Tensor& down, const paddle::optional<Tensor>& shared, int64_t format, int64_t inner,
+                        int64_t top_k, float norm_min) {
   require(x.dims().size() == 2 && gate.dims().size() == 2 && gate.dims()[1] == x.dims()[1],
           "moe: x must be [T, H] and gate [E, H]");
   const int64_t experts = gate.dims()[0];
   require(correction_bias.numel() == experts && up_gate.dims()[0] == experts && down.dims()[0] == experts,
           "moe: gate, correction_bias, up_gate and down must have as many experts");
   require(top_k > 0 && top_k <= experts, "moe: top_k must be between 1 and the number of experts");
-  require(up_gate.dtype() == x.dtype() && down.dtype() == x.dtype(), "moe: x and the experts must have the same dtype");
+  const int64_t hidden = x.dims()[1];
   require(!shared || (shared->dims() == x.dims() && shared->dtype() == x.dtype()), "moe: shared must be like x");
   Tensor out = make({x.dims()[0], x.dims()[1]}, x.dtype());
   if (x.numel() > 0)
     fdserve::moe({dtype_of(x), x.dims()[0], x.dims()[1], inner, experts, top_k, norm_min, x.data(),
                   data_of<float>(gate, DataType::FLOAT32, "moe: gate must be float32"),
                   data_of<float>(correction_bias, DataType::FLOAT32, "moe: correction_bias must be float32"),
-                  up_gate.data(), down.data(), shared ? shared->data() : nullptr, out.data()});
+                  matrix_of(up_gate, format, 2 * inner, hidden, x.dtype()),
+                  matrix_of(down, format, hidden, inner, x.dtype()), shared ? shared->data() : nullptr, out.data()});
   return {out};
 }
 
@@ -222,13 +242,13 @@ struct Guarded<function> {
 PD_BUILD_OP(fdserve_linear)
     .Inputs({"x", "panels"})
     .Outputs({"out"})
-    .Attrs({"n: int64_t", "k: int64_t", "to_float: bool"})
+    .Attrs({"format: int64_t", "n: int64_t", "k: int64_t", "to_float: bool"})
     .SetKernelFn(PD_KERNEL(Guarded<linear>::call));
 
 PD_BUILD_OP(fdserve_embedding)
     .Inputs({"ids", "panels"})
     .Outputs({"out"})
-    .Attrs({"vocab: int64_t", "hidden: int64_t"})
+    .Attrs({"format: int64_t", "vocab: int64_t", "hidden: int64_t", "to_bfloat16: bool"})
     .SetKernelFn(PD_KERNEL(Guarded<embedding>::call));
 
 PD_BUILD_OP(fdserve_rms_norm)
@@ -254,7 +274,7 @@ PD_BUILD_OP(fdserve_attention)
 PD_BUILD_OP(fdserve_moe)
     .Inputs({"x", "gate", "correction_bias", "up_gate", "down", paddle::Optional("shared")})
     .Outputs({"out"})
-    .Attrs({"inner: int64_t", "top_k: int64_t", "norm_min: float"})
+    .Attrs({"format: int64_t", "inner: int64_t", "top_k: int64_t", "norm_min: float"})
     .SetKernelFn(PD_KERNEL(Guarded<moe>::call));
 
 PD_BUILD_OP(fdserve_sample)

@@ -1,16 +1,17 @@
 // A few rows times a panel: acc[rows][64] += a[rows][depth] . panel[depth][64].
 //
-// Layout: panel [K][64] float, or [K/2][64][2] bf16 (a dot-product instruction takes pairs of k); 256 bytes a step of
-// depth. Tiling: up to 6 rows by 4 vectors of 16 (24 accumulators of 32 registers; 6 by 2 vectors where there are 16
-// registers); the panel slice is read once per 6 rows. Every output element is one chain of multiply-adds over k, so it
-// does not depend on how many rows are computed together.
+// Layout: panel [K][64] float, [K/2][64][2] bf16 or [K/4][64][4] bytes (a dot-product instruction takes 4 bytes of k); 256
+// bytes a step of depth, and 4 bytes of a row of `a`. Tiling: up to 6 rows by 4 vectors of 16 (24 accumulators of 32
+// registers; 6 by 2 vectors where there are 16 registers); the panel slice is read once per 6 rows. Every output element
+// is one chain of multiply-adds over k, so it does not depend on how many rows are computed together.
 // Floor: memory up to ~24 rows, then 2 multiply-adds a cycle. To reach both, all passes over a slice share out the
-// fetching of the slice that follows it in memory; a single pass fetches a little ahead of itself.
+// fetching of what follows in memory; a single pass fetches a little ahead of itself.
 
 namespace fdserve {
 namespace FD_ISA {
 
 constexpr int GEMM_ROWS = 6;
+constexpr int GEMM_VECTORS = VL == 16 ? 4 : 2;
 constexpr int64_t STEP_BYTES = PANEL * 4, AHEAD_BYTES = 4096, LINE = 64;
 
 template <int LINES>
@@ -18,86 +19,122 @@ FD_INLINE void prefetch(const char* from) {
   for (int i = 0; i < LINES; ++i) __builtin_prefetch(from + i * LINE, 0, LINES == 4 ? 3 : 2);
 }
 
+FD_INLINE int32_t word_at(const char* p) {
+  int32_t word;
+  __builtin_memcpy(&word, p, 4);
+  return word;
+}
+
+struct Floats {
+  using Sum = float;
+  using Vector = vf;
+  FD_INLINE vf input(const char* p) { return (vf)(vi{} + word_at(p)); }
+  FD_INLINE vf weight(const char* p) { return load(reinterpret_cast<const float*>(p)); }
+  FD_INLINE vf dot(vf sum, vf x, vf w) { return fma(x, w, sum); }
+};
+
+struct Bytes {
+  using Sum = int32_t;
+  using Vector = vi;
+  FD_INLINE vi input(const char* p) { return vi{} + word_at(p); }
+  FD_INLINE vi weight(const char* p) { return *reinterpret_cast<const viu*>(p); }
+  FD_INLINE vi dot(vi sum, vi x, vi w) {
 #ifdef FD_BF16
-
-template <int ROWS, int LINES>
-void gemm_rows(const bf16* a, int64_t stride, const bf16* panel, int64_t depth, float* acc, bool first,
-               const char* ahead) {
-  __m512 c[ROWS][4];
-  for (int r = 0; r < ROWS; ++r)
-    for (int v = 0; v < 4; ++v) c[r][v] = first ? _mm512_setzero_ps() : _mm512_load_ps(acc + r * PANEL + v * 16);
-  const char* b = reinterpret_cast<const char*>(panel);
-  for (int64_t k = 0; k < depth; ++k, b += STEP_BYTES, ahead += LINES * LINE) {
-    prefetch<LINES>(ahead);
-    __m512bh w[4];
-    for (int v = 0; v < 4; ++v) w[v] = (__m512bh)_mm512_loadu_si512(b + v * 64);
-    for (int r = 0; r < ROWS; ++r) {
-      int32_t pair;
-      __builtin_memcpy(&pair, a + r * stride + 2 * k, 4);
-      const __m512bh x = (__m512bh)_mm512_set1_epi32(pair);
-      for (int v = 0; v < 4; ++v) c[r][v] = _mm512_dpbf16_ps(c[r][v], x, w[v]);
-    }
-  }
-  for (int r = 0; r < ROWS; ++r)
-    for (int v = 0; v < 4; ++v) _mm512_store_ps(acc + r * PANEL + v * 16, c[r][v]);
-}
-
+    return (vi)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)x, (__m512i)w);
 #else
-
-constexpr int GEMM_VECTORS = VL == 16 ? 4 : 2;
-
-template <int ROWS, int LINES>
-void gemm_rows(const float* a, int64_t stride, const float* panel, int64_t depth, float* acc, bool first,
-               const char* ahead) {
-  for (int64_t column = 0; column < PANEL; column += GEMM_VECTORS * VL) {
-    vf c[ROWS][GEMM_VECTORS];
-    for (int r = 0; r < ROWS; ++r)
-      for (int v = 0; v < GEMM_VECTORS; ++v)
-        c[r][v] = first ? vf{} : load(acc + r * PANEL + column + v * VL);
-    const float* b = panel + column;
-    for (int64_t k = 0; k < depth; ++k, b += PANEL) {
-      if (GEMM_VECTORS * VL == PANEL) prefetch<LINES>(ahead + k * LINES * LINE);
-      vf w[GEMM_VECTORS];
-      for (int v = 0; v < GEMM_VECTORS; ++v) w[v] = load(b + v * VL);
-      for (int r = 0; r < ROWS; ++r) {
-        const vf x = splat(a[r * stride + k]);
-        for (int v = 0; v < GEMM_VECTORS; ++v) c[r][v] = fma(x, w[v], c[r][v]);
-      }
-    }
-    for (int r = 0; r < ROWS; ++r)
-      for (int v = 0; v < GEMM_VECTORS; ++v) store(acc + r * PANEL + column + v * VL, c[r][v]);
+    for (int byte = 0; byte < 4; ++byte) sum += (x >> 8 * byte & 255) * (w << (24 - 8 * byte) >> 24);
+    return sum;
+#endif
   }
-}
+};
 
+#ifdef FD_BF16
+struct Pairs {
+  using Sum = float;
+  using Vector = vf;
+  FD_INLINE vi input(const char* p) { return vi{} + word_at(p); }
+  FD_INLINE vi weight(const char* p) { return *reinterpret_cast<const viu*>(p); }
+  FD_INLINE vf dot(vf sum, vi x, vi w) { return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)w); }
+};
+template <class E> struct MathOf { using type = Pairs; };
+#else
+template <class E> struct MathOf { using type = Floats; };
 #endif
 
-template <class E, int LINES>
-void gemm_passes(const E* a, int64_t stride, int64_t rows, const E* panel, int64_t depth, float* acc, bool first) {
-  const char* const begin = reinterpret_cast<const char*>(panel);
-  const char* const end = begin + depth * STEP_BYTES;
+// With scales the sums are of this slice alone, and are added to `acc` times the scales.
+template <class Math, int ROWS, int LINES, bool SCALED>
+void gemm_rows(const char* a, int64_t stride, const char* panel, int64_t depth, typename Math::Sum* acc, bool first,
+               const char* ahead, const bf16* scales) {
+  for (int64_t column = 0; column < PANEL; column += GEMM_VECTORS * VL) {
+    typename Math::Vector c[ROWS][GEMM_VECTORS];
+    for (int r = 0; r < ROWS; ++r)
+      for (int v = 0; v < GEMM_VECTORS; ++v)
+        c[r][v] = first || SCALED ? typename Math::Vector{} : load(acc + r * PANEL + column + v * VL);
+    const char* b = panel + column * 4;
+    for (int64_t k = 0; k < depth; ++k, b += STEP_BYTES) {
+      if (GEMM_VECTORS * VL == PANEL) prefetch<LINES>(ahead + k * LINES * LINE);
+      decltype(Math::weight(b)) w[GEMM_VECTORS];
+      for (int v = 0; v < GEMM_VECTORS; ++v) w[v] = Math::weight(b + v * VL * 4);
+      for (int r = 0; r < ROWS; ++r) {
+        const auto x = Math::input(a + r * stride + 4 * k);
+        for (int v = 0; v < GEMM_VECTORS; ++v) c[r][v] = Math::dot(c[r][v], x, w[v]);
+      }
+    }
+    for (int v = 0; v < GEMM_VECTORS; ++v) {
+      const int64_t at = column + v * VL;
+      if constexpr (SCALED) {
+        const vf scale = widened(scales + at);
+        for (int r = 0; r < ROWS; ++r)
+          store(acc + r * PANEL + at, fma(c[r][v], scale, first ? vf{} : load(acc + r * PANEL + at)));
+      } else {
+        for (int r = 0; r < ROWS; ++r) store(acc + r * PANEL + at, c[r][v]);
+      }
+    }
+  }
+}
+
+// `next` is `lines` cache lines that will be wanted after this slice.
+template <class Math, int LINES, bool SCALED>
+void gemm_passes(const char* a, int64_t stride, int64_t rows, const char* panel, int64_t depth, typename Math::Sum* acc,
+                 bool first, const char* next, int64_t lines, const bf16* scales) {
   const int64_t passes = (rows + GEMM_ROWS - 1) / GEMM_ROWS;
   for (int64_t pass = 0; pass < passes; ++pass) {
-    // What is left to fetch of the next slice; when nothing is, this one, which costs nothing.
-    const char* ahead = LINES == 4 ? begin + AHEAD_BYTES : pass * LINES < 4 ? end + pass * LINES * LINE * depth : begin;
+    // What is left to fetch; when nothing is, this slice, which costs nothing.
+    const int64_t fetched = pass * LINES * depth;
+    const char* ahead = LINES == 4 ? panel + AHEAD_BYTES : fetched < lines ? next + fetched * LINE : panel;
     const int64_t n = (rows + passes - pass - 1) / (passes - pass);  // passes as even as can be
     switch (n) {
-      case 1: gemm_rows<1, LINES>(a, stride, panel, depth, acc, first, ahead); break;
-      case 2: gemm_rows<2, LINES>(a, stride, panel, depth, acc, first, ahead); break;
-      case 3: gemm_rows<3, LINES>(a, stride, panel, depth, acc, first, ahead); break;
-      case 4: gemm_rows<4, LINES>(a, stride, panel, depth, acc, first, ahead); break;
-      case 5: gemm_rows<5, LINES>(a, stride, panel, depth, acc, first, ahead); break;
-      default: gemm_rows<6, LINES>(a, stride, panel, depth, acc, first, ahead);
+      case 1: gemm_rows<Math, 1, LINES, SCALED>(a, stride, panel, depth, acc, first, ahead, scales); break;
+      case 2: gemm_rows<Math, 2, LINES, SCALED>(a, stride, panel, depth, acc, first, ahead, scales); break;
+      case 3: gemm_rows<Math, 3, LINES, SCALED>(a, stride, panel, depth, acc, first, ahead, scales); break;
+      case 4: gemm_rows<Math, 4, LINES, SCALED>(a, stride, panel, depth, acc, first, ahead, scales); break;
+      case 5: gemm_rows<Math, 5, LINES, SCALED>(a, stride, panel, depth, acc, first, ahead, scales); break;
+      default: gemm_rows<Math, 6, LINES, SCALED>(a, stride, panel, depth, acc, first, ahead, scales);
     }
     rows -= n, a += n * stride, acc += n * PANEL;
   }
 }
 
+template <class Math>
+void gemm_slice(const void* a_, int64_t stride, int64_t rows, const void* panel_, int64_t depth, typename Math::Sum* acc,
+                bool first) {
+  const char *a = static_cast<const char*>(a_), *panel = static_cast<const char*>(panel_);
+  const char* end = panel + depth * STEP_BYTES;
+  if (rows <= GEMM_ROWS)
+    gemm_passes<Math, 4, false>(a, stride, rows, panel, depth, acc, first, end, 4 * depth, nullptr);
+  else if (rows <= 3 * GEMM_ROWS)
+    gemm_passes<Math, 2, false>(a, stride, rows, panel, depth, acc, first, end, 4 * depth, nullptr);
+  else gemm_passes<Math, 1, false>(a, stride, rows, panel, depth, acc, first, end, 4 * depth, nullptr);
+}
+
 template <class E>
-void gemm(const void* a_, int64_t stride, int64_t rows, const void* panel_, int64_t depth, float* acc, bool first) {
-  const E *a = static_cast<const E*>(a_), *panel = static_cast<const E*>(panel_);
-  if (rows <= GEMM_ROWS) gemm_passes<E, 4>(a, stride, rows, panel, depth, acc, first);
-  else if (rows <= 3 * GEMM_ROWS) gemm_passes<E, 2>(a, stride, rows, panel, depth, acc, first);
-  else gemm_passes<E, 1>(a, stride, rows, panel, depth, acc, first);
+void gemm(const void* a, int64_t stride, int64_t rows, const void* panel, int64_t depth, float* acc, bool first) {
+  gemm_slice<typename MathOf<E>::type>(a, stride, rows, panel, depth, acc, first);
+}
+
+inline void gemm_bytes(const void* a, int64_t stride, int64_t rows, const void* panel, int64_t depth, int32_t* acc,
+                       bool first) {
+  gemm_slice<Bytes>(a, stride, rows, panel, depth, acc, first);
 }
 
 }  // namespace FD_ISA

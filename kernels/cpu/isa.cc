@@ -33,7 +33,10 @@ Isa detect() {
   if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
       !__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512dq"))
     return kAvx2;
-  return __builtin_cpu_supports("avx512bf16") ? kAvx512Bf16 : kAvx512;
+  // Whatever has the first also has the others, but for one generation of processors.
+  const bool bf16 = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") &&
+                    __builtin_cpu_supports("avx512vbmi");
+  return bf16 ? kAvx512Bf16 : kAvx512;
 }
 
 Isa& current() {
@@ -81,10 +84,14 @@ void fdserve_keep_freed_memory() {
 int fdserve_num_threads() { return fdserve::num_threads(); }
 void fdserve_set_num_threads(int count) { fdserve::set_num_threads(count); }
 
-void fdserve_pack(void* panels, const void* weight, int64_t n, int64_t k, int source_is_float, int to_bf16, int in_out) {
+int64_t fdserve_panel_bytes(int format, int64_t k) {
+  return fdserve::panel_bytes(static_cast<fdserve::Format>(format), k);
+}
+
+void fdserve_pack(void* panels, const void* weight, int64_t n, int64_t k, int source_is_float, int format, int in_out) {
   using fdserve::Dtype;
   fdserve::pack(panels, weight, n, k, source_is_float ? Dtype::kFloat32 : Dtype::kBfloat16,
-                to_bf16 ? Dtype::kBfloat16 : Dtype::kFloat32, in_out != 0);
+                static_cast<fdserve::Format>(format), in_out != 0);
 }
 
 }  // extern "C"

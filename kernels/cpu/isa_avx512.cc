@@ -1,7 +1,7 @@
 // Float kernels with AVX-512.
 #include <immintrin.h>
 
-#include "kernels.h"
+#include "layout.h"
 
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")
 #define FD_ISA avx512
@@ -9,6 +9,8 @@
 
 #include "vec.h"
 #include "gemm.h"
+#include "weight_only.h"
+#include "quantize.h"
 #include "rows.h"
 #include "attend.h"
 #include "scan.h"

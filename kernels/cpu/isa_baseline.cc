@@ -1,13 +1,15 @@
 // Float kernels for any x86-64.
 #include <immintrin.h>
 
-#include "kernels.h"
+#include "layout.h"
 
 #define FD_ISA baseline
 #define VL 4
 
 #include "vec.h"
 #include "gemm.h"
+#include "weight_only.h"
+#include "quantize.h"
 #include "rows.h"
 #include "attend.h"
 #include "scan.h"

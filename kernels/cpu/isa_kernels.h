@@ -5,17 +5,16 @@ namespace FD_ISA {
 
 template <class E>
 constexpr RowKernels make_row_kernels() {
-  return {gemm<E>,      rms_norm_row<E>, swiglu_row<E>,  add_row<E>,
-          rotate<E>,    store_key<E>,    store_value<E>, attend<E>};
+  return {gemm<E>,       gemm_groups<E>, gemm_bytes, scale_sums,   to_bytes<E>,    rms_norm_row<E>,
+          swiglu_row<E>, add_row<E>,     rotate<E>,  store_key<E>, store_value<E>, attend<E>};
 }
 
 #ifdef FD_BF16
 extern const RowKernels row_kernels = make_row_kernels<bf16>();
 #else
 extern const RowKernels row_kernels = make_row_kernels<float>();
-extern const FloatKernels float_kernels = {axpy_row, softmax, dot,  widen,    merge,
-                                           finish,   peak,    exp_sums, exps, at_least,
-                                           mass_from, between, kept_sums, nth_equal, allow};
+extern const FloatKernels float_kernels = {axpy_row, softmax,  dot,       widen, merge,     finish,    quantize, peak,
+                                           exp_sums, exps,     at_least,  mass_from, between,  kept_sums, nth_equal, allow};
 #endif
 
 }  // namespace FD_ISA

@@ -13,16 +13,48 @@ using bf16 = uint16_t;
 enum class Dtype { kFloat32, kBfloat16 };
 inline int64_t size_of(Dtype dtype) { return dtype == Dtype::kBfloat16 ? 2 : 4; }
 
+// How a packed matrix is stored; the layouts are in gemm.h, weight_only.h and bytes.h. kWint8 and kWint4 are integers
+// with a scale for each GROUP of inputs of an output, multiplied with activations as they are; kW8a8 has a scale for each
+// output and is multiplied with activations rounded to bytes.
+enum class Format { kFloat32, kBfloat16, kWint8, kWint4, kW8a8 };
+inline bool is_weight_only(Format format) { return format == Format::kWint8 || format == Format::kWint4; }
+inline Format format_of(Dtype dtype) { return dtype == Dtype::kBfloat16 ? Format::kBfloat16 : Format::kFloat32; }
+
 constexpr int64_t PANEL = 64;      // output features in a packed panel
+constexpr int64_t GROUP = 64;      // inputs that share a scale
 constexpr int64_t KEY_GROUP = 16;  // keys stored together
 constexpr int64_t KEY_TILE = 64;   // keys scored together, at absolute positions
 constexpr int64_t KEY_PART = 512;  // keys between two merges of the softmax state, at absolute positions
 constexpr int MAX_HEAD_DIM = 256;
 
-// Bytes of one packed panel: [K][64] float, or [K/2][64][2] bf16 with K rounded up to even.
-inline int64_t panel_bytes(Dtype dtype, int64_t k) {
-  return dtype == Dtype::kBfloat16 ? (k + 1) / 2 * PANEL * 4 : k * PANEL * 4;
+// Bytes of a group of a panel: the scales in bf16, then the integers.
+inline int64_t group_bytes(Format format) { return PANEL * 2 + GROUP * PANEL / (format == Format::kWint4 ? 2 : 1); }
+
+// Of a kW8a8 panel, before its integers: the scales in float, then 128 times the sum of each output's integers.
+constexpr int64_t W8A8_HEAD_BYTES = PANEL * 8;
+
+// Inputs as the panels hold them: K rounded up, the rest zeros.
+inline int64_t padded_inputs(Format format, int64_t k) {
+  const int64_t step = format == Format::kFloat32 ? 1 : format == Format::kBfloat16 ? 2 : format == Format::kW8a8 ? 4 : GROUP;
+  return (k + step - 1) / step * step;
 }
+
+inline int64_t panel_bytes(Format format, int64_t k) {
+  k = padded_inputs(format, k);
+  switch (format) {
+    case Format::kFloat32: return k * PANEL * 4;
+    case Format::kBfloat16: return k * PANEL * 2;
+    case Format::kW8a8: return W8A8_HEAD_BYTES + k * PANEL;
+    default: return k / GROUP * group_bytes(format);
+  }
+}
+
+// A packed matrix [N][K], or several of them one after the other.
+struct Matrix {
+  const void* panels;
+  int64_t n, k;
+  Format format;
+};
 
 struct KeyTile {
   const void* keys[KEY_TILE / KEY_GROUP];  // each 16 keys of one head, see attend.h; null past the last key
@@ -38,6 +70,17 @@ struct AttendState {
 struct RowKernels {
   // acc[rows][64] (= or +=) a[rows][depth] x panel slice, in order of depth; depth counts K (bf16: pairs, zero-padded).
   void (*gemm)(const void* a, int64_t row_stride, int64_t rows, const void* panel, int64_t depth, float* acc, bool first);
+  // acc[rows][64] = a[rows][groups of inputs] x panel, of a weight-only format.
+  void (*gemm_groups)(const void* a, int64_t row_stride, int64_t rows, const void* panel, Format format, int64_t groups,
+                      float* acc);
+  // acc[rows][64] (= or +=) a[rows][4 depth] x panel slice, bytes that are 128 too large times signed ones.
+  void (*gemm_bytes)(const void* a, int64_t row_stride, int64_t rows, const void* panel, int64_t depth, int32_t* acc,
+                     bool first);
+  // acc[rows][64] = (sums - offsets[64]) * (row_scales[rows] * scales[64]); acc and sums may be the same memory.
+  void (*scale_sums)(const int32_t* sums, int64_t rows, const int32_t* offsets, const float* scales,
+                     const float* row_scales, float* acc);
+  // x[size] / scale + 128 rounded into bytes; returns the scale, which makes the largest magnitude 127.
+  float (*to_bytes)(const void* x, int64_t size, uint8_t* out);
   void (*rms_norm)(const void* x, const void* residual, const void* weight, float eps, int64_t size, void* out,
                    void* total);
   void (*swiglu)(const void* x, int64_t size, void* out);
@@ -63,6 +106,8 @@ struct FloatKernels {
   void (*merge)(AttendState total, AttendState part, int64_t rows, int64_t head_dim, int64_t stride);
   // Divide by the mass: values[rows][stride] becomes the answer.
   void (*finish)(AttendState state, int64_t rows, int64_t head_dim, int64_t stride);
+  // A group of a panel out of w[GROUP][64].
+  void (*quantize)(const float* w, Format format, void* group);
   // Largest element and whether there is a NaN.
   float (*peak)(const float* x, int64_t size, bool* has_nan);
   // sums[b] = sum of exp((x - peak) * inverse) over the b-th block of SUM_BLOCK elements; each into `out` unless null.
@@ -98,13 +143,12 @@ const RowKernels& row_kernels(Dtype dtype);
 const FloatKernels& float_kernels();
 
 // weight[N][K], or [K][N] when in_out, into panels.
-void pack(void* panels, const void* weight, int64_t n, int64_t k, Dtype source, Dtype dtype, bool in_out);
+void pack(void* panels, const void* weight, int64_t n, int64_t k, Dtype source, Format format, bool in_out);
 
-// out[T][N] (out_dtype) = x[T][K] times the packed matrix.
-void linear(const void* x, int64_t tokens, int64_t k, const void* panels, int64_t n, Dtype dtype, void* out,
-            Dtype out_dtype);
-// out[T][K] = columns ids[T] of the packed matrix.
-void embedding(const int32_t* ids, int64_t tokens, const void* panels, int64_t k, Dtype dtype, void* out);
+// out[T][N] (out_dtype) = x[T][K] (dtype) times the packed matrix.
+void linear(const void* x, int64_t tokens, Dtype dtype, const Matrix& weight, void* out, Dtype out_dtype);
+// out[T][K] (dtype) = rows ids[T] of the packed matrix [N][K].
+void embedding(const int32_t* ids, int64_t tokens, const Matrix& table, Dtype dtype, void* out);
 void rms_norm(const void* x, const void* residual, const void* weight, float eps, int64_t tokens, int64_t size,
               Dtype dtype, void* out, void* total);
 void swiglu(const void* x, int64_t tokens, int64_t size, Dtype dtype, void* out);
@@ -127,7 +171,8 @@ struct MoeCall {
   float norm_min;
   const void* x;
   const float *gate, *correction_bias;
-  const void *up_gate, *down, *shared;
+  Matrix up_gate, down;  // each of all experts
+  const void* shared;
   void* out;
 };
 void moe(const MoeCall& call);

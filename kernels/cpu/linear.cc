@@ -17,48 +17,83 @@ namespace {
 constexpr int64_t FEW_ROWS = 18, FEW_SLICE_BYTES = 16 << 10, SLICE_BYTES = 64 << 10;
 constexpr int64_t ROW_BLOCK = 192;         // rows whose sums and inputs share L2 with a slice
 constexpr int64_t TASK_BYTES = 1 << 20;    // of panels a task streams: long runs suit the hardware's prefetch
+constexpr int64_t BYTES_CHUNK = 32 << 10;  // of activations a task rounds
+
+int64_t slice_bytes(int64_t rows) { return rows <= FEW_ROWS ? FEW_SLICE_BYTES : SLICE_BYTES; }
 
 }  // namespace
 
-Rows padded_rows(const void* x, int64_t rows, int64_t k, Dtype dtype, ScratchSlot slot) {
-  if (dtype == Dtype::kFloat32 || k % 2 == 0) return {x, k};
-  bf16* copy = scratch<bf16>(slot, rows * (k + 1));
-  for (int64_t r = 0; r < rows; ++r) {
-    std::memcpy(copy + r * (k + 1), static_cast<const bf16*>(x) + r * k, static_cast<size_t>(k) * 2);
-    copy[r * (k + 1) + k] = 0;
+Rows prepared_rows(const void* x_, int64_t rows, int64_t k, Dtype dtype, Format format, ScratchSlot slot) {
+  const char* x = static_cast<const char*>(x_);
+  const int64_t row = k * size_of(dtype), padded = padded_inputs(format, k);
+  if (format != Format::kW8a8) {
+    const int64_t stride = padded * size_of(dtype);
+    if (padded == k) return {x, stride, nullptr};
+    char* copy = scratch<char>(slot, rows * stride);
+    for (int64_t r = 0; r < rows; ++r) {
+      std::memcpy(copy + r * stride, x + r * row, static_cast<size_t>(row));
+      std::memset(copy + r * stride + row, 0, static_cast<size_t>(stride - row));
+    }
+    return {copy, stride, nullptr};
   }
-  return {copy, k + 1};
+  const RowKernels& kernels = row_kernels(dtype);
+  float* scales = scratch<float>(slot, rows + rows * padded / 4);
+  uint8_t* bytes = reinterpret_cast<uint8_t*>(scales + rows);
+  const int64_t chunk = std::max<int64_t>(1, BYTES_CHUNK / padded);
+  parallel((rows + chunk - 1) / chunk, [&](int64_t c) {
+    for (int64_t r = c * chunk; r < std::min(rows, (c + 1) * chunk); ++r) {
+      std::memset(bytes + (r + 1) * padded - 4, 0, 4);
+      scales[r] = kernels.to_bytes(x + r * row, k, bytes + r * padded);
+    }
+  });
+  return {reinterpret_cast<char*>(bytes), padded, scales};
 }
 
-void panel_product(const RowKernels& kernels, Dtype dtype, Rows x, int64_t rows, int64_t k, const void* panel,
+namespace {
+
+// Bytes times bytes: exact, then scaled once.
+void byte_product(const RowKernels& kernels, Rows x, int64_t rows, int64_t k, const char* panel, float* acc) {
+  const float* scales = reinterpret_cast<const float*>(panel);
+  const int32_t* offsets = reinterpret_cast<const int32_t*>(panel) + PANEL;
+  int32_t* sums = reinterpret_cast<int32_t*>(acc);
+  const int64_t depth = padded_inputs(Format::kW8a8, k) / 4, slice = slice_bytes(rows) / (PANEL * 4);
+  for (int64_t done = 0; done < depth; done += slice)
+    kernels.gemm_bytes(x.data + done * 4, x.stride, rows, panel + W8A8_HEAD_BYTES + done * PANEL * 4,
+                       std::min(slice, depth - done), sums, done == 0);
+  kernels.scale_sums(sums, rows, offsets, scales, x.scales, acc);
+}
+
+}  // namespace
+
+void panel_product(const RowKernels& kernels, Format format, Rows x, int64_t rows, int64_t k, const void* panel_,
                    float* acc) {
-  const bool pairs = dtype == Dtype::kBfloat16;
-  const int64_t depth = pairs ? (k + 1) / 2 : k;
-  const int64_t slice = (rows <= FEW_ROWS ? FEW_SLICE_BYTES : SLICE_BYTES) / (PANEL * 4);
-  const int64_t a_step = slice * 4, panel_step = slice * PANEL * 4;  // both dtypes: 4 bytes a row and step of depth
-  const char *a = static_cast<const char*>(x.data), *b = static_cast<const char*>(panel);
-  for (int64_t done = 0; done < depth; done += slice, a += a_step, b += panel_step)
-    kernels.gemm(a, x.stride, rows, b, std::min(slice, depth - done), acc, done == 0);
+  const char* panel = static_cast<const char*>(panel_);
+  if (format == Format::kW8a8) return byte_product(kernels, x, rows, k, panel, acc);
+  const int64_t inputs = padded_inputs(format, k);
+  if (is_weight_only(format)) return kernels.gemm_groups(x.data, x.stride, rows, panel, format, inputs / GROUP, acc);
+  const int64_t depth = format == Format::kBfloat16 ? inputs / 2 : inputs, slice = slice_bytes(rows) / (PANEL * 4);
+  for (int64_t done = 0; done < depth; done += slice)
+    kernels.gemm(x.data + done * 4, x.stride, rows, panel + done * PANEL * 4, std::min(slice, depth - done), acc, done == 0);
 }
 
-void linear(const void* x, int64_t tokens, int64_t k, const void* panels, int64_t n, Dtype dtype, void* out,
-            Dtype out_dtype) {
+void linear(const void* x, int64_t tokens, Dtype dtype, const Matrix& weight, void* out, Dtype out_dtype) {
   const RowKernels& kernels = row_kernels(dtype);
   const RowKernels& out_kernels = row_kernels(out_dtype);
-  const Rows rows = padded_rows(x, tokens, k, dtype, kScratchCall);
-  const int64_t bytes = panel_bytes(dtype, k), count = (n + PANEL - 1) / PANEL;
+  const int64_t n = weight.n, k = weight.k;
+  const Rows rows = prepared_rows(x, tokens, k, dtype, weight.format, kScratchCall);
+  const int64_t bytes = panel_bytes(weight.format, k), count = (n + PANEL - 1) / PANEL;
   const int64_t row_blocks = (tokens + ROW_BLOCK - 1) / ROW_BLOCK;
   // Enough tasks to share out evenly, long enough to stream.
   const int64_t share = std::max<int64_t>(1, count * row_blocks / (4 * num_threads()));
   const int64_t run = std::min(share, std::max<int64_t>(1, TASK_BYTES / bytes));
   const int64_t runs = (count + run - 1) / run;
-  const int64_t out_size = size_of(out_dtype), x_row = rows.stride * size_of(dtype);
+  const int64_t out_size = size_of(out_dtype);
   parallel(row_blocks * runs, [&](int64_t task) {
     const int64_t first = task / runs * ROW_BLOCK, block = std::min(ROW_BLOCK, tokens - first);
     float* acc = scratch<float>(kScratchTile, block * PANEL);
-    const Rows part{static_cast<const char*>(rows.data) + first * x_row, rows.stride};
     for (int64_t p = task % runs * run; p < std::min(count, (task % runs + 1) * run); ++p) {
-      panel_product(kernels, dtype, part, block, k, static_cast<const char*>(panels) + p * bytes, acc);
+      panel_product(kernels, weight.format, rows.from(first), block, k,
+                    static_cast<const char*>(weight.panels) + p * bytes, acc);
       const int64_t width = std::min(PANEL, n - p * PANEL);
       char* to = static_cast<char*>(out) + (first * n + p * PANEL) * out_size;
       for (int64_t r = 0; r < block; ++r) out_kernels.add(acc + r * PANEL, nullptr, width, to + r * n * out_size);

@@ -6,16 +6,19 @@
 
 namespace fdserve {
 
-// Rows of activations; `stride` in elements.
+// Rows of activations as the panels of one format want them. `stride` in bytes; `scales` are of bytes alone.
 struct Rows {
-  const void* data;
+  const char* data;
   int64_t stride;
+  const float* scales;
+
+  Rows from(int64_t row) const { return {data + row * stride, stride, scales == nullptr ? nullptr : scales + row}; }
 };
 
-// x as the panel product wants it: bf16 rows of an odd length are copied with a zero after each.
-Rows padded_rows(const void* x, int64_t rows, int64_t k, Dtype dtype, ScratchSlot slot);
+// x[rows][k] (dtype) for a product with panels of `format`: as it is, or copied into the scratch `slot`.
+Rows prepared_rows(const void* x, int64_t rows, int64_t k, Dtype dtype, Format format, ScratchSlot slot);
 
 // acc[rows][64] = x[rows][k] times one panel.
-void panel_product(const RowKernels& kernels, Dtype dtype, Rows x, int64_t rows, int64_t k, const void* panel, float* acc);
+void panel_product(const RowKernels& kernels, Format format, Rows x, int64_t rows, int64_t k, const void* panel, float* acc);
 
 }  // namespace fdserve

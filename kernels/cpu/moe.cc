@@ -41,9 +41,9 @@ class Moe {
     for (int64_t i = 0; i < slots; ++i)
       std::memcpy(x + slot_of[static_cast<size_t>(i)] * hidden_bytes, from + i / c.top_k * hidden_bytes,
                   static_cast<size_t>(hidden_bytes));
-    grouped_product(x, c.hidden, c.up_gate, 2 * c.inner, both, c.dtype);
+    grouped_product(x, c.up_gate, both, c.dtype);
     swiglu(both, slots, c.inner, c.dtype, inner);
-    grouped_product(inner, c.inner, c.down, c.hidden, answers, Dtype::kFloat32);
+    grouped_product(inner, c.down, answers, Dtype::kFloat32);
     combine(first, tokens, answers);
   }
 
@@ -108,10 +108,12 @@ class Moe {
   }
 
   // out[slots][n] = x[slots][k] times each slot's expert.
-  void grouped_product(const void* x, int64_t k, const void* experts, int64_t n, void* out, Dtype out_dtype) const {
-    const Rows rows = padded_rows(x, static_cast<int64_t>(slot_of.size()), k, c.dtype, kScratchCall);
+  void grouped_product(const void* x, const Matrix& experts, void* out, Dtype out_dtype) const {
+    const int64_t k = experts.k, n = experts.n;
+    const Rows rows =
+        prepared_rows(x, static_cast<int64_t>(slot_of.size()), k, c.dtype, experts.format, kScratchCall);
     const RowKernels& out_kernels = row_kernels(out_dtype);
-    const int64_t bytes = panel_bytes(c.dtype, k), panels = (n + PANEL - 1) / PANEL;
+    const int64_t bytes = panel_bytes(experts.format, k), panels = (n + PANEL - 1) / PANEL;
     const int64_t runs = (panels + RUN_PANELS - 1) / RUN_PANELS, out_size = size_of(out_dtype);
     std::vector<int64_t> touched;
     for (int64_t e = 0; e < c.experts; ++e)
@@ -120,10 +122,9 @@ class Moe {
       const int64_t expert = touched[static_cast<size_t>(task / runs)], first = expert_at[static_cast<size_t>(expert)];
       const int64_t count = slots_of(expert);
       float* acc = scratch<float>(kScratchTile, count * PANEL);
-      const Rows part{static_cast<const char*>(rows.data) + first * rows.stride * element, rows.stride};
       for (int64_t p = task % runs * RUN_PANELS; p < std::min(panels, (task % runs + 1) * RUN_PANELS); ++p) {
-        const char* panel = static_cast<const char*>(experts) + (expert * panels + p) * bytes;
-        panel_product(kernels, c.dtype, part, count, k, panel, acc);
+        const char* panel = static_cast<const char*>(experts.panels) + (expert * panels + p) * bytes;
+        panel_product(kernels, experts.format, rows.from(first), count, k, panel, acc);
         const int64_t width = std::min(PANEL, n - p * PANEL);
         char* to = static_cast<char*>(out) + (first * n + p * PANEL) * out_size;
         for (int64_t r = 0; r < count; ++r) out_kernels.add(acc + r * PANEL, nullptr, width, to + r * n * out_size);

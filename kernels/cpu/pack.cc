@@ -2,9 +2,10 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
-#include "kernels.h"
+#include "layout.h"
 #include "pool.h"
 
 namespace fdserve {
@@ -79,21 +80,68 @@ void ask_huge_pages(void* memory, int64_t bytes) {
   if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 }
 
+// To the nearest integer, ties to even; x is far below 2^22.
+inline int32_t nearest(float x) { return static_cast<int32_t>((x + 12582912.0f) - 12582912.0f); }
+
+// A scale for each output; the sums make up for activations that are 128 too large.
+void pack_bytes(const float* w, int64_t k, char* panel) {
+  float* scales = reinterpret_cast<float*>(panel);
+  int32_t* offsets = reinterpret_cast<int32_t*>(panel) + PANEL;
+  float largest[PANEL] = {}, inverse[PANEL];
+  int32_t sums[PANEL] = {};
+  for (int64_t i = 0; i < k; ++i)
+    for (int64_t c = 0; c < PANEL; ++c) {
+      const float size = std::fabs(w[i * PANEL + c]);
+      largest[c] = size > largest[c] ? size : largest[c];
+    }
+  for (int64_t c = 0; c < PANEL; ++c) {
+    scales[c] = largest[c] / 127;
+    inverse[c] = largest[c] > 0 ? 127 / largest[c] : 0;
+  }
+  for (int64_t i = 0; i < k; i += 4) {
+    int32_t quads[PANEL] = {};
+    for (int byte = 0; byte < 4; ++byte)
+      for (int64_t c = 0; c < PANEL; ++c) {
+        const float x = w[(i + byte) * PANEL + c] * inverse[c], high = x < 127.0f ? x : 127.0f;
+        const int32_t value = nearest(high > -127.0f ? high : -127.0f);
+        sums[c] += value;
+        quads[c] |= (value & 255) << 8 * byte;
+      }
+    std::memcpy(panel + W8A8_HEAD_BYTES + i * PANEL, quads, sizeof(quads));
+  }
+  for (int64_t c = 0; c < PANEL; ++c) offsets[c] = 128 * sums[c];
+}
+
+// By way of a panel of floats, which stays in cache.
+template <class From>
+void pack_integers(char* panels, const From* weight, int64_t n, int64_t k, Format format, bool in_out) {
+  const int64_t bytes = panel_bytes(format, k), padded = padded_inputs(format, k);
+  const FloatKernels& kernels = float_kernels();
+  parallel((n + PANEL - 1) / PANEL, [&](int64_t p) {
+    float* wide = scratch<float>(kScratchTile, padded * PANEL);
+    std::memset(wide + k * PANEL, 0, static_cast<size_t>((padded - k) * PANEL) * sizeof(float));
+    pack_panel(weight, n, k, p * PANEL, in_out, wide, k * PANEL);
+    char* panel = panels + p * bytes;
+    if (format == Format::kW8a8) return pack_bytes(wide, padded, panel);
+    for (int64_t g = 0; g < padded / GROUP; ++g)
+      kernels.quantize(wide + g * GROUP * PANEL, format, panel + g * group_bytes(format));
+  });
+}
+
+template <class From>
+void pack_from(void* panels, const From* weight, int64_t n, int64_t k, Format format, bool in_out) {
+  const int64_t bytes = panel_bytes(format, k);
+  if (format == Format::kBfloat16) pack_all(static_cast<bf16*>(panels), weight, n, k, in_out, bytes / 2);
+  else if (format == Format::kFloat32) pack_all(static_cast<float*>(panels), weight, n, k, in_out, bytes / 4);
+  else pack_integers(static_cast<char*>(panels), weight, n, k, format, in_out);
+}
+
 }  // namespace
 
-void pack(void* panels, const void* weight, int64_t n, int64_t k, Dtype source, Dtype dtype, bool in_out) {
-  const int64_t bytes = panel_bytes(dtype, k), total = bytes * ((n + PANEL - 1) / PANEL);
-  ask_huge_pages(panels, total);
-  const int64_t panel_size = bytes / size_of(dtype);
-  if (dtype == Dtype::kBfloat16) {
-    auto* to = static_cast<bf16*>(panels);
-    if (source == Dtype::kBfloat16) pack_all(to, static_cast<const bf16*>(weight), n, k, in_out, panel_size);
-    else pack_all(to, static_cast<const float*>(weight), n, k, in_out, panel_size);
-  } else {
-    auto* to = static_cast<float*>(panels);
-    if (source == Dtype::kBfloat16) pack_all(to, static_cast<const bf16*>(weight), n, k, in_out, panel_size);
-    else pack_all(to, static_cast<const float*>(weight), n, k, in_out, panel_size);
-  }
+void pack(void* panels, const void* weight, int64_t n, int64_t k, Dtype source, Format format, bool in_out) {
+  ask_huge_pages(panels, panel_bytes(format, k) * ((n + PANEL - 1) / PANEL));
+  if (source == Dtype::kBfloat16) pack_from(panels, static_cast<const bf16*>(weight), n, k, format, in_out);
+  else pack_from(panels, static_cast<const float*>(weight), n, k, format, in_out);
 }
 
 namespace {
@@ -106,15 +154,33 @@ void gather(const E* panels, int64_t id, int64_t k, E* out) {
   for (int64_t i = 0; i < k; ++i) out[i] = from[i / PAIR * PAIR * PANEL + i % PAIR];
 }
 
-}  // namespace
+template <class E>
+void gather_integers(const Matrix& table, int64_t id, E* out) {
+  const char* panel = static_cast<const char*>(table.panels) + id / PANEL * panel_bytes(table.format, table.k);
+  const int64_t column = id % PANEL;
+  for (int64_t i = 0; i < table.k; ++i) {
+    const char* group = panel + i / GROUP * group_bytes(table.format);
+    float scale;
+    convert(reinterpret_cast<const bf16*>(group)[column], scale);
+    convert(static_cast<float>(weight_at(group + PANEL * 2, table.format, i % GROUP, column)) * scale, out[i]);
+  }
+}
 
-void embedding(const int32_t* ids, int64_t tokens, const void* panels, int64_t k, Dtype dtype, void* out) {
+template <class E>
+void embed(const int32_t* ids, int64_t tokens, const Matrix& table, E* out) {
   parallel((tokens + 7) / 8, [&](int64_t chunk) {
     for (int64_t t = chunk * 8; t < std::min(tokens, chunk * 8 + 8); ++t) {
-      if (dtype == Dtype::kBfloat16) gather(static_cast<const bf16*>(panels), ids[t], k, static_cast<bf16*>(out) + t * k);
-      else gather(static_cast<const float*>(panels), ids[t], k, static_cast<float*>(out) + t * k);
+      if (is_weight_only(table.format)) gather_integers(table, ids[t], out + t * table.k);
+      else gather(static_cast<const E*>(table.panels), ids[t], table.k, out + t * table.k);
     }
   });
+}
+
+}  // namespace
+
+void embedding(const int32_t* ids, int64_t tokens, const Matrix& table, Dtype dtype, void* out) {
+  if (dtype == Dtype::kBfloat16) embed(ids, tokens, table, static_cast<bf16*>(out));
+  else embed(ids, tokens, table, static_cast<float*>(out));
 }
 
 }  // namespace fdserve

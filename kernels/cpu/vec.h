@@ -8,12 +8,16 @@ namespace FD_ISA {
 typedef float vf __attribute__((vector_size(VL * 4)));
 typedef float vfu __attribute__((vector_size(VL * 4), aligned(4), may_alias));
 typedef int32_t vi __attribute__((vector_size(VL * 4)));
+typedef int32_t viu __attribute__((vector_size(VL * 4), aligned(4), may_alias));
 
-#define FD_INLINE static inline __attribute__((always_inline))
+#define FD_MEMBER inline __attribute__((always_inline))
+#define FD_INLINE static FD_MEMBER
 
 FD_INLINE vf splat(float x) { return x - vf{}; }
 FD_INLINE vf load(const float* p) { return *reinterpret_cast<const vfu*>(p); }
 FD_INLINE void store(float* p, vf x) { *reinterpret_cast<vfu*>(p) = x; }
+FD_INLINE vi load(const int32_t* p) { return *reinterpret_cast<const viu*>(p); }
+FD_INLINE void store(int32_t* p, vi x) { *reinterpret_cast<viu*>(p) = x; }
 
 // The first n lanes (n < VL); the others are zero, or left alone in memory.
 FD_INLINE vf load_some(const float* p, int n) {
@@ -37,6 +41,18 @@ FD_INLINE vf fma(vf a, vf b, vf c) {
 }
 
 FD_INLINE vf max(vf a, vf b) { return a > b ? a : b; }
+
+// bf16 on any instruction set.
+FD_INLINE vf widened(const bf16* p) {
+  vi bits;
+  for (int i = 0; i < VL; ++i) bits[i] = p[i];
+  return (vf)(bits << 16);
+}
+FD_INLINE vf to_bf16_and_back(vf x) {
+  const vi bits = (vi)x;
+  return (vf)((bits + 0x7fff + (bits >> 16 & 1)) >> 16 << 16);
+}
+FD_INLINE vf inverse_or_zero(vf x) { return x == vf{} ? vf{} : splat(1.0f) / x; }
 
 #ifdef FD_BF16
 FD_INLINE vf load(const bf16* p) {

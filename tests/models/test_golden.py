@@ -54,6 +54,12 @@ def dtype(request: pytest.FixtureRequest) -> str:
     return name
 
 
+@pytest.fixture(params=[None, "wint8", "wint4", "w8a8"])
+def quantization(request: pytest.FixtureRequest) -> str | None:
+    name: str | None = request.param
+    return name
+
+
 def all_logits(stepper: Stepper, prompts: list[list[int]]) -> npt.NDArray[np.float32]:
     """Of every prompt token, all prompts in one step."""
     return stepper.step([Chunk(sequence, prompt) for sequence, prompt in enumerate(prompts)])
@@ -110,17 +116,17 @@ def test_logprobs_of_the_greedy_tokens(golden: Golden) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 3, 16, 23])
-def test_chunked_prefill_gives_the_same_bits(golden: Golden, dtype: str, size: int) -> None:
+def test_chunked_prefill_gives_the_same_bits(golden: Golden, dtype: str, quantization: str | None, size: int) -> None:
     prompt = golden.prompts[-1]
-    model = load(GOLDEN / golden.name, dtype)
+    model = load(GOLDEN / golden.name, dtype, quantization=quantization)
     whole = Stepper(model).step([Chunk(0, prompt)])
     stepper = Stepper(model)
     parts = [stepper.step([Chunk(0, prompt[at : at + size])]) for at in range(0, len(prompt), size)]
     np.testing.assert_array_equal(np.concatenate(parts), whole)
 
 
-def test_company_changes_no_bits(golden: Golden, dtype: str) -> None:
-    model = load(GOLDEN / golden.name, dtype)
+def test_company_changes_no_bits(golden: Golden, dtype: str, quantization: str | None) -> None:
+    model = load(GOLDEN / golden.name, dtype, quantization=quantization)
     alone = [Stepper(model).step([Chunk(0, prompt)]) for prompt in golden.prompts]
     stepper = Stepper(model)
     np.testing.assert_array_equal(all_logits(stepper, golden.prompts), np.concatenate(alone))
@@ -172,6 +178,28 @@ def test_ranks_together_give_the_logits(golden: Golden, variant: str, world_size
         np.testing.assert_array_equal(next_logits, results[0][1])
         assert cache_shape[1] == 1  # 2 key/value heads: one a rank, or one for two ranks
     assert len(results) == world_size
+
+
+# Of the logits' spread. The random weights of these models amplify every error: bfloat16's own is 0.06.
+@pytest.mark.parametrize(("quantization", "bound"), [("wint8", 0.08), ("wint4", 0.8), ("w8a8", 0.12)])
+@pytest.mark.parametrize("variant", ["torch", "untied paddle"])
+def test_quantized_logits(golden: Golden, quantization: str, bound: float, variant: str, tmp_path: Path) -> None:
+    directory = write_variant(golden.name, variant, tmp_path)
+    logits = all_logits(Stepper(load(directory, "float32", quantization=quantization)), golden.prompts)
+    # The median token: the routing of a token whose experts are nearly tied may differ.
+    assert np.median(rms_by_token(logits - golden.float32)) < bound * golden.float32.std()
+
+
+@pytest.mark.parametrize("quantization", ["wint8", "wint4", "w8a8"])
+def test_quantized_ranks_together_give_the_logits(golden: Golden, quantization: str) -> None:
+    def rank_main(ranks: dict[str, Any]) -> Any:
+        return all_logits(
+            Stepper(load(GOLDEN / golden.name, "float32", quantization=quantization, **ranks)), golden.prompts
+        )
+
+    results = LocalGroup(2).run(rank_main)
+    np.testing.assert_array_equal(results[0], results[1])
+    assert np.median(rms_by_token(results[0] - golden.float32)) < 0.8 * golden.float32.std()
 
 
 def test_rope_is_that_of_transformers() -> None:

@@ -1,0 +1,151 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fdserve import ops
+from fdserve.ops import reference
+from tests.ops.arrays import Float, assert_close, ints, normal, source, tensor, values
+
+WEIGHT_ONLY = ["wint8", "wint4"]
+FORMATS = [*WEIGHT_ONLY, "w8a8"]
+SHAPES = [(1, 1, 1), (1, 64, 64), (3, 7, 130), (6, 65, 64), (7, 300, 63), (13, 1, 200), (64, 100, 1031), (200, 513, 70)]
+
+
+def pack(weight: Float, dtype: str, quantization: str) -> Any:
+    return ops.pack_weight(source(weight, dtype), dtype=dtype, in_out=False, quantization=quantization)
+
+
+def stored(packed: Any) -> Float:
+    """The values that a weight-only matrix stands for: an embedding gives them, rounded to its dtype."""
+    return values(ops.embedding(ints(range(packed.out_features)), packed))
+
+
+@pytest.mark.parametrize("quantization", WEIGHT_ONLY)
+@pytest.mark.parametrize(("tokens", "out_features", "in_features"), SHAPES)
+def test_the_product_is_of_the_stored_values(
+    dtype: str, quantization: str, tokens: int, out_features: int, in_features: int
+) -> None:
+    rng = np.random.default_rng(tokens)
+    packed = pack(normal(rng, out_features, in_features, dtype=dtype), dtype, quantization)
+    x = normal(rng, tokens, in_features, dtype=dtype)
+    out = values(ops.linear(tensor(x, dtype), packed, out_dtype="float32"))
+    expected = reference.linear(x, stored(packed))
+    # In bfloat16 the embedding rounds what the product does not.
+    size = np.sqrt(np.square(x).sum(axis=1, keepdims=True)) * np.sqrt(np.square(stored(packed)).sum(axis=1))
+    assert (np.abs(out - expected) <= (2.0**-8 if dtype == "bfloat16" else 1e-5) * size).all()
+    assert (values(ops.linear(tensor(x, dtype), packed)) == reference.rounded(out, dtype)).all()
+
+
+@pytest.mark.parametrize(("tokens", "out_features", "in_features"), SHAPES)
+def test_bytes_times_bytes(dtype: str, tokens: int, out_features: int, in_features: int) -> None:
+    rng = np.random.default_rng(tokens)
+    weight = normal(rng, out_features, in_features, dtype=dtype)
+    x = normal(rng, tokens, in_features, dtype=dtype)
+    out = values(ops.linear(tensor(x, dtype), pack(weight, dtype, "w8a8"), out_dtype="float32"))
+    assert_close(out, reference.w8a8_linear(x, weight), "float32")
+
+
+@pytest.mark.parametrize(("quantization", "bound"), [("wint8", 0.007), ("wint4", 0.095)])
+def test_the_error_of_normal_weights(dtype: str, quantization: str, bound: float) -> None:
+    weight = normal(np.random.default_rng(0), 128, 512, dtype=dtype, scale=0.02)
+    error = stored(pack(weight, dtype, quantization)) - weight
+    assert np.sqrt(np.square(error).mean() / np.square(weight).mean()) < bound
+
+
+@pytest.mark.parametrize("quantization", FORMATS)
+def test_a_rows_bits_do_not_depend_on_the_batch_or_the_threads(dtype: str, quantization: str) -> None:
+    rng = np.random.default_rng(1)
+    weight = pack(normal(rng, 200, 700, dtype=dtype), dtype, quantization)
+    x = tensor(normal(rng, 401, 700, dtype=dtype), dtype)
+    together = values(ops.linear(x, weight, out_dtype="float32"))
+    for first, last in [(0, 1), (1, 3), (4, 9), (10, 16), (16, 29), (190, 400), (400, 401)]:
+        assert (values(ops.linear(x[first:last], weight, out_dtype="float32")) == together[first:last]).all()
+    for threads in (1, 3):
+        ops.set_num_threads(threads)
+        assert (values(ops.linear(x, weight, out_dtype="float32")) == together).all()
+
+
+@pytest.mark.parametrize("quantization", FORMATS)
+@pytest.mark.parametrize("in_out", [False, True])
+def test_packing_takes_either_layout_and_dtype(dtype: str, quantization: str, in_out: bool) -> None:
+    rng = np.random.default_rng(2)
+    weight = normal(rng, 130, 75, dtype="bfloat16")
+    x = tensor(normal(rng, 5, 75, dtype=dtype), dtype)
+    expected = values(ops.linear(x, pack(weight, "float32", quantization) if dtype == "float32" else
+                                 pack(weight, dtype, quantization), out_dtype="float32"))  # fmt: skip
+    for kind in ("bfloat16", "float32"):
+        matrix = source(weight.T.copy() if in_out else weight, kind)
+        packed = ops.pack_weight(matrix, dtype=dtype, in_out=in_out, quantization=quantization)
+        assert (packed.out_features, packed.in_features, packed.format) == (130, 75, quantization)
+        assert (values(ops.linear(x, packed, out_dtype="float32")) == expected).all()
+
+
+@pytest.mark.parametrize("quantization", FORMATS)
+def test_zeros_and_single_weights_are_exact(dtype: str, quantization: str) -> None:
+    weight = np.zeros((3, 128), np.float32)
+    weight[1, 5], weight[2, 70] = -4.0, 0.5
+    x = np.zeros((2, 128), np.float32)
+    x[0, 5], x[1, 70] = 1.0, -2.0
+    out = values(ops.linear(tensor(x, dtype), pack(weight, dtype, quantization), out_dtype="float32"))
+    assert np.abs(out - x @ weight.T).max() < 0.02
+    assert (out[:, 0] == 0).all()
+
+
+@pytest.mark.parametrize("quantization", FORMATS)
+@pytest.mark.parametrize("broken", [np.nan, np.inf])
+def test_a_broken_activation_shows(dtype: str, quantization: str, broken: float) -> None:
+    weight = pack(normal(np.random.default_rng(3), 70, 96, dtype=dtype), dtype, quantization)
+    x = normal(np.random.default_rng(4), 3, 96, dtype=dtype)
+    expected = values(ops.linear(tensor(x, dtype), weight))
+    x[1, 40] = broken
+    actual = values(ops.linear(tensor(x, dtype), weight))
+    assert not np.isfinite(actual[1]).any()
+    assert (actual[::2] == expected[::2]).all()
+
+
+def test_memory_per_weight() -> None:
+    weight = np.zeros((640, 1024), np.float32)
+    sizes = {name: pack(weight, "float32", name).data.size / weight.size for name in FORMATS}
+    assert sizes == {"wint8": 1 + 2 / 64, "wint4": 0.5 + 2 / 64, "w8a8": 1 + 8 / 1024}
+
+
+@pytest.mark.parametrize("quantization", FORMATS)
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_experts(dtype: str, quantization: str, tokens: int) -> None:
+    """A mixture of experts is the same whether its experts are multiplied together or one by one."""
+    rng = np.random.default_rng(tokens)
+    hidden, inner, experts, top_k = 64, 96, 4, 2
+    gate = normal(rng, experts, hidden, scale=hidden**-0.5)
+    shapes = [(2 * inner, hidden), (hidden, inner)]
+    up_gate, down = ([normal(rng, *shape, dtype=dtype, scale=0.1) for _ in range(experts)] for shape in shapes)
+    packed = [
+        ops.pack_experts(
+            (source(weight, dtype) for weight in weights),
+            num_experts=experts, dtype=dtype, in_out=False, quantization=quantization,
+        )
+        for weights in (up_gate, down)
+    ]  # fmt: skip
+    x = normal(rng, tokens, hidden, dtype=dtype)
+    zeros = tensor(np.zeros(experts, np.float32), "float32")
+    out = ops.moe(tensor(x, dtype), tensor(gate, "float32"), zeros, *packed, top_k=top_k, norm_min=1e-12)
+    chosen, weights = reference.route(x, gate, np.zeros(experts, np.float32), top_k, 1e-12)
+    weights = reference.rounded(weights, dtype)
+    expected = np.zeros_like(x)
+    for token in range(tokens):
+        row = tensor(x[token : token + 1], dtype)
+        for expert, weight in zip(chosen[token], weights[token], strict=True):
+            both = ops.linear(row, pack(up_gate[expert], dtype, quantization))
+            answer = ops.linear(ops.swiglu(both), pack(down[expert], dtype, quantization), out_dtype="float32")
+            expected[token] += weight * values(answer)[0]
+    assert_close(values(out), reference.rounded(expected, dtype), dtype)
+
+
+def test_wrong_arguments_are_refused() -> None:
+    weight = np.ones((4, 6), np.float32)
+    with pytest.raises(ValueError, match="wint2"):
+        pack(weight, "float32", "wint2")
+    with pytest.raises(ValueError, match="w8a8"):
+        ops.embedding(ints([0]), pack(weight, "float32", "w8a8"))
