@@ -1,0 +1,148 @@
+"""The benchmarks of parts: a smoke run of each, and what can be known of their figures."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from bench import kernel_attention, kernel_linear, kernel_rows
+from bench.__main__ import main
+from bench.floors import Case, Floors
+from bench.frontend import Measurement, summary
+from bench.machine import fastest, read_bandwidth
+from bench.onednn import OneDNN, Unavailable
+from bench.scheduler import Loaded, measure
+from fdserve import ops
+
+FLOORS = Floors(bandwidth=1e10, onednn=None, peak=1e12, budget=0.001)
+
+
+def test_calls_take_turns() -> None:
+    calls: list[str] = []
+    times = fastest({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, budget=0.001)
+    assert "".join(calls).startswith("ababab")
+    assert all(0 < time < 0.01 for time in times.values())
+
+
+def test_memory_is_read_at_a_plausible_rate() -> None:
+    assert 1e9 < read_bandwidth(2, budget=0.02) < 1e13
+
+
+def test_onednn_multiplies() -> None:
+    try:
+        onednn = OneDNN(1)
+    except Unavailable as error:
+        pytest.skip(str(error))
+    rows, k, n = 3, 64, 48
+    with onednn.linear(rows, k, n, "float32", 2) as calls:
+        assert len(calls) == 2
+        for call in calls:
+            call()
+    with onednn.linear(rows, k, n, "int8", 1) as calls:
+        calls[0]()
+
+
+@pytest.mark.parametrize("name", list(kernel_linear.formats()))
+def test_linear_cases(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(kernel_linear.SHAPES, "small", (64, 128))
+    monkeypatch.setattr(kernel_linear, "CACHE_BYTES", 1 << 16)
+    one, many = kernel_linear.linear_cases(FLOORS, names=[name], shapes=["small"], rows=[1, 8])
+    assert (one.kernel, one.case) == (f"linear {name}", "small 64 -> 128, 1 rows")
+    assert one.rate == pytest.approx(2 * 64 * 128 / one.seconds / 1e9)
+    assert one.of_memory == pytest.approx(64 * 128 * kernel_linear.formats()[name].bits / 8 / one.seconds / 1e10)
+    assert many.of_onednn is None
+
+
+def test_attention_cases(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel_attention, "CACHE_BYTES", 1 << 20)
+    dtype = ops.compute_dtype()
+    decode, prefill = kernel_attention.attention_cases(FLOORS, dtypes=[dtype], decodes=[(2, 128)], prefills=[(16, 64)])
+    moved = 2 * 129 * ops.kv_bytes_per_token(2, 128, dtype)
+    assert decode.of_memory == pytest.approx(moved / decode.seconds / 1e10)
+    assert prefill.of_onednn == pytest.approx(4 * 16 * 128 * (16 * 64 + 16 * 17 / 2) / prefill.seconds / 1e12)
+
+
+def test_cases_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel_rows, "CACHE_BYTES", 1 << 20)
+    monkeypatch.setattr(kernel_rows, "VOCAB", 2048)
+    samplers = list(kernel_rows.sampler_cases(FLOORS, rows=2))
+    assert len(samplers) == 2 * len(kernel_rows.SAMPLERS)
+    elements = list(kernel_rows.element_cases(FLOORS, dtype="float32", rows=[1, 4]))
+    assert {case.kernel for case in elements} == {
+        f"{name} float32" for name in ("rms_norm", "add_rms_norm", "swiglu", "embedding")
+    }
+    assert all(case.of_memory is not None and case.of_memory > 0 for case in samplers + elements)
+    assert "-" in str(Case("k", "c", 1e-6, 1.0, "GB/s"))
+
+
+def test_the_kernels_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    threads, path = ops.num_threads(), tmp_path / "kernels.json"
+    try:
+        arguments = ["kernels", "linear", "--shapes", "o", "--rows", "1", "--budget", "0.01", "--json", str(path)]
+        assert main([*arguments, "--threads", "1"]) == 0
+    finally:
+        ops.set_num_threads(threads)
+    shown = capsys.readouterr().out
+    assert "reading memory: " in shown
+    assert "oneDNN" in shown
+    (case, *_) = json.loads(path.read_text())["cases"]
+    assert case["case"] == "o 2048 -> 1024, 1 rows"
+    with pytest.raises(SystemExit):
+        main(["kernels", "fly"])
+
+
+def test_the_scheduler_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "scheduler.json"
+    arguments = ["--running", "8", "--waiting", "0", "30", "--context", "70", "--steps", "70", "--json", str(path)]
+    assert main(["scheduler", *arguments]) == 0
+    assert "assemble the batch" in capsys.readouterr().out
+    assert {part["waiting"] for part in json.loads(path.read_text())["parts"]} == {0, 30}
+
+
+def test_what_the_scheduler_is_measured_with() -> None:
+    parts = measure(4, 10, 100, 20)
+    assert all(part.floor > 0 and 0 < part.seconds <= part.p99 for part in parts)
+    loaded = Loaded(4, 10, 100, random.Random(0))
+    tokens = loaded.rows.num_tokens.copy()
+    loaded.step()
+    assert (loaded.rows.num_tokens == tokens + 1).all()
+    assert (len(loaded.scheduler.running), loaded.scheduler.num_waiting) == (4, 10)
+
+
+def test_the_startup_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "startup.json"
+    assert main(["startup", "--runs", "1", "--json", str(path), "--", "--kv-cache-memory", "64M"]) == 0
+    assert "ready / floor" in capsys.readouterr().out
+    (start,) = json.loads(path.read_text())["starts"]
+    phases = list(start["phases"].values())
+    assert len(phases) == 5
+    assert phases == sorted(phases)
+    assert start["memory"]["rank 0 resident"] > 1e8
+
+
+def test_a_server_that_does_not_start(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["startup", "--runs", "1", "--model", str(tmp_path)]) == 1
+    assert "ended with status 1" in capsys.readouterr().err
+
+
+def test_the_frontend_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "frontend.json"
+    arguments = ["--streams", "8", "--tokens", "16", "--rounds", "2", "--runs", "1", "--json", str(path)]
+    assert main(["frontend", *arguments]) == 0
+    assert "of hypercorn's speed" in capsys.readouterr().out
+    runs = {run["server"]: run for run in json.loads(path.read_text())["runs"]}
+    assert set(runs) == {"fdserve", "fdserve, free", "hypercorn"}
+    assert runs["fdserve"]["tokens_per_chunk"] == pytest.approx(runs["hypercorn"]["tokens_per_chunk"], rel=0.2)
+
+
+def test_the_frontends_ratios() -> None:
+    def run(server: str, rate: float, cost: float) -> Measurement:
+        return Measurement(server, 8, rate, 1.0, 1.0, cost, 10.0)
+
+    runs = [run("fdserve", 50.0, 20.0), run("fdserve, free", 100.0, 10.0), run("hypercorn", 200.0, 5.0)]
+    *_, ratios, client = summary(runs)
+    assert "fdserve at 25% of hypercorn's speed; by processor time a token 25%" in ratios
+    assert "its ceiling is 100000 a second" in client
