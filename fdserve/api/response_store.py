@@ -8,18 +8,21 @@ from dataclasses import dataclass
 MAX_RESPONSES = 1024
 MAX_BYTES = 64 << 20
 
+_ID_BYTES = 256  # what an id takes in the index, about
+
 
 @dataclass(frozen=True, slots=True)
 class StoredResponse:
-    """A response's body, and its whole conversation as input items: both are JSON."""
+    """A response's body, and its whole conversation as input items: both are JSON. `item_ids` are its output's."""
 
     body: bytes
     items: bytes
+    item_ids: tuple[str, ...] = ()
 
     @property
     def size(self) -> int:
-        """Bytes that it takes."""
-        return len(self.body) + len(self.items)
+        """Bytes that it takes, about."""
+        return len(self.body) + len(self.items) + _ID_BYTES * len(self.item_ids)
 
 
 class ResponseStore:
@@ -30,6 +33,7 @@ class ResponseStore:
         self._max_responses = max_responses
         self._max_bytes = max_bytes
         self._responses: OrderedDict[str, StoredResponse] = OrderedDict()
+        self._holders: dict[str, str] = {}  # an item's id -> the response that it came out in
 
     def __len__(self) -> int:
         return len(self._responses)
@@ -40,9 +44,9 @@ class ResponseStore:
             return
         self._responses[id] = response
         self.size += response.size
+        self._holders.update(dict.fromkeys(response.item_ids, id))
         while len(self._responses) > self._max_responses or self.size > self._max_bytes:
-            _, oldest = self._responses.popitem(last=False)
-            self.size -= oldest.size
+            self.delete(next(iter(self._responses)))
 
     def get(self, id: str) -> StoredResponse | None:
         """The response, which counts as used now."""
@@ -51,9 +55,17 @@ class ResponseStore:
             self._responses.move_to_end(id)
         return response
 
+    def holder(self, item_id: str) -> StoredResponse | None:
+        """The response that the item came out in, which counts as used now."""
+        id = self._holders.get(item_id)
+        return None if id is None else self.get(id)
+
     def delete(self, id: str) -> bool:
         """Forget the response; False if there is none."""
         response = self._responses.pop(id, None)
-        if response is not None:
-            self.size -= response.size
-        return response is not None
+        if response is None:
+            return False
+        self.size -= response.size
+        for item_id in response.item_ids:
+            del self._holders[item_id]
+        return True

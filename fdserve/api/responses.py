@@ -50,7 +50,7 @@ async def create_response(server: Server, http: Request, reply: Reply) -> None:
     server.check_ready()
     request = decode(http.body, _DECODER)
     history = _history(server, request.previous_response_id)
-    own = input_items(request)
+    own = [_resolved(server, item, index) for index, item in enumerate(input_items(request))]
     with as_own_fields():
         chat = chat_request(request, history, own)
         if request.truncation == "auto":
@@ -94,6 +94,18 @@ def _history(server: Server, id: str | None) -> list[InputItem]:
         message = f"Previous response with id '{id[:200]}' not found."
         raise InvalidRequest(message, param="previous_response_id", code="previous_response_not_found")
     return _ITEMS.decode(stored.items)
+
+
+def _resolved(server: Server, item: InputItem, index: int) -> InputItem:
+    """The item itself; the one that it refers to by its id, where it does."""
+    if item.type != "item_reference" or item.id is None:
+        return item
+    holder = server.responses.holder(item.id)
+    found = [known for known in _ITEMS.decode(holder.items) if known.id == item.id] if holder else []
+    if not found:
+        message = f"Item with id '{item.id[:200]}' not found: send the item itself."
+        raise NotFound(message, param=f"input[{index}].id", code="item_not_found")
+    return found[-1]
 
 
 class _Answer:
@@ -198,7 +210,10 @@ class _Answer:
     def _store(self, response: Response) -> None:
         # What came out is a fit input as it is.
         items = msgspec.json.encode([*self._conversation, *response.output])
-        self._server.responses.put(response.id, StoredResponse(msgspec.json.encode(response), items))
+        # Ids that a client made up are no secret: they must lead nobody to an item.
+        ids = tuple(item.id for item in response.output)
+        stored = StoredResponse(msgspec.json.encode(response), items, ids)
+        self._server.responses.put(response.id, stored)
 
 
 def _begun(id: str, request: ResponsesRequest, server: Server) -> Response:

@@ -18,6 +18,20 @@ def test_a_response_is_found_until_it_is_deleted() -> None:
     assert (len(store), store.size) == (0, 0)
 
 
+def test_items_are_found_as_long_as_their_response_is() -> None:
+    store = ResponseStore(max_responses=2)
+    store.put("a", StoredResponse(b"", b"a", ("y",)))
+    store.put("b", StoredResponse(b"", b"b", ("x",)))
+    assert [store.holder(name) and store.holder(name).items for name in "xyz"] == [b"b", b"a", None]  # type: ignore[union-attr]
+    store.delete("a")
+    assert store.holder("y") is None
+    assert store.holder("x") is not None
+    store.put("c", stored(1))
+    store.put("d", stored(1))
+    assert store.holder("x") is None
+    assert store.size == 2
+
+
 def test_past_the_number_the_least_recently_used_goes() -> None:
     store = ResponseStore(max_responses=3)
     for name in "abc":

@@ -242,6 +242,23 @@ async def test_stored_responses_can_be_had_and_deleted() -> None:
         }
 
 
+async def test_items_by_reference() -> None:
+    async with serving(FakeEngine(say(THINKS)), config()) as client:
+        first = whole(await respond(client, "one"))
+        (message,) = (item for item in first["output"] if item["type"] == "message")
+        items = [
+            {"role": "user", "content": "one"},
+            {"type": "item_reference", "id": message["id"]},
+            {"role": "user", "content": "two"},
+        ]
+        assert whole(await respond(client, items))["status"] == "completed"
+        assert bytes(client.engine.requests[1].prompt) == b"user: one\nassistant: Hello\nuser: two\n"
+        await respond(client, [{"role": "user", "content": "mine", "id": "guessable"}])
+        for id in ("msg_none", "guessable"):
+            unknown = await respond(client, [{"type": "item_reference", "id": id}])
+            assert (unknown.status, unknown.error["param"]) == (404, "input[0].id")
+
+
 async def test_a_long_stored_conversation_is_tokenized_in_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     async with serving(FakeEngine(max_model_len=100_000)) as client:
         first = whole(await respond(client, "x" * 20_000))
