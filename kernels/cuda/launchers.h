@@ -71,3 +71,25 @@ struct FdserveMoe {
 };
 FDSERVE_EXPORT int64_t fdserve_cuda_moe_workspace(const FdserveMoe* call);
 FDSERVE_EXPORT cudaError_t fdserve_cuda_moe(const FdserveMoe* call, int dtype, void* workspace, cudaStream_t stream);
+
+// Choosing one token a row; the meaning of every field is that of fdserve.ops.sample. At most 64 top log-probabilities.
+struct FdserveSample {
+  const float* logits;            // [rows][stride], ids from vocab_size on left out
+  const float* float_params;      // [rows][6]
+  const int64_t* int_params;      // [rows][4]
+  const int* history;             // with history_offsets [rows + 1] and prompt_lens [rows]
+  const int *history_offsets, *prompt_lens;
+  const int* bias_ids;            // with bias_values and bias_offsets [rows + 1]
+  const float* bias_values;
+  const int* bias_offsets;
+  const int* masks;               // [..][mask_words], or null
+  const int* mask_rows;           // [rows]
+  const int* logprob_modes;       // [rows], or null
+  int* tokens;                    // [rows]
+  float* logprobs;                // [rows]
+  int* top_ids;                   // [rows][num_top]
+  float* top_logprobs;            // [rows][num_top]
+  int64_t rows, stride, vocab_size, mask_words, num_top;
+};
+FDSERVE_EXPORT int64_t fdserve_cuda_sample_workspace(const FdserveSample* call);
+FDSERVE_EXPORT cudaError_t fdserve_cuda_sample(const FdserveSample* call, void* workspace, cudaStream_t stream);

@@ -249,9 +249,14 @@ inline int __float_as_int(float x) { int y; std::memcpy(&y, &x, 4); return y; }
 inline float __int_as_float(int x) { float y; std::memcpy(&y, &x, 4); return y; }
 template <class T>
 T __ldg(const T* p) { return *p; }
+inline unsigned long long __umul64hi(unsigned long long x, unsigned long long y) {
+  return static_cast<unsigned long long>((static_cast<unsigned __int128>(x) * y) >> 64);
+}
 inline unsigned __umulhi(unsigned x, unsigned y) { return static_cast<unsigned>((uint64_t{x} * y) >> 32); }
 template <class T>
 T atomicAdd(T* p, T x) { T old = *p; *p += x; return old; }
+template <class T>
+T atomicOr(T* p, T x) { T old = *p; *p |= x; return old; }
 template <class T>
 T atomicMax(T* p, T x) { T old = *p; if (x > old) *p = x; return old; }
 inline void __threadfence() {}

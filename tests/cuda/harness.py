@@ -65,6 +65,7 @@ class Device(ABC):
         self.library = library
         library.fdserve_cuda_attention_workspace.restype = ctypes.c_int64
         library.fdserve_cuda_moe_workspace.restype = ctypes.c_int64
+        library.fdserve_cuda_sample_workspace.restype = ctypes.c_int64
 
     @property
     @abstractmethod

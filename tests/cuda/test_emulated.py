@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.cuda import checks
+from tests.cuda import checks, sampling
 from tests.cuda.harness import DTYPES, Emulated, build_emulated
 
 
@@ -83,3 +83,13 @@ def test_quant_linear(
     device: Emulated, rng: np.random.Generator, dtype: str, bits: int, tokens: int, depth: int, columns: int
 ) -> None:
     checks.quant_linear(device, rng, dtype, bits, tokens, depth, columns, to_float=tokens == 16)
+
+
+@pytest.mark.parametrize(
+    ("rows", "stride", "vocab_size", "num_top"),
+    [(16, 1003, 1003, 5), (16, 9000, 8900, 20), (8, 40, 33, 0), (4, 64, 3, 64), (2, 20000, 20000, 64)],
+)
+def test_sample(
+    device: Emulated, rng: np.random.Generator, rows: int, stride: int, vocab_size: int, num_top: int
+) -> None:
+    sampling.sample(device, rng, rows, stride, vocab_size, num_top)
