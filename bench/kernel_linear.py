@@ -4,43 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import paddle
 
 from bench.floors import Case, Floors
 from bench.machine import CACHE_BYTES, fastest
 from bench.onednn import Unavailable
 from fdserve import ops
+from fdserve.ops.weights import FORMATS, PackedWeight
 
 SHAPES = {"qkv": (1024, 2560), "o": (2048, 1024), "up_gate": (1024, 6144), "down": (3072, 1024), "head": (1024, 103424)}
 """(K, N) of ERNIE-4.5-0.3B"""
 ROWS = (1, 2, 4, 16, 64, 256, 1024)
 
 
-@dataclass(frozen=True)
-class Format:
-    """A way to hold weights. `pack` makes a weight of bfloat16 bits [N, K]; `bits` are those read for each of them."""
-
-    pack: Callable[[Any], Any]
-    bits: float
-    x_dtype: str
-    onednn: str
-    """What oneDNN is asked for beside it."""
+BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
+BESIDE = {"float32": "float32", "bfloat16": "bfloat16", "wint8": "bfloat16", "wint4": "bfloat16", "w8a8": "int8"}
+"""For each of our formats what oneDNN multiplies beside it: for those of weights alone, the product that they are to
+be no slower than at many rows. Its int8 product is without the rounding of activations, which ours includes."""
 
 
-def formats() -> dict[str, Format]:
+def formats() -> list[str]:
     """Those that this processor computes in."""
-    found = {
-        "float32": Format(lambda weight: ops.pack_weight(weight, dtype="float32", in_out=False), 32, *2 * ["float32"])
-    }
-    if ops.compute_dtype() == "bfloat16":
-        bf16 = Format(lambda weight: ops.pack_weight(weight, dtype="bfloat16", in_out=False), 16, *2 * ["bfloat16"])
-        found = {"bfloat16": bf16} | found
-    return found
+    return [name for name in FORMATS if name != "bfloat16" or ops.compute_dtype() == name]
+
+
+def pack(source: npt.NDArray[np.uint16], name: str) -> PackedWeight:
+    """A weight [N, K] of bfloat16 bits in a format."""
+    dtype = name if name in ("float32", "bfloat16") else ops.compute_dtype()
+    return ops.pack_weight(source, dtype=dtype, in_out=False, quantization=None if name == dtype else name)
 
 
 def linear_cases(
@@ -53,24 +49,24 @@ def linear_cases(
 
 
 def _shape_cases(floors: Floors, name: str, shape: str, rows: Sequence[int]) -> Iterator[Case]:
-    format = formats()[name]
     k, n = SHAPES[shape]
-    size = k * n * format.bits / 8
-    copies = max(1, int(CACHE_BYTES // size))
     source = np.random.default_rng(0).integers(0x3C00, 0x3F80, (n, k), np.uint16)
-    weights = [format.pack(source) for _ in range(copies)]
+    weights = [pack(source, name)]
+    size = int(np.prod(weights[0].data.shape)) * weights[0].data.element_size()
+    weights += [pack(source, name) for _ in range(CACHE_BYTES // size - 1)]
+    their_copies = max(1, CACHE_BYTES // (k * n * BYTES[BESIDE[name]]))
     for count in rows:
-        x = paddle.ones([count, k], format.x_dtype)
+        x = paddle.ones([count, k], weights[0].dtype)
         calls: dict[str, Callable[[], Any]] = {"ours": partial(_multiply, x, weights)}
         with ExitStack() as stack:
             if floors.onednn is not None:
                 try:
-                    theirs = stack.enter_context(floors.onednn.linear(count, k, n, format.onednn, copies))
+                    theirs = stack.enter_context(floors.onednn.linear(count, k, n, BESIDE[name], their_copies))
                     calls["onednn"] = partial(_call_all, theirs)
                 except Unavailable:
                     pass
             times = fastest(calls, budget=floors.budget)
-        took = times["ours"] / copies
+        took = times["ours"] / len(weights)
         yield Case(
             kernel=f"linear {name}",
             case=f"{shape} {k} -> {n}, {count} rows",
@@ -79,7 +75,7 @@ def _shape_cases(floors: Floors, name: str, shape: str, rows: Sequence[int]) -> 
             unit="GFLOP/s",
             # What the activations add matters from some rows on, where memory is not the floor.
             of_memory=size / took / floors.bandwidth,
-            of_onednn=times["onednn"] / times["ours"] if "onednn" in times else None,
+            of_onednn=times["onednn"] / their_copies / took if "onednn" in times else None,
         )
 
 

@@ -30,8 +30,7 @@ def cases(family: str, floors: Floors, options: argparse.Namespace) -> Iterator[
     """The measurements of a family."""
     dtypes = options.dtypes or [ops.compute_dtype()]
     if family == "linear":
-        names = options.dtypes or [name for name in formats() if name != "float32" or ops.compute_dtype() == name]
-        yield from linear_cases(floors, names=names, shapes=options.shapes, rows=options.rows)
+        yield from linear_cases(floors, names=options.formats, shapes=options.shapes, rows=options.rows)
     elif family == "attention":
         yield from attention_cases(floors, dtypes=dtypes)
     elif family == "sample":
@@ -46,7 +45,9 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m bench kernels", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("families", nargs="*", metavar="FAMILY", help=f"of {', '.join(FAMILIES)}; default: all")
-    parser.add_argument("--dtypes", nargs="+", choices=list(formats()), help="default: all but float32")
+    parser.add_argument("--dtypes", nargs="+", choices=("bfloat16", "float32"), help="default: the processor's best")
+    default = [name for name in formats() if name != "float32" or ops.compute_dtype() == name]
+    parser.add_argument("--formats", nargs="+", choices=formats(), default=default, help="of linear's weights")
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES), help="of linear")
     parser.add_argument("--rows", nargs="+", type=int, default=list(ROWS), help="of linear")
     parser.add_argument("--threads", type=int, default=0, help="default: as many as the process may run on cores")

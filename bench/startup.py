@@ -41,7 +41,8 @@ def start_once(model: Path, extra: list[str]) -> dict[str, Any]:
         for name, mark in PHASES.items():
             times = [at for at, line in server.lines if mark in line]
             if times:
-                phases[name] = times[0] - server.began
+                # What was logged since the last look at the log has the time of the next.
+                phases[name] = min(times[0], ready) - server.began
         return {"phases": {**phases, "ready": ready - server.began}, "memory": server.memory()}
 
 
