@@ -8,6 +8,7 @@ import msgspec
 from msgspec import Meta
 
 from fdserve.protocol.generation import Positive, Probability
+from fdserve.protocol.tools import ToolName
 
 StopSequence = Annotated[str, Meta(min_length=1)]
 MessageStopReason = Literal["end_turn", "max_tokens", "stop_sequence", "tool_use"]
@@ -46,7 +47,7 @@ class InputMessage(msgspec.Struct, kw_only=True):
 class MessageTool(msgspec.Struct, kw_only=True):
     """A tool that the client runs: type "custom", which is the default, with its `input_schema`."""
 
-    name: str
+    name: ToolName
     type: str | None = None
     description: str | None = None
     input_schema: dict[str, Any] | None = None

@@ -9,6 +9,7 @@ from msgspec import Meta
 
 from fdserve.protocol.chat import TokenLogprob
 from fdserve.protocol.generation import Positive, Probability, TopLogprobs
+from fdserve.protocol.tools import ToolName
 
 ItemStatus = Literal["in_progress", "completed", "incomplete"]
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
@@ -47,7 +48,7 @@ class FunctionTool(msgspec.Struct, kw_only=True):
     """A tool; only type "function" can be served, and it needs its name."""
 
     type: str
-    name: str | None = None
+    name: ToolName | None = None
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None

@@ -222,6 +222,7 @@ async def test_counting_tokens() -> None:
         ({"thinking": {"type": "sometimes"}}, "thinking.type"),
         ({"tool_choice": {"type": "any"}}, "tool_choice"),
         ({"temperature": "hot"}, "temperature"),
+        ({"tools": [{**ADD, "name": ""}]}, "tools[0].name"),
         ({"stop_sequences": [""]}, "stop_sequences"),
     ],
 )

@@ -320,6 +320,7 @@ async def test_truncation_leaves_out_the_oldest_turns() -> None:
         ({"tools": [ADD], "tool_choice": {"type": "function", "name": "other"}}, 400, "tool_choice"),
         ({"text": {"format": {"type": "xml"}}}, 400, "text.format.type"),
         ({"background": True}, 400, "background"),
+        ({"tools": [{**ADD, "name": "x" * 257}]}, 400, "tools[0].name"),
     ],
 )
 async def test_refused(fields: dict[str, Any], status: int, param: str) -> None:
