@@ -21,6 +21,7 @@ constexpr int WARPS = 4;
 constexpr int THREADS = WARPS * WARP;
 constexpr int WIDE_ROWS = WARPS * ROW_TILE;
 constexpr int SCORE_STRIDE = KEY_TILE + 8;
+constexpr int64_t MAX_WORKSPACE_BYTES = 256 << 20;
 
 struct Call {
   Paged paged;
@@ -354,13 +355,10 @@ __global__ void rope_and_store_kernel(const T* qkv, const float* rope, Paged pag
 
 template <class T, int HD>
 void attention(const void* q, const void* k_cache, const void* v_cache, int64_t tokens, int64_t max_query_len, Call call,
-               int multiprocessors, void* out, cudaStream_t stream) {
+               void* out, cudaStream_t stream) {
   const T *queries = static_cast<const T*>(q), *keys = static_cast<const T*>(k_cache), *values = static_cast<const T*>(v_cache);
   const int64_t most_rows = max_query_len * call.group;
   const int64_t wide_tiles = (most_rows + WIDE_ROWS - 1) / WIDE_ROWS;
-  const int64_t pairs = static_cast<int64_t>(call.sequences) * call.paged.kv_heads;
-  // Sequences whole where they fill the processors twice: the parts then need no merging.
-  call.split = call.max_parts > 1 && call.workspace != nullptr && pairs * wide_tiles < 2 * multiprocessors;
   const int parts = call.split ? call.max_parts : 1;
   const size_t tiles = 4 * KEY_TILE * HD * sizeof(T);
   launch(narrow_kernel<T, HD>, dim3(parts, call.paged.kv_heads, call.sequences), dim3(THREADS),
@@ -394,15 +392,21 @@ cudaError_t fdserve_cuda_rope_and_store(const void* qkv, const float* rope, cons
   return cudaGetLastError();
 }
 
-int64_t fdserve_cuda_attention_workspace(int64_t tokens, int64_t heads, int64_t head_dim, int64_t longest) {
-  return tokens * heads * ((longest + KEY_PART - 1) / KEY_PART) * (head_dim + 2) * static_cast<int64_t>(sizeof(float));
+int64_t fdserve_cuda_attention_workspace(int64_t sequences, int64_t tokens, int64_t max_query_len, int64_t longest,
+                                         int64_t heads, int64_t kv_heads, int64_t head_dim, int multiprocessors) {
+  const int64_t parts = (longest + KEY_PART - 1) / KEY_PART, rows = max_query_len * (heads / kv_heads);
+  // Whole sequences where they fill the processors twice: the parts then need no merging.
+  const int64_t blocks = sequences * kv_heads * ((rows + WIDE_ROWS - 1) / WIDE_ROWS);
+  if (parts < 2 || blocks >= 2 * multiprocessors) return 0;
+  const int64_t bytes = tokens * heads * parts * (head_dim + 2) * static_cast<int64_t>(sizeof(float));
+  return bytes <= MAX_WORKSPACE_BYTES ? bytes : 0;
 }
 
 cudaError_t fdserve_cuda_attention(const void* q, const void* k_cache, const void* v_cache, const FdservePaged* paged,
                                    int64_t tokens, int64_t max_query_len, int64_t longest, int64_t heads, int64_t head_dim,
-                                   float scale, int dtype, int multiprocessors, void* out, float* workspace,
-                                   cudaStream_t stream) {
+                                   float scale, int dtype, void* out, float* workspace, cudaStream_t stream) {
   if (tokens == 0) return cudaSuccess;
+  if (head_dim != 64 && head_dim != 128) return cudaErrorInvalidValue;
   Call call;
   call.paged = {paged->block_tables, paged->query_starts, paged->context_lens, paged->table_width, paged->block_size,
                 paged->kv_heads};
@@ -412,11 +416,11 @@ cudaError_t fdserve_cuda_attention(const void* q, const void* k_cache, const voi
   call.head_dim = static_cast<int>(head_dim);
   call.max_parts = static_cast<int>((longest + KEY_PART - 1) / KEY_PART);
   call.scale = scale * 1.4426950408889634f;
+  call.split = workspace != nullptr;
   call.workspace = workspace;
   auto run = [&](auto zero) {
     using T = decltype(zero);
-    (head_dim == 128 ? attention<T, 128> : attention<T, 64>)(q, k_cache, v_cache, tokens, max_query_len, call,
-                                                              multiprocessors, out, stream);
+    (head_dim == 128 ? attention<T, 128> : attention<T, 64>)(q, k_cache, v_cache, tokens, max_query_len, call, out, stream);
   };
   dtype == FDSERVE_BF16 ? run(bf16{}) : run(fp16{});
   return cudaGetLastError();

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from tests.cuda.harness import DTYPES, Array, Buffer, Device, rounded, to_bits, to_floats
 
 Generator = np.random.Generator
+KEY_PART = 1024  # keys whose softmax runs online; parts can have blocks of their own
 EPS = {"bfloat16": 2.0**-8, "float16": 2.0**-11}  # half a step at 1
 
 
@@ -110,15 +111,14 @@ class Step:
         paged, kept = self.paged(lengths, contexts, tables)
         tokens, longest = int(lengths.sum()), int((lengths + contexts).max())
         out = device.empty((tokens, shape.heads, shape.head_dim), np.uint16)
-        size = device.library.fdserve_cuda_attention_workspace(
-            *map(ctypes.c_int64, (tokens, shape.heads, shape.head_dim, longest))
-        )
-        workspace = device.empty((size // 4,), np.float32) if split else None
+        parts = -(-longest // KEY_PART)
+        size = tokens * shape.heads * parts * (shape.head_dim + 2)
+        workspace = device.empty((size,), np.float32) if split else None
         keys, values = (device.put(to_bits(each, self.dtype)) for each in (self.keys, self.values))
         device.call(
             "fdserve_cuda_attention", device.put(to_bits(queries, self.dtype)), keys, values, ctypes.byref(paged),
             tokens, int(lengths.max()), longest, shape.heads, shape.head_dim, shape.head_dim**-0.5, code(self.dtype),
-            ctypes.c_int(1 << 20), out, workspace,
+            out, workspace,
         )  # fmt: skip
         result = device.get(out)
         if workspace is not None:

@@ -67,9 +67,6 @@ class Device(ABC):
         library.fdserve_cuda_moe_workspace.restype = ctypes.c_int64
         library.fdserve_cuda_sample_workspace.restype = ctypes.c_int64
 
-    @property
-    @abstractmethod
-    def multiprocessors(self) -> int: ...
     @abstractmethod
     def allocate(self, content: Array) -> Any:
         """Memory with these bytes, aligned to 256."""
@@ -117,8 +114,6 @@ class Device(ABC):
 
 class Emulated(Device):
     """The CPU; memory is NumPy's."""
-
-    multiprocessors = 0
 
     def allocate(self, content: Array) -> Array:
         whole = np.zeros(len(content) + 256, np.uint8)

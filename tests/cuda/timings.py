@@ -18,7 +18,7 @@ BF16 = ctypes.c_int(0)
 
 @dataclass(frozen=True)
 class Figure:
-    """One line of the report. `floor` is seconds that nothing can beat; `torch` what torch takes where it has the like."""
+    """One line of the report: seconds, those that nothing can beat, and those of torch where it has such a kernel."""
 
     name: str
     seconds: float
@@ -88,10 +88,13 @@ class Sequences:
 
     def run(self, gpu: Gpu) -> float:
         """Seconds of the attention."""
-        heads, _, head_dim = self.shape
-        sizes = [ctypes.c_int64(each) for each in (self.tokens, heads, head_dim, self.longest)]
-        workspace = torch.empty(gpu.library.fdserve_cuda_attention_workspace(*sizes), dtype=torch.uint8, device="cuda")
-        multiprocessors = ctypes.c_int(gpu.multiprocessors)
+        heads, kv_heads, head_dim = self.shape
+        sizes = (len(self.tables), self.tokens, self.step_tokens, self.longest, heads, kv_heads, head_dim)
+        wanted = gpu.library.fdserve_cuda_attention_workspace(
+            *map(ctypes.c_int64, sizes), ctypes.c_int(gpu.multiprocessors)
+        )
+        workspace = torch.empty(wanted, dtype=torch.uint8, device="cuda")
+        room = pointer(workspace) if wanted else None
         return seconds(
             lambda: gpu.call(
                 "fdserve_cuda_attention",
@@ -106,9 +109,8 @@ class Sequences:
                 head_dim,
                 head_dim**-0.5,
                 BF16,
-                multiprocessors,
                 pointer(self.out),
-                pointer(workspace),
+                room,
             )
         )
 

@@ -1,0 +1,218 @@
+// The CUDA kernels as Paddle custom ops: the names, inputs and outputs of kernels/cpu/bindings.cc, on tensors of the GPU.
+//
+// What the CPU's kernels read from index tensors, the host must say here (max_query_len, longest): to look would wait for
+// the device. For the same reason indices are not checked; the worker builds them. Linear layers and the embedding are
+// Paddle's own on a GPU. With FDSERVE_EMULATED everything lies on the CPU and runs under tests/cuda/emulator.h.
+#include <cmath>
+#include <vector>
+
+#include "launchers.h"
+#include "paddle/common/enforce.h"
+#include "paddle/phi/api/all.h"
+
+namespace {
+
+using paddle::DataType;
+using paddle::Tensor;
+
+void require(bool holds, const char* message) {
+  if (!holds) PADDLE_THROW(common::errors::InvalidArgument("%s", message));
+}
+
+void check(cudaError_t status, const char* op) {
+  if (status != cudaSuccess) PADDLE_THROW(common::errors::External("%s: CUDA error %d", op, static_cast<int>(status)));
+}
+
+#ifdef FDSERVE_EMULATED
+cudaStream_t stream_of(const Tensor&) { return nullptr; }
+int multiprocessors() { return 8; }
+#else
+cudaStream_t stream_of(const Tensor& x) { return x.stream(); }
+int multiprocessors() {
+  static const int count = [] {
+    int device = 0, value = 1;
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&value, cudaDevAttrMultiProcessorCount, device);
+    return value;
+  }();
+  return count;
+}
+#endif
+
+int dtype_of(const Tensor& x) {
+  require(x.dtype() == DataType::BFLOAT16 || x.dtype() == DataType::FLOAT16, "expected a bfloat16 or float16 tensor");
+  return x.dtype() == DataType::BFLOAT16 ? FDSERVE_BF16 : FDSERVE_FP16;
+}
+
+Tensor make(std::vector<int64_t> shape, DataType dtype, const Tensor& beside) {
+  return paddle::empty(shape, dtype, beside.place());
+}
+
+template <class T>
+const T* data_of(const Tensor& x, DataType dtype, const char* message) {
+  require(x.dtype() == dtype, message);
+  return static_cast<const T*>(x.numel() == 0 ? nullptr : x.data());
+}
+
+std::vector<Tensor> norm(const Tensor& x, const Tensor* residual, const Tensor& weight, float eps) {
+  require(x.shape().size() == 2 && weight.numel() == x.shape()[1] && x.shape()[1] % 8 == 0,
+          "rms_norm: x must be [T, H], H a multiple of 8, and weight [H]");
+  require(x.dtype() == weight.dtype(), "rms_norm: x and weight must have the same dtype");
+  require(residual == nullptr || (residual->shape() == x.shape() && residual->dtype() == x.dtype()),
+          "add_rms_norm: the residual must be like x");
+  std::vector<Tensor> out = {make(x.shape(), x.dtype(), x)};
+  if (residual != nullptr) out.push_back(make(x.shape(), x.dtype(), x));
+  check(fdserve_cuda_rms_norm(x.data(), residual != nullptr ? residual->data() : nullptr, weight.data(), eps, x.shape()[0],
+                              x.shape()[1], dtype_of(x), out[0].data(), residual != nullptr ? out[1].data() : nullptr,
+                              stream_of(x)),
+        "rms_norm");
+  return out;
+}
+
+std::vector<Tensor> rms_norm(const Tensor& x, const Tensor& weight, float eps) { return norm(x, nullptr, weight, eps); }
+
+std::vector<Tensor> add_rms_norm(const Tensor& x, const Tensor& residual, const Tensor& weight, float eps) {
+  return norm(x, &residual, weight, eps);
+}
+
+std::vector<Tensor> swiglu(const Tensor& x) {
+  require(x.shape().size() == 2 && x.shape()[1] % 16 == 0, "swiglu: x must be [T, 2I], I a multiple of 8");
+  Tensor out = make({x.shape()[0], x.shape()[1] / 2}, x.dtype(), x);
+  check(fdserve_cuda_swiglu(x.data(), x.shape()[0], x.shape()[1] / 2, dtype_of(x), out.data(), stream_of(x)), "swiglu");
+  return {out};
+}
+
+std::vector<Tensor> quant_linear(const Tensor& x, const Tensor& weight, const Tensor& scales, int bits, bool to_float) {
+  const int64_t depth = x.shape()[1], columns = weight.shape()[0];
+  require(x.shape().size() == 2 && weight.shape().size() == 2 && (bits == 8 || bits == 4) &&
+              weight.shape()[1] * 8 == depth * bits,
+          "quant_linear: x must be [T, K] and the weight [N, K] integers of 8 or 4 bits");
+  require(scales.shape().size() == 2 && scales.shape()[0] == columns && depth % scales.shape()[1] == 0 &&
+              depth / scales.shape()[1] % 64 == 0,
+          "quant_linear: scales must be [N, K / group], the group a multiple of 64");
+  Tensor out = make({x.shape()[0], columns}, to_float ? DataType::FLOAT32 : x.dtype(), x);
+  check(fdserve_cuda_quant_linear(x.data(), x.shape()[0], weight.data(),
+                                  data_of<float>(scales, DataType::FLOAT32, "quant_linear: scales must be float32"), bits,
+                                  static_cast<int>(depth / scales.shape()[1]), depth, columns, dtype_of(x), to_float,
+                                  out.data(), stream_of(x)),
+        "quant_linear");
+  return {out};
+}
+
+std::vector<Tensor> attention(const Tensor& qkv, const Tensor& k_cache, const Tensor& v_cache, const Tensor& rope,
+                              const Tensor& block_tables, const Tensor& query_starts, const Tensor& context_lens,
+                              int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t block_size,
+                              int64_t max_query_len, int64_t longest) {
+  const int64_t tokens = qkv.shape()[0], sequences = context_lens.numel();
+  require(qkv.shape().size() == 2 && qkv.shape()[1] == (heads + 2 * kv_heads) * head_dim && heads % kv_heads == 0,
+          "attention: qkv must be [T, (num_heads + 2 * num_kv_heads) * head_dim]");
+  require(k_cache.shape() == v_cache.shape() && k_cache.shape().size() == 4 && k_cache.shape()[1] == kv_heads &&
+              k_cache.shape()[2] == block_size && k_cache.shape()[3] == head_dim && k_cache.dtype() == qkv.dtype() &&
+              v_cache.dtype() == qkv.dtype(),
+          "attention: the caches are not of this shape and dtype");
+  require(rope.numel() == tokens * head_dim && block_tables.shape().size() == 2 && block_tables.shape()[0] == sequences &&
+              query_starts.numel() == sequences + 1,
+          "attention: rope must be [T, head_dim], block_tables [S, B], query_starts [S + 1] and context_lens [S]");
+  const FdservePaged paged = {data_of<int>(block_tables, DataType::INT32, "attention: block_tables must be int32"),
+                              data_of<int>(query_starts, DataType::INT32, "attention: query_starts must be int32"),
+                              data_of<int>(context_lens, DataType::INT32, "attention: context_lens must be int32"),
+                              static_cast<int>(sequences), static_cast<int>(block_tables.shape()[1]),
+                              static_cast<int>(block_size), static_cast<int>(kv_heads)};
+  const int dtype = dtype_of(qkv);
+  Tensor queries = make({tokens, heads * head_dim}, qkv.dtype(), qkv), out = make({tokens, heads * head_dim}, qkv.dtype(), qkv);
+  check(fdserve_cuda_rope_and_store(qkv.data(), data_of<float>(rope, DataType::FLOAT32, "attention: rope must be float32"),
+                                    &paged, tokens, heads, head_dim, dtype, queries.data(),
+                                    const_cast<void*>(k_cache.data()), const_cast<void*>(v_cache.data()), stream_of(qkv)),
+        "attention");
+  const int64_t bytes = fdserve_cuda_attention_workspace(sequences, tokens, max_query_len, longest, heads, kv_heads,
+                                                         head_dim, multiprocessors());
+  Tensor workspace = make({bytes / 4}, DataType::FLOAT32, qkv);
+  check(fdserve_cuda_attention(queries.data(), k_cache.data(), v_cache.data(), &paged, tokens, max_query_len, longest,
+                               heads, head_dim, 1.0f / std::sqrt(static_cast<float>(head_dim)), dtype, out.data(),
+                               bytes > 0 ? workspace.data<float>() : nullptr, stream_of(qkv)),
+        "attention");
+  return {out};
+}
+
+std::vector<Tensor> moe(const Tensor& x, const Tensor& gate, const Tensor& correction_bias, const Tensor& up_gate,
+                        const Tensor& down, const paddle::optional<Tensor>& shared, int64_t inner, int64_t top_k,
+                        float norm_min) {
+  const int64_t experts = gate.shape()[0], hidden = x.shape()[1];
+  require(x.shape().size() == 2 && gate.shape().size() == 2 && gate.shape()[1] == hidden && correction_bias.numel() == experts,
+          "moe: x must be [T, H], gate [E, H] and correction_bias [E]");
+  require(up_gate.numel() == experts * 2 * inner * hidden && down.numel() == experts * hidden * inner &&
+              up_gate.dtype() == x.dtype() && down.dtype() == x.dtype(),
+          "moe: up_gate must be [E, 2I, H] and down [E, H, I], of the dtype of x");
+  Tensor out = make(x.shape(), x.dtype(), x);
+  const FdserveMoe call = {x.data(), data_of<float>(gate, DataType::FLOAT32, "moe: gate must be float32"),
+                           data_of<float>(correction_bias, DataType::FLOAT32, "moe: correction_bias must be float32"),
+                           up_gate.data(), down.data(), shared ? shared->data() : nullptr, out.data(), x.shape()[0], hidden,
+                           inner, experts, top_k, norm_min};
+  Tensor workspace = make({fdserve_cuda_moe_workspace(&call)}, DataType::UINT8, x);
+  check(fdserve_cuda_moe(&call, dtype_of(x), workspace.data(), stream_of(x)), "moe");
+  return {out};
+}
+
+std::vector<Tensor> sample(const Tensor& logits, const Tensor& float_params, const Tensor& int_params,
+                           const Tensor& history, const Tensor& history_offsets, const Tensor& prompt_lens,
+                           const Tensor& bias_ids, const Tensor& bias_values, const Tensor& bias_offsets,
+                           const paddle::optional<Tensor>& masks, const paddle::optional<Tensor>& mask_rows,
+                           const paddle::optional<Tensor>& logprob_modes, int64_t vocab_size, int64_t num_top) {
+  require(logits.shape().size() == 2 && vocab_size > 0 && vocab_size <= logits.shape()[1],
+          "sample: logits must be [R, V] with V at least vocab_size");
+  const int64_t rows = logits.shape()[0];
+  std::vector<Tensor> out = {make({rows}, DataType::INT32, logits), make({rows}, DataType::FLOAT32, logits),
+                             make({rows, num_top}, DataType::INT32, logits), make({rows, num_top}, DataType::FLOAT32, logits)};
+  if (rows == 0) return out;
+  constexpr const char* KIND = "sample: ids, offsets and modes must be int32, int_params int64 and all else float32";
+  const auto ints = [&](const Tensor& x) { return data_of<int>(x, DataType::INT32, KIND); };
+  const auto floats = [&](const Tensor& x) { return data_of<float>(x, DataType::FLOAT32, KIND); };
+  const FdserveSample call = {floats(logits), floats(float_params), data_of<int64_t>(int_params, DataType::INT64, KIND),
+                              ints(history), ints(history_offsets), ints(prompt_lens), ints(bias_ids), floats(bias_values),
+                              ints(bias_offsets), masks ? ints(*masks) : nullptr, mask_rows ? ints(*mask_rows) : nullptr,
+                              logprob_modes ? ints(*logprob_modes) : nullptr, out[0].data<int>(), out[1].data<float>(),
+                              num_top > 0 ? out[2].data<int>() : nullptr, num_top > 0 ? out[3].data<float>() : nullptr, rows,
+                              logits.shape()[1], vocab_size, masks ? masks->shape()[1] : 0, num_top};
+  Tensor workspace = make({fdserve_cuda_sample_workspace(&call)}, DataType::UINT8, logits);
+  check(fdserve_cuda_sample(&call, workspace.data(), stream_of(logits)), "sample");
+  return out;
+}
+
+}  // namespace
+
+PD_BUILD_OP(fdserve_rms_norm).Inputs({"x", "weight"}).Outputs({"out"}).Attrs({"eps: float"}).SetKernelFn(PD_KERNEL(rms_norm));
+
+PD_BUILD_OP(fdserve_add_rms_norm)
+    .Inputs({"x", "residual", "weight"})
+    .Outputs({"out", "total"})
+    .Attrs({"eps: float"})
+    .SetKernelFn(PD_KERNEL(add_rms_norm));
+
+PD_BUILD_OP(fdserve_swiglu).Inputs({"x"}).Outputs({"out"}).SetKernelFn(PD_KERNEL(swiglu));
+
+PD_BUILD_OP(fdserve_quant_linear)
+    .Inputs({"x", "weight", "scales"})
+    .Outputs({"out"})
+    .Attrs({"bits: int", "to_float: bool"})
+    .SetKernelFn(PD_KERNEL(quant_linear));
+
+PD_BUILD_OP(fdserve_attention)
+    .Inputs({"qkv", "k_cache", "v_cache", "rope", "block_tables", "query_starts", "context_lens"})
+    .Outputs({"out"})
+    .Attrs({"heads: int64_t", "kv_heads: int64_t", "head_dim: int64_t", "block_size: int64_t", "max_query_len: int64_t",
+            "longest: int64_t"})
+    .SetKernelFn(PD_KERNEL(attention));
+
+PD_BUILD_OP(fdserve_moe)
+    .Inputs({"x", "gate", "correction_bias", "up_gate", "down", paddle::Optional("shared")})
+    .Outputs({"out"})
+    .Attrs({"inner: int64_t", "top_k: int64_t", "norm_min: float"})
+    .SetKernelFn(PD_KERNEL(moe));
+
+PD_BUILD_OP(fdserve_sample)
+    .Inputs({"logits", "float_params", "int_params", "history", "history_offsets", "prompt_lens", "bias_ids",
+             "bias_values", "bias_offsets", paddle::Optional("masks"), paddle::Optional("mask_rows"),
+             paddle::Optional("logprob_modes")})
+    .Outputs({"tokens", "logprobs", "top_ids", "top_logprobs"})
+    .Attrs({"vocab_size: int64_t", "num_top: int64_t"})
+    .SetKernelFn(PD_KERNEL(sample));
