@@ -51,7 +51,8 @@ async def prepare_chat(request: ChatRequest, server: Server, http: Request) -> l
     check_request(request, server)
     check_chat(request, server)
     _, prompt = await rendered(request, server, http)
-    continued = bool(request.continue_final_message)
+    # A prompt without a template is gone on with, too.
+    continued = bool(request.continue_final_message or request.disable_chat_template)
     thinking = server.reasoning is not None and starts_in_thinking(server.reasoning, prompt, continued)
     params = _params(request, server, len(prompt), thinking)
     tools = tool_use(request)
@@ -124,8 +125,8 @@ def _with_thinking_budget(params: SamplingParams, server: Server, budget: int) -
 
 def _with_answer_limit(params: SamplingParams, server: Server, limit: int, thinking: bool) -> SamplingParams:
     """At most `limit` tokens come after the thought; without one, in all."""
+    limit = min(limit, params.max_tokens)
     if thinking:
         assert server.reasoning is not None
         return msgspec.structs.replace(params, answer_limit=limit, think_end_id=server.reasoning.think_end)
-    limit = min(limit, params.max_tokens)
     return msgspec.structs.replace(params, max_tokens=limit, min_tokens=min(limit, params.min_tokens))

@@ -118,12 +118,26 @@ async def test_a_template_of_the_request() -> None:
         assert (response.status, response.error["param"]) == (400, "messages")
 
 
+async def test_any_name_may_be_a_variable() -> None:
+    async with serving(template="{{ self }}{{ style }}") as client:
+        for name in ("self", "x y", "", "render"):
+            assert (await client.chat(chat_template_kwargs={name: 1, "style": "terse"})).status == 200
+
+
 async def test_no_template() -> None:
     async with serving() as client:
         messages = [{"role": "user", "content": [{"type": "text", "text": "a"}]}, {"role": "user", "content": "b"}]
         assert await prompt_of(client, messages=messages, disable_chat_template=True) == "ab"
         response = await client.chat(messages=[{"role": "user", "content": ""}], disable_chat_template=True)
         assert (response.status, response.error["param"]) == (400, "messages")
+
+
+async def test_a_prompt_without_a_template_is_gone_on_with() -> None:
+    config = Config(reasoning_parser="ernie_x1")
+    async with serving(FakeEngine(say("a</think>b")), config) as client:
+        for text, expected in (("Once", (None, "a</think>b")), ("<think>Once", ("a", "b"))):
+            message = (await client.chat(text, disable_chat_template=True)).json()["choices"][0]["message"]
+            assert (message["reasoning_content"], message["content"]) == expected
 
 
 async def test_the_effort_of_reasoning() -> None:
@@ -143,6 +157,7 @@ async def test_a_limit_for_the_answer() -> None:
         params = await params_of(client, response_max_tokens=5)
         assert (params.answer_limit, params.think_end_id) == (5, ids("</think>")[0])
         assert (params.max_tokens, params.thinking_budget) == (1023, None)
+        assert (await params_of(client, response_max_tokens=10**30)).answer_limit == 1023  # no integer is too large
         params = await params_of(client, response_max_tokens=5, reasoning_max_tokens=7)
         assert (params.answer_limit, params.thinking_budget) == (5, 6)
     async with serving(config=config, template="</think>") as client:
