@@ -4,16 +4,19 @@
 
 Weights are bfloat16 (the router's float32), normal with standard deviation 0.02, norms 1, drawn from one pool that
 is repeated: their values say nothing, their number and shapes do. Streamed to disk, so that memory stays small
-whatever the shape. The bundled demo model's tokenizer and chat template are copied beside them, where there
-are any.
+whatever the shape. The bundled demo model's tokenizer and chat template are copied beside them, and its vocabulary is
+filled up with made-up words, so that every id the model can sample is text.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import shutil
+import string
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -161,6 +164,28 @@ def write_checkpoint(shape: str, layout: str, out: Path, seed: int = 0) -> None:
     for file in TOKENIZER_FILES:
         if (DEMO / file).is_file():
             shutil.copy(DEMO / file, out)
+    fill_vocabulary(out / "tokenizer.model", SHAPES[shape]["vocab_size"])
+
+
+def fill_vocabulary(path: Path, size: int) -> None:
+    """Append made-up words to a SentencePiece model until it has `size` pieces.
+
+    The file is a protocol buffer whose first field is the list of pieces, and such lists go on wherever more of their
+    entries follow: sentencepiece_model.proto says that a piece has its text in field 1 and its score in field 2.
+    """
+    import sentencepiece
+
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    taken = {processor.id_to_piece(id) for id in range(processor.get_piece_size())}
+    words = ("\u2581" + "".join(letters) for letters in itertools.product(string.ascii_lowercase, repeat=4))
+    new = itertools.islice((word for word in words if word not in taken), max(size - len(taken), 0))
+    entries = []
+    for number, word in enumerate(new, len(taken)):
+        text = word.encode()
+        piece = b"\x0a" + bytes([len(text)]) + text + b"\x15" + struct.pack("<f", -float(number))
+        entries.append(b"\x0a" + bytes([len(piece)]) + piece)
+    with path.open("ab") as file:
+        file.write(b"".join(entries))
 
 
 def main(argv: list[str] | None = None) -> None:
