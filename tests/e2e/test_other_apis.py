@@ -138,9 +138,10 @@ def test_a_message(claude: anthropic.Anthropic) -> None:
     thought, text = thinking.content
     assert "carry" in thought.thinking
     assert "579" in text.text
-    assert thinking.usage.output_tokens_details.thinking_tokens > 30
-    again = ask(claude, SUM, thinking.content, "What is 20 + 34?", thinking=THINK)
-    assert "54" in again.content[-1].text
+    assert thinking.usage.to_dict()["output_tokens_details"]["thinking_tokens"] > 30
+    for _ in range(2):
+        again = ask(claude, SUM, thinking.content, "What is 20 + 34?", thinking=THINK)
+        assert "54" in again.content[-1].text
     assert again.usage.cache_read_input_tokens > 0
     counted = claude.messages.count_tokens(
         model="null", messages=_turns((SUM, thinking.content, "What is 20 + 34?")), thinking=THINK
