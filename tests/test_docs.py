@@ -10,8 +10,8 @@ import msgspec
 import pytest
 
 from fdserve import errors
-from fdserve.api.metrics import Metrics
 from fdserve.api.fields import EXTRA_FIELDS
+from fdserve.api.metrics import Metrics
 from fdserve.config import Config
 from fdserve.engine.engine import EngineStats
 from fdserve.errors import ServerError
@@ -79,6 +79,41 @@ def test_every_field_of_a_request_is_documented(request_type: type[msgspec.Struc
     assert fields >= BOTH
     assert fields >= own
     assert fields <= BOTH | own | REFUSED
+
+
+def range_in_words(field_type: msgspec.inspect.Type) -> str | None:
+    """How the tables say the type and range of a field; None for types that are told in other words."""
+    types = field_type.types if isinstance(field_type, msgspec.inspect.UnionType) else (field_type,)
+    (kind, *others) = [one for one in types if not isinstance(one, msgspec.inspect.NoneType)]
+    if others:
+        return None
+    if isinstance(kind, msgspec.inspect.BoolType):
+        return "boolean"
+    if not isinstance(kind, msgspec.inspect.IntType | msgspec.inspect.FloatType):
+        return None
+    name = "integer" if isinstance(kind, msgspec.inspect.IntType) else "number"
+    return f"{name} {number(kind.ge)}…{number(kind.le)}" if kind.le is not None else f"{name} ≥ {number(kind.ge)}"
+
+
+def number(value: float | None) -> str:
+    assert value is not None
+    powers = {2**63 - 1: "2⁶³-1", 2**31 - 1: "2³¹-1", -(2**31): "-2³¹"}
+    return powers.get(value, f"{value:g}")
+
+
+@pytest.mark.parametrize(
+    ("request_type", "heading"), [(ChatRequest, "### Chat only"), (CompletionRequest, "### Completions only")]
+)
+def test_the_ranges_are_those_of_the_types(request_type: type[msgspec.Struct], heading: str) -> None:
+    tables = section(PROTOCOL, "### Both endpoints") + section(PROTOCOL, heading)
+    cells = dict(re.findall(r"^\| `(\w+)` \| (.*?) \|", tables, re.MULTILINE))
+    checked = 0
+    for field in msgspec.inspect.type_info(request_type).fields:  # type: ignore[attr-defined]
+        words = range_in_words(field.type)
+        if words is not None:
+            assert cells[field.name].startswith(words), field.name
+            checked += 1
+    assert checked > 20
 
 
 def test_nothing_is_documented_that_no_request_has() -> None:
