@@ -107,7 +107,7 @@ class ChatAnswer:
 
     async def stream(self, reply: Reply) -> None:
         """Send an event for whatever comes, as it comes: choices in turn, each in order."""
-        lock = anyio.Lock()
+        lock = anyio.Lock(fast_acquire=True)
         tokens = self._request.max_streaming_response_tokens or 1
 
         async def forward(choice: Choice) -> None:

@@ -5,12 +5,14 @@ The dependency is pinned to 0.18 because of this module.
 
 from __future__ import annotations
 
+import os
 import uuid
 
 import h11
 import hypercorn.trio.run
 import msgspec
-from hypercorn.events import Event, Updated
+import trio
+from hypercorn.events import Event, RawData, Updated
 from hypercorn.protocol.h11 import H11Protocol
 from hypercorn.trio.tcp_server import TCPServer
 
@@ -18,11 +20,12 @@ from fdserve.errors import HeadersTooLarge, InvalidRequest, ServerError
 from fdserve.http.errors import error_body
 
 
-class PromptlyClosingServer(TCPServer):
-    """Lets go of a connection whose client is gone.
+class PromptServer(TCPServer):
+    """Lets go of a connection whose client is gone, and sends without ado.
 
     Hypercorn's own goes on waiting for the keep-alive timeout after the client has closed an idle connection, and
-    holds its file descriptor as long.
+    holds its file descriptor as long. It also lets all other tasks run twice in every send, which is most of what a
+    token costs when hundreds are streamed at a time.
     """
 
     _client_is_gone = False
@@ -33,7 +36,18 @@ class PromptlyClosingServer(TCPServer):
         await self.idle_task.stop()
 
     async def protocol_send(self, event: Event) -> None:
-        """Pass the event on; no idle time begins for a client that is gone."""
+        """Pass the event on; no idle time begins for a client that is gone.
+
+        Data is sent at once, without letting other tasks run, as far as the system takes it at once.
+        """
+        if isinstance(event, RawData) and isinstance(self.stream, trio.SocketStream) and not self.send_lock.locked():
+            try:
+                sent = os.write(self.stream.socket.fileno(), event.data)
+            except OSError:
+                sent = 0  # the ordinary way waits, or finds the client gone
+            if sent == len(event.data):
+                return
+            event = RawData(data=event.data[sent:])
         if not (self._client_is_gone and isinstance(event, Updated) and event.idle):
             await super().protocol_send(event)
 
@@ -65,4 +79,4 @@ def apply() -> None:
     """Have hypercorn use them."""
     H11Protocol._send_error_response = send_error_response  # type: ignore[assignment, method-assign]
     # Where its `serve` looks the class up; the name is not one that the module exports.
-    hypercorn.trio.run.TCPServer = PromptlyClosingServer  # type: ignore[attr-defined]
+    hypercorn.trio.run.TCPServer = PromptServer  # type: ignore[attr-defined]

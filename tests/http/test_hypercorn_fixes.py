@@ -6,9 +6,16 @@ import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import hypercorn.config
+import hypercorn.trio.worker_context
 import pytest
+import trio
+import trio.testing
+from hypercorn.events import Closed, RawData
 
+from fdserve.http.hypercorn_fixes import PromptServer
 from tests.http.processes import ServerProcess, until
 
 CLOSE_WAIT = "08"
@@ -47,3 +54,74 @@ def test_a_connection_closed_during_an_answer_is_let_go(server: ServerProcess) -
         sock.close()
     assert until(lambda: half_open(server.port) == 0, 5) < 2
     assert until(lambda: server.running() == 0, 5) < 2
+
+
+async def connection() -> tuple[PromptServer, trio.SocketStream]:
+    """A server's side of a connection, and the client's."""
+    ours, theirs = trio.socket.socketpair()
+    context = hypercorn.trio.worker_context.WorkerContext(None)
+    app: Any = None
+    return PromptServer(app, hypercorn.config.Config(), context, {}, trio.SocketStream(ours)), trio.SocketStream(theirs)
+
+
+def test_sending_lets_no_other_task_run() -> None:
+    async def main() -> None:
+        server, client = await connection()
+        turns = 0
+
+        async def count_turns() -> None:
+            nonlocal turns
+            while True:
+                await trio.lowlevel.checkpoint()
+                turns += 1
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(count_turns)
+            await trio.lowlevel.checkpoint()
+            before = turns
+            for index in range(100):
+                await server.protocol_send(RawData(b"%02d" % index))
+            assert turns == before
+            nursery.cancel_scope.cancel()
+        assert await client.receive_some(1000) == b"".join(b"%02d" % index for index in range(100))
+
+    trio.run(main)
+
+
+def test_what_does_not_fit_waits_for_the_reader_and_keeps_its_order() -> None:
+    data = [bytes([index]) * 300_000 for index in range(8)]
+
+    async def main() -> None:
+        server, client = await connection()
+        received = b""
+        with trio.fail_after(20):
+            async with trio.open_nursery() as nursery:
+                for part in data:
+                    nursery.start_soon(server.protocol_send, RawData(part))
+                    await trio.testing.wait_all_tasks_blocked()
+                assert nursery.child_tasks  # some wait
+                while len(received) < sum(map(len, data)):
+                    received += await client.receive_some(1 << 16)
+        assert received == b"".join(data)
+
+    trio.run(main)
+
+
+def test_sending_to_a_client_that_is_gone() -> None:
+    async def main() -> None:
+        server, client = await connection()
+        closed: list[object] = []
+
+        class Protocol:
+            async def handle(self, event: object) -> None:
+                closed.append(event)
+
+        server.protocol = Protocol()  # type: ignore[assignment]
+        await client.aclose()
+        for _ in range(3):
+            await server.protocol_send(RawData(b"data"))
+        await server.stream.aclose()
+        await server.protocol_send(RawData(b"data"))
+        assert [type(event) for event in closed] == [Closed] * 4
+
+    trio.run(main)
