@@ -45,6 +45,8 @@ def as_own_fields() -> Iterator[None]:
         if error.param is not None:
             head, rest = re.fullmatch(r"(\w*)(.*)", error.param, re.DOTALL).groups()  # type: ignore[union-attr]
             error.param = _ORIGIN[head] if head in _ORIGIN else head + rest.replace(".function", "", 1)
+            if error.code == "context_length_exceeded":
+                error.message = error.message.replace("messages", "input")
         raise
 
 

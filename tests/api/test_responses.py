@@ -292,6 +292,7 @@ async def test_truncation_leaves_out_the_oldest_turns() -> None:
         refused = await respond(client, items)
         assert (refused.status, refused.error["code"]) == (400, "context_length_exceeded")
         assert refused.error["param"] == "input"
+        assert "your input resulted in" in refused.error["message"]
         content = whole(await respond(client, items, truncation="auto"))
         assert content["truncation"] == "auto"
         prompt = bytes(client.engine.requests[-1].prompt).decode()
