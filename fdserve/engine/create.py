@@ -23,6 +23,9 @@ logger = logging.getLogger("fdserve")
 MAX_DEFAULT_CACHE_BYTES = 4 << 30
 """The KV cache takes a quarter of the memory that is available unless told otherwise, and no more than this."""
 
+MIN_LOAD_TIMEOUT = 60.0
+"""Seconds without progress after which a loading rank is lost, where a step may not take that long."""
+
 
 def create_engine(config: Config, directory: Path, model: ModelConfig) -> Engine:
     """An engine for the checkpoint in `directory`; `Engine.run` starts it. Raises StartupError for what cannot work."""
@@ -55,7 +58,8 @@ def create_engine(config: Config, directory: Path, model: ModelConfig) -> Engine
     slot_bytes = 4 * max(config.max_num_batched_tokens * model.hidden_size, logits)
 
     def open_ranks() -> AbstractAsyncContextManager[Ranks]:
-        return open_executor(load, LoadingLog(), slot_bytes=slot_bytes)
+        timeout = max(config.step_timeout, MIN_LOAD_TIMEOUT)
+        return open_executor(load, LoadingLog(), slot_bytes=slot_bytes, load_timeout=timeout)
 
     def make_scheduler(ready: Ready) -> Scheduler:
         capacity = ready.num_blocks * config.block_size

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractAsyncContextManager, contextmanager
 from typing import Literal, Protocol
 
 import anyio
@@ -190,7 +190,8 @@ class Engine:
             plan = scheduler.schedule()
             if plan is not None:
                 self._mark_started(scheduler)
-                await ranks.send(plan)
+                with self._step_deadline():
+                    await ranks.send(plan)
             self._fan_out(outputs)
             outputs = []
             if plan is None:
@@ -199,15 +200,21 @@ class Engine:
                 outputs = scheduler.update(await self._result(ranks, plan))
 
     async def _result(self, ranks: Ranks, plan: Plan) -> Sampled:
-        try:
-            with anyio.fail_after(self._step_timeout):
-                result = await ranks.receive()
-        except TimeoutError:
-            raise RankError(f"a step took longer than {self._step_timeout:g} s") from None
+        with self._step_deadline():
+            result = await ranks.receive()
         if result.step != plan.step:
             raise RankError(f"the ranks answered step {result.step} where {plan.step} was due")
         self._step_seconds += result.seconds
         return Sampled(result)
+
+    @contextmanager
+    def _step_deadline(self) -> Iterator[None]:
+        """Ranks that neither take a plan nor answer it in time are lost."""
+        try:
+            with anyio.fail_after(self._step_timeout):
+                yield
+        except TimeoutError:
+            raise RankError(f"a step took longer than {self._step_timeout:g} s") from None
 
     async def _wait_for_work(self, scheduler: Scheduler, ranks: Ranks) -> None:
         """Nothing to do: look the bookkeeping over, and sleep until a request comes, with an eye on the ranks."""

@@ -5,14 +5,21 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 
+import anyio
 from msgspec.structs import replace
 
 from fdserve.errors import RankError
+from fdserve.executor.frames import LostPeer
 from fdserve.executor.process import RankProcess
 from fdserve.executor.wire import Load, Loading, Plan, Ready, StepResult, encode_frame
 from fdserve.ops.collectives import shared_bytes
+
+LOOK_SECONDS = 0.1
+"""How often a wait for rank 0 looks after the other ranks."""
+CAUSE_SECONDS = 1.0
+"""How long to listen for why ranks are lost."""
 
 
 class Executor:
@@ -25,15 +32,27 @@ class Executor:
     async def send(self, plan: Plan) -> None:
         """Give all ranks their next step. RankError if one is gone."""
         frame = encode_frame(plan)
-        for rank in self._ranks:
-            await rank.send(frame)
+        try:
+            for rank in self._ranks:
+                await rank.send(frame)
+        except RankError as error:
+            raise await _cause(self._ranks, error) from None
 
     async def receive(self) -> StepResult:
-        """What the step sampled. RankError if a rank is gone or failed."""
-        message = await self._ranks[0].receive()
+        """What the step sampled. RankError if a rank is gone or failed. Cancellation loses nothing."""
+        try:
+            message = await self._receive()
+        except RankError as error:
+            raise await _cause(self._ranks, error) from None
         if not isinstance(message, StepResult):
             raise RankError(f"rank 0 sent {type(message).__name__} where a result was due")
         return message
+
+    async def _receive(self) -> Loading | Ready | StepResult:
+        while True:
+            with anyio.move_on_after(LOOK_SECONDS):
+                return await self._ranks[0].receive()
+            self.check()
 
     def check(self) -> None:
         """Raise RankError if a rank's process has ended, also while nothing is asked of it."""
@@ -48,25 +67,27 @@ class Executor:
 
 @asynccontextmanager
 async def open_executor(
-    load: Load, on_loading: Callable[[Loading], None], *, slot_bytes: int = 0
+    load: Load, on_loading: Callable[[Loading], None], *, slot_bytes: int = 0, load_timeout: float = 300.0
 ) -> AsyncIterator[Executor]:
-    """Start `load.world_size` ranks and wait until all are ready; stop them on leaving, however it is left.
+    """Start `load.world_size` ranks and wait until all are ready; kill them on leaving, however it is left.
 
-    `load` is rank 0's; `slot_bytes` is what their largest collective needs of shared memory for each of them. Raises
-    RankError if one cannot start.
+    `load` is rank 0's; `slot_bytes` is what their largest collective needs of shared memory for each of them;
+    `load_timeout` is how many seconds a rank may load without telling of any progress. Raises RankError if one cannot
+    start.
     """
-    async with AsyncExitStack() as stack:
-        ranks = []
+    ranks: list[RankProcess] = []
+    try:
         try:
             with connected(load, slot_bytes) as loads:
                 for each in loads:
-                    rank = await RankProcess.start(each)
-                    stack.push_async_callback(rank.stop)
-                    ranks.append(rank)
+                    ranks.append(await RankProcess.start(each))
         except OSError as error:  # no descriptors, processes or memory left: that may pass
             raise RankError(f"the ranks cannot be started: {error.strerror}") from error
-        ready = [await _loaded(rank, on_loading) for rank in ranks]
-        yield Executor(ranks, ready[0])
+        yield Executor(ranks, await _all_loaded(ranks, on_loading, load_timeout))
+    finally:
+        async with anyio.create_task_group() as group:
+            for rank in ranks:
+                group.start_soon(rank.stop)
 
 
 @contextmanager
@@ -95,8 +116,54 @@ def connected(load: Load, slot_bytes: int) -> Iterator[list[Load]]:
         yield [replace(load, peers=tuple(ends)), *loads]
 
 
-async def _loaded(rank: RankProcess, on_loading: Callable[[Loading], None]) -> Ready:
-    while not isinstance(message := await rank.receive(), Ready):
+async def _all_loaded(ranks: list[RankProcess], on_loading: Callable[[Loading], None], timeout: float) -> Ready:
+    """What rank 0 says once all are ready; the first to fail ends it for all."""
+    ready: dict[int, Ready] = {}
+    errors: list[RankError] = []
+
+    async def watch(rank: RankProcess) -> None:
+        try:
+            ready[rank.rank] = await _loaded(rank, on_loading, timeout)
+        except RankError as error:
+            errors.append(error)
+            group.cancel_scope.cancel()
+
+    async with anyio.create_task_group() as group:
+        for rank in ranks:
+            group.start_soon(watch, rank)
+    if errors:
+        raise await _cause(ranks, errors[0])
+    return ready[0]
+
+
+async def _loaded(rank: RankProcess, on_loading: Callable[[Loading], None], timeout: float) -> Ready:
+    while True:
+        try:
+            with anyio.fail_after(timeout):
+                message = await rank.receive()
+        except TimeoutError:
+            raise RankError(f"rank {rank.rank} (pid {rank.pid}) made no progress for {timeout:g} s") from None
+        if isinstance(message, Ready):
+            return message
         if isinstance(message, Loading) and rank.rank == 0:
             on_loading(message)
-    return message
+
+
+async def _cause(ranks: list[RankProcess], error: RankError) -> RankError:
+    """Why the ranks are lost, given what was seen of it first: what a rank said last tells more than how it ended.
+
+    The ranks that wait for a lost one end, too, so it may take a moment until that one is known.
+    """
+    causes: list[RankError] = []
+
+    async def listen(rank: RankProcess) -> None:
+        own = await rank.failure()
+        if not isinstance(own, LostPeer):
+            causes.append(own)
+            group.cancel_scope.cancel()
+
+    with anyio.move_on_after(CAUSE_SECONDS):
+        async with anyio.create_task_group() as group:
+            for rank in ranks:
+                group.start_soon(listen, rank)
+    return causes[0] if causes else error

@@ -14,35 +14,24 @@ import sys
 from pathlib import Path
 
 import anyio
-import msgspec
 from anyio.abc import UNIXSocketStream
 
 from fdserve.errors import RankError
-from fdserve.executor.wire import (
-    HEADER,
-    MAX_FRAME_BYTES,
-    Failed,
-    FromRank,
-    Load,
-    Loading,
-    Ready,
-    StepResult,
-    decode_from_rank,
-    encode_frame,
-)
+from fdserve.executor.frames import FrameStream, connection_lost, told
+from fdserve.executor.wire import Load, Loading, Ready, StepResult, encode_frame
 
-STOP_SECONDS = 5.0
+REAP_SECONDS = 5.0
 PACKAGE_PARENT = Path(__file__).resolve().parents[2]
 
 
 class RankProcess:
     """A rank, seen from the API process."""
 
-    def __init__(self, rank: int, process: subprocess.Popen[bytes], stream: UNIXSocketStream) -> None:
+    def __init__(self, rank: int, process: subprocess.Popen[bytes], frames: FrameStream) -> None:
         self.rank = rank
         self._process = process
-        self._stream = stream
-        self._buffer = bytearray()
+        self._frames = frames
+        self._failure: RankError | None = None  # what it said of its end
 
     @classmethod
     async def start(cls, load: Load) -> RankProcess:
@@ -52,20 +41,17 @@ class RankProcess:
         """
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         with theirs:
-            # A session of its own: a Ctrl-C in the terminal is for the API process, which then stops the ranks.
-            process = subprocess.Popen(
-                [sys.executable, "-m", "fdserve.worker", str(theirs.fileno())],
-                pass_fds=[theirs.fileno(), *load.peers, *([load.shared_memory] if load.peers else [])],
-                stdin=subprocess.DEVNULL,
-                cwd=PACKAGE_PARENT,  # so that the rank runs this package, not one in the current directory
-                start_new_session=True,
-                env=_environment(),
-            )
-        rank = cls(load.rank, process, await UNIXSocketStream.from_socket(ours))
+            try:
+                process = spawn(load, theirs)
+            except BaseException:
+                ours.close()
+                raise
         try:
+            rank = cls(load.rank, process, FrameStream(await UNIXSocketStream.from_socket(ours), f"rank {load.rank}"))
             await rank.send(encode_frame(load))
         except BaseException:
-            await rank.stop()
+            ours.close()
+            await kill([process])
             raise
         return rank
 
@@ -77,16 +63,29 @@ class RankProcess:
     async def send(self, frame: bytes) -> None:
         """Send a whole frame. Cancelled halfway, the connection is of no more use. RankError if the rank is gone."""
         try:
-            await self._stream.send(frame)
-        except (anyio.BrokenResourceError, anyio.ClosedResourceError) as error:
+            await self._frames.send(frame)
+        except connection_lost as error:
             raise await self._gone() from error
 
     async def receive(self) -> Loading | Ready | StepResult:
         """The next frame. RankError if the rank is gone or says that it failed. Cancellation loses nothing."""
-        message = await self._receive_frame()
-        if isinstance(message, Failed):
-            raise RankError(f"rank {self.rank}: {message.message}")
-        return message
+        if self._failure is not None:
+            raise self._failure
+        try:
+            return told(self.rank, await self._frames.receive())
+        except connection_lost as error:
+            raise await self._gone() from error
+        except RankError as error:
+            self._failure = error
+            raise
+
+    async def failure(self) -> RankError:
+        """Why the rank is lost; waits until it is. Cancellation loses frames."""
+        try:
+            while True:
+                await self.receive()
+        except RankError as error:
+            return error
 
     def check(self) -> None:
         """Raise RankError if the process has ended."""
@@ -94,52 +93,52 @@ class RankProcess:
             raise self._ended()
 
     async def stop(self) -> None:
-        """Close the connection, which ends the rank, and wait for its exit; after some seconds kill it."""
+        """Kill the process and wait for its end: a rank has nothing to save. Not to be cancelled."""
+        await kill([self._process])
         with anyio.CancelScope(shield=True):
-            await self._stream.aclose()
-            if not await self._exited(STOP_SECONDS):
-                self._process.kill()
-                await self._exited(STOP_SECONDS)
-
-    async def _receive_frame(self) -> FromRank:
-        while (end := self._frame_end()) is None:
-            try:
-                self._buffer += await self._stream.receive(1 << 20)
-            except (anyio.EndOfStream, anyio.BrokenResourceError, anyio.ClosedResourceError) as error:
-                raise await self._gone() from error
-        body = bytes(self._buffer[HEADER.size : end])
-        del self._buffer[:end]
-        try:
-            return decode_from_rank(body)
-        except msgspec.DecodeError as error:
-            raise RankError(f"rank {self.rank} sent a frame that cannot be read: {error}") from error
-
-    def _frame_end(self) -> int | None:
-        """Where the first frame in the buffer ends, or None while it is not whole."""
-        if len(self._buffer) < HEADER.size:
-            return None
-        (length,) = HEADER.unpack_from(self._buffer)
-        if length > MAX_FRAME_BYTES:
-            raise RankError(f"rank {self.rank} sent a frame of {length} bytes")
-        end = HEADER.size + int(length)
-        return end if len(self._buffer) >= end else None
+            await self._frames.aclose()
 
     async def _gone(self) -> RankError:
-        if not await self._exited(1.0):
+        if not await _exited(self._process, 1.0):
             return RankError(f"rank {self.rank} (pid {self.pid}) closed its connection")
         return self._ended()
 
     def _ended(self) -> RankError:
-        status = self._process.returncode
-        how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"exited with status {status}"
-        return RankError(f"rank {self.rank} (pid {self.pid}) {how}")
+        return RankError(f"rank {self.rank} (pid {self.pid}) {ending(self._process.returncode)}")
 
-    async def _exited(self, seconds: float) -> bool:
-        """Wait for the exit, by polling: a child watcher would depend on the event loop. Reaps the process."""
-        with anyio.move_on_after(seconds, shield=True):
-            while self._process.poll() is None:
-                await anyio.sleep(0.01)
-        return self._process.returncode is not None
+
+def spawn(load: Load, connection: socket.socket) -> subprocess.Popen[bytes]:
+    """A rank process that has inherited its end of the connection, and what `load` names. OSError if there is none."""
+    # A session of its own: a Ctrl-C in the terminal is for the API process, which then stops the ranks.
+    return subprocess.Popen(
+        [sys.executable, "-m", "fdserve.worker", str(connection.fileno())],
+        pass_fds=[connection.fileno(), *load.peers, *([load.shared_memory] if load.peers else [])],
+        stdin=subprocess.DEVNULL,
+        cwd=PACKAGE_PARENT,  # so that the rank runs this package, not one in the current directory
+        start_new_session=True,
+        env=_environment(),
+    )
+
+
+async def kill(processes: list[subprocess.Popen[bytes]]) -> None:
+    """Kill them and wait until they are gone, stopped ones included. Not to be cancelled."""
+    for process in processes:
+        process.kill()
+    for process in processes:
+        await _exited(process, REAP_SECONDS)
+
+
+def ending(status: int) -> str:
+    """How a process with this return code ended."""
+    return f"was killed by {signal.Signals(-status).name}" if status < 0 else f"exited with status {status}"
+
+
+async def _exited(process: subprocess.Popen[bytes], seconds: float) -> bool:
+    """Wait for the exit, by polling: a child watcher would depend on the event loop. Reaps the process."""
+    with anyio.move_on_after(seconds, shield=True):
+        while process.poll() is None:
+            await anyio.sleep(0.005)
+    return process.returncode is not None
 
 
 def _environment() -> dict[str, str]:

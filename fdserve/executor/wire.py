@@ -160,6 +160,8 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
     """The rank cannot go on; it exits after this frame."""
 
     message: str
+    lost_peer: bool = False
+    """Another rank is gone: why, that one may say."""
 
 
 ToRank = Load | Plan

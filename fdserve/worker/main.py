@@ -65,8 +65,10 @@ def main() -> None:
         _serve(connection)
     except (BrokenPipeError, ConnectionResetError):
         pass  # the API process is gone, and with it whoever could use an answer
-    except (StartupError, RankError) as error:
+    except StartupError as error:
         _tell(connection, str(error))
+    except RankError as error:
+        _tell(connection, str(error), lost_peer=True)
     except Exception as error:
         traceback.print_exc()
         _tell(connection, f"{type(error).__name__}: {error}")
@@ -95,9 +97,9 @@ def _serve(connection: Connection) -> None:
             connection.send(result)
 
 
-def _tell(connection: Connection, message: str) -> None:
+def _tell(connection: Connection, message: str, *, lost_peer: bool = False) -> None:
     try:
-        connection.send(Failed(message))
+        connection.send(Failed(message, lost_peer))
     finally:
         # Not sys.exit: the library's threads may be in any state.
         sys.stderr.flush()
