@@ -1,5 +1,6 @@
 # make serve: install into .venv, build the kernels, serve the demo model on 127.0.0.1:8188
 # make test:  everything CI runs
+# make kernels-cuda: compile the CUDA kernels (needs nvcc, and no GPU)
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,13 +8,16 @@ SOURCES := $(shell find fdserve kernels -type f -not -name '*.pyc' -not -name '*
 	setup.py pyproject.toml MANIFEST.in
 ARGS ?=
 
-.PHONY: serve test clean
+.PHONY: serve test kernels-cuda clean
 
 serve: $(VENV)/installed
 	$(BIN)/python -m fdserve $(ARGS)
 
 test: $(VENV)/tox
 	$(BIN)/python -m tox run
+
+kernels-cuda: $(VENV)/installed
+	$(BIN)/python kernels/cuda/build.py
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' \

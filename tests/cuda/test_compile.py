@@ -1,0 +1,50 @@
+"""The CUDA kernels and their bindings compile, where CUDA's compiler is."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.cuda.harness import SOURCES, has_nvcc
+
+
+@pytest.mark.skipif(not has_nvcc(), reason="needs nvcc")
+def test_everything_compiles_and_links(tmp_path: Path) -> None:
+    out = tmp_path / "kernels.so"
+    command = [sys.executable, str(SOURCES / "build.py"), "--out", str(out), "--jobs", "2"]
+    environment = {**os.environ, "FDSERVE_CUDA_ARCHS": "80 90a"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    symbols = out.read_bytes()
+    for name in ("rms_norm", "swiglu", "rope_and_store", "attention", "moe", "sample", "quant_linear"):
+        assert f"fdserve_cuda_{name}".encode() in symbols
+
+
+def test_the_structures_are_those_of_the_launchers(tmp_path: Path) -> None:
+    """Sizes and offsets as the C++ compiler sees them."""
+    from tests.cuda.checks import CMoe, CPaged
+    from tests.cuda.sampling import CSample
+
+    lines = []
+    expected = []
+    for name, kind in (("FdservePaged", CPaged), ("FdserveMoe", CMoe), ("FdserveSample", CSample)):
+        lines.append(f'std::printf("%zu\\n", sizeof({name}));')
+        expected.append(ctypes.sizeof(kind))
+        for field, _ in kind._fields_:
+            lines.append(f'std::printf("%zu\\n", offsetof({name}, {field}));')
+            expected.append(getattr(kind, field).offset)
+    source = tmp_path / "layout.cc"
+    body = "\n".join(lines)
+    source.write_text(
+        f'#include <cstddef>\n#include <cstdio>\n#include "launchers.h"\nint main() {{\n{body}\n}}\n', encoding="utf-8"
+    )
+    program = tmp_path / "layout"
+    headers = [f"-I{SOURCES}", f"-I{Path(__file__).parent}", "-DFDSERVE_EMULATED"]
+    subprocess.run(["g++", "-std=c++17", *headers, str(source), "-o", str(program)], check=True, timeout=120)
+    told = subprocess.run([str(program)], capture_output=True, text=True, check=True, timeout=30).stdout
+    assert [int(line) for line in told.split()] == expected
