@@ -1,7 +1,7 @@
 """`python kernels/cuda/build.py`: compile the CUDA kernels and their bindings into fdserve/ops/_kernels_cuda.so.
 
-It needs nvcc and an installed Paddle, for its headers; no GPU, and the CPU's Paddle will do. The architectures are those
-of FDSERVE_CUDA_ARCHS ("80 90a 100 120" without): code for each, and for later ones PTX of the last.
+It needs nvcc and an installed Paddle, for its headers; no GPU, and the CPU's Paddle will do. The architectures are
+those of FDSERVE_CUDA_ARCHS ("80 90a 100 120" without): code for each, and for later ones PTX of the last.
 """
 
 from __future__ import annotations
