@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from decimal import Decimal
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import llguidance
 from llguidance.gbnf_to_lark import gbnf_to_lark
 
 from fdserve.errors import InvalidRequest
+from fdserve.text.grammar_cost import check_cost
 
 # Else a mask would allow but the one token that the tokenizer encodes a forced text with, and ask Python for it.
 # At the end of a source, so that lines keep their numbers and a client cannot undo it.
@@ -24,11 +23,9 @@ MAX_SOURCE = 1 << 19
 """Characters of a schema or a whole grammar. Deep recursion inside one needs stack in proportion."""
 MAX_LARK = 1 << 16
 MAX_LARK_RULES = 1000
-MAX_MULTIPLE = 200_000
-"""What a remainder costs: an automaton with as many states, for each `multipleOf` and for each intersection of some."""
 
 _RULE = re.compile(r"^\s*[?!]?[A-Za-z_][\w-]*(\[[^\]\n]*\]|\{[^}\n]*\}|\.-?\d+)?\s*(?=:(?!:))", re.MULTILINE)
-_CONTROL_ESCAPE = re.compile(r"\\u00[01]|\\u007f", re.IGNORECASE)
+_CONTROL_CHARACTER = re.compile(r"\\u00[01]|\x7f")
 
 
 class Rules:
@@ -109,7 +106,7 @@ def json_options(schema: Mapping[str, Any] | bool | None, strict: bool) -> str:
     Raises InvalidRequest, without a param, for one that would cost too much.
     """
     schema = {"type": "object"} if schema is None else schema
-    check_multiples(schema)
+    check_cost(schema)
     if isinstance(schema, bool):
         if not schema:
             raise InvalidRequest("the schema is false, so nothing matches it")
@@ -122,7 +119,7 @@ def json_options(schema: Mapping[str, Any] | bool | None, strict: bool) -> str:
             "lenient": not strict,
             # Without \u no half of a surrogate pair can be written, which many parsers refuse. A schema that names
             # control characters needs it.
-            "json_allowed_escapes": 'nrbtf\\"' + ("u" if _CONTROL_ESCAPE.search(text) else ""),
+            "json_allowed_escapes": 'nrbtf\\"' + ("u" if _CONTROL_CHARACTER.search(text) else ""),
         }
         text = json.dumps({**schema, "x-guidance": options}, ensure_ascii=False)
     except (ValueError, TypeError, RecursionError) as error:
@@ -130,30 +127,6 @@ def json_options(schema: Mapping[str, Any] | bool | None, strict: bool) -> str:
     if len(text) > MAX_SOURCE:
         raise InvalidRequest(f"the schema is longer than {MAX_SOURCE} characters")
     return text
-
-
-def check_multiples(schema: object) -> None:
-    """Refuse a schema whose `multipleOf`s, any of which may come to hold together, cost too much."""
-    values = {Decimal(str(value)) for value in _multiples(schema)}
-    values = {value for value in values if value.is_finite() and value > 0}
-    if any(abs(value.adjusted()) > 12 for value in values):
-        raise InvalidRequest("multipleOf has a value that is too large or too small")
-    digits = max((-int(value.as_tuple().exponent) for value in values), default=0)
-    if values and math.lcm(*(int(value.scaleb(max(digits, 0))) for value in values)) > MAX_MULTIPLE:
-        raise InvalidRequest(f"multipleOf: the values' least common multiple is more than {MAX_MULTIPLE} steps")
-
-
-def _multiples(schema: object) -> Iterator[float]:
-    pending = [schema]
-    while pending:
-        value = pending.pop()
-        if isinstance(value, Mapping):
-            multiple = value.get("multipleOf")
-            if isinstance(multiple, (int, float)) and not isinstance(multiple, bool):
-                yield multiple
-            pending.extend(value.values())
-        elif isinstance(value, (list, tuple)):
-            pending.extend(value)
 
 
 def lark_source(source: str) -> str:
