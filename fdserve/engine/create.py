@@ -14,7 +14,7 @@ from fdserve.engine.machine import available_cores, available_memory
 from fdserve.engine.scheduler import Scheduler
 from fdserve.errors import StartupError
 from fdserve.executor.executor import open_executor
-from fdserve.executor.wire import Load, Loading, Ready
+from fdserve.executor.wire import PROMPT_SLICE, Load, Loading, Ready
 from fdserve.models.config import ModelConfig, check_world_size
 from fdserve.ops.library import KERNELS_MISSING, kernels_path
 
@@ -53,8 +53,8 @@ def create_engine(config: Config, directory: Path, model: ModelConfig) -> Engine
         parent=os.getpid(),
     )
 
-    # The largest collective: a step's activations, or this rank's logits of all rows.
-    logits = config.max_num_seqs * -(-model.vocab_size // ranks)
+    # The largest collective: a step's activations, or this rank's logits of all rows (or of a slice of a prompt).
+    logits = max(config.max_num_seqs, PROMPT_SLICE) * -(-model.vocab_size // ranks)
     slot_bytes = 4 * max(config.max_num_batched_tokens * model.hidden_size, logits)
 
     def open_ranks() -> AbstractAsyncContextManager[Ranks]:

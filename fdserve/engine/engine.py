@@ -16,13 +16,14 @@ from typing import Literal, Protocol
 import anyio
 import msgspec
 
+from fdserve.engine.masking import Turn, run_turns
 from fdserve.engine.output import Generation
 from fdserve.engine.request import Request, TokenDelta
 from fdserve.engine.results import Sampled
 from fdserve.engine.scheduler import Scheduler
 from fdserve.engine.sequence import Sequence
-from fdserve.errors import InternalError, Overloaded, RankError, StartupError, Unavailable
-from fdserve.executor.wire import Plan, Ready, StepResult
+from fdserve.errors import Overloaded, RankError, ServerError, StartupError, Unavailable
+from fdserve.executor.wire import Masks, Plan, Ready, StepResult
 
 logger = logging.getLogger("fdserve.engine")
 
@@ -38,7 +39,7 @@ class Ranks(Protocol):
 
     @property
     def ready(self) -> Ready: ...
-    async def send(self, plan: Plan) -> None: ...
+    async def send(self, message: Plan | Masks) -> None: ...
     async def receive(self) -> StepResult: ...
     def check(self) -> None: ...
 
@@ -85,6 +86,7 @@ class Engine:
         self._step_timeout = step_timeout
         self._scheduler: Scheduler | None = None
         self._generations: dict[Sequence, Generation] = {}
+        self._outputs: list[tuple[Sequence, TokenDelta]] = []  # of the last step, not handed out yet
         self._work = anyio.Event()
         self._was_ready = anyio.Event()
         self._restarts = 0
@@ -185,19 +187,54 @@ class Engine:
         """Step for ever; RankError ends it."""
         scheduler = self._scheduler
         assert scheduler is not None
-        outputs: list[tuple[Sequence, TokenDelta]] = []
         while True:
             plan = scheduler.schedule()
             if plan is not None:
                 self._mark_started(scheduler)
                 with self._step_deadline():
                     await ranks.send(plan)
-            self._fan_out(outputs)
-            outputs = []
-            if plan is None:
-                await self._wait_for_work(scheduler, ranks)
+            self._fan_out()
+            if self._outputs or scheduler.masked:
+                await self._constrain(scheduler, ranks)
+            if plan is not None:
+                self._outputs = scheduler.update(await self._result(ranks, plan))
             else:
-                outputs = scheduler.update(await self._result(ranks, plan))
+                await self._wait_for_work(scheduler, ranks)
+
+    async def _constrain(self, scheduler: Scheduler, ranks: Ranks) -> None:
+        """Advance the constraints by their outputs' tokens, and give the ranks the masks that the last plan waits for.
+
+        The outputs are handed out afterwards: a constraint may end one.
+        """
+        turns = {sequence: Turn(sequence) for sequence, _ in self._outputs}
+        for sequence in scheduler.masked:
+            if sequence in self._generations:
+                turns.setdefault(sequence, Turn(sequence)).wants_mask = True
+        for sequence, turn in turns.items():
+            turn.tokens = sequence.tokens[sequence.num_prompt + sequence.num_advanced :]
+            sequence.num_advanced = sequence.num_generated
+        await run_turns(list(turns.values()))
+        if scheduler.masked:
+            with self._step_deadline():
+                await ranks.send(_masks(scheduler, turns))
+        outputs, self._outputs = self._outputs, []
+        for sequence, delta in outputs:
+            if turns[sequence].finished and turns[sequence].error is None:
+                scheduler.finish(sequence, "stop")
+                delta.finish_reason = "stop"
+            self._deliver(sequence, delta)
+        for turn in turns.values():
+            self._end_by_constraint(turn, scheduler)
+
+    def _end_by_constraint(self, turn: Turn, scheduler: Scheduler) -> None:
+        """End the request of a turn that failed, or that needs no token at all."""
+        if turn.sequence not in self._generations:
+            return
+        if turn.error is not None:
+            self._fail(turn.sequence, turn.error)
+        elif turn.finished:
+            scheduler.finish(turn.sequence, "stop")
+            self._deliver(turn.sequence, TokenDelta([], finish_reason="stop"))
 
     async def _result(self, ranks: Ranks, plan: Plan) -> Sampled:
         with self._step_deadline():
@@ -235,17 +272,23 @@ class Engine:
         for sequence in scheduler.admitted:
             self._generations[sequence].started = now
 
-    def _fan_out(self, outputs: list[tuple[Sequence, TokenDelta]]) -> None:
+    def _fan_out(self) -> None:
+        """Hand out what the last step gave, but for the outputs on which a constraint has a say."""
+        outputs, self._outputs = self._outputs, []
         for sequence, delta in outputs:
-            generation = self._generations.get(sequence)
-            if generation is None:
-                continue  # cancelled while the step ran
-            if delta.finish_reason == "error":
-                delta.error = InternalError("The model's output for this request was not a number.")
-            if delta.finish_reason is not None:
-                del self._generations[sequence]
-            if not generation.deliver(delta):
-                self._cancel(sequence)
+            if sequence.constrained and delta.finish_reason in (None, "length") and delta.token_ids:
+                self._outputs.append((sequence, delta))
+            else:
+                self._deliver(sequence, delta)
+
+    def _deliver(self, sequence: Sequence, delta: TokenDelta) -> None:
+        generation = self._generations.get(sequence)
+        if generation is None:
+            return  # cancelled while the step ran
+        if delta.finish_reason is not None:
+            del self._generations[sequence]
+        if not generation.deliver(delta):
+            self._cancel(sequence)
 
     # -- ends ----------------------------------------------------------------------------------------------------
 
@@ -256,12 +299,12 @@ class Engine:
             generation.end(TokenDelta([], finish_reason="cancelled"))
             self._work.set()
 
-    def _fail(self, sequence: Sequence, error: Unavailable) -> None:
+    def _fail(self, sequence: Sequence, error: ServerError) -> None:
         assert self._scheduler is not None
         self._scheduler.finish(sequence, "error")
         self._generations.pop(sequence).end(TokenDelta([], finish_reason="error", error=error))
 
-    def _fail_all(self, error: Unavailable) -> None:
+    def _fail_all(self, error: ServerError) -> None:
         for sequence in list(self._generations):
             self._fail(sequence, error)
 
@@ -271,9 +314,11 @@ class Engine:
         assert scheduler is not None
         if self.status != "draining":
             self.status, self.reason = "restarting", f"restarting after a failure: {error}"
+        # Those that were not told the last result lose its tokens.
+        untold = {sequence for sequence, _ in self._outputs}
+        self._outputs = []
         for sequence in list(self._generations):
-            # Those that ended with the last result but were not told lose their last tokens with it.
-            if sequence.row >= 0 or sequence.finish_reason is not None:
+            if sequence.row >= 0 or sequence in untold:
                 self._fail(sequence, Unavailable(f"The request was lost: {error}."))
         scheduler.forget_cache()
 
@@ -286,3 +331,13 @@ class Engine:
         pause = min(MAX_BACKOFF_SECONDS, 0.5 * 2 ** min(failures - 1, 10))
         logger.error("%s; restarting the ranks in %.1f s", error, pause)
         await anyio.sleep(pause)
+
+
+def _masks(scheduler: Scheduler, turns: dict[Sequence, Turn]) -> Masks:
+    """The masks of the last plan's rows, less those of requests that end: they may sample anything."""
+    masks: dict[int, bytes] = {}
+    for row, sequence in zip(scheduler.plan.masked_rows, scheduler.masked, strict=True):
+        turn = turns.get(sequence)
+        if turn is not None and turn.mask is not None and turn.error is None:
+            masks[row] = turn.mask
+    return Masks(scheduler.plan.step, list(masks), list(masks.values()))

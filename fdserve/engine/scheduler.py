@@ -28,7 +28,9 @@ from fdserve.engine.kv_cache import BlockPool
 from fdserve.engine.request import FinishReason, Request, TokenDelta
 from fdserve.engine.results import Sampled
 from fdserve.engine.sequence import Sequence
+from fdserve.errors import InternalError, InvalidRequest
 from fdserve.executor.wire import NewRow, Plan
+from fdserve.ops.sampling import NOTHING_ALLOWED
 
 
 @dataclass
@@ -73,16 +75,20 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.admitted: list[Sequence] = []
         """The sequences that the last plan runs for the first time."""
+        self.masked: list[Sequence] = []
+        """The sequences of the last plan's `masked_rows`."""
         self.num_waiting = 0
         self._waiting: list[Sequence] = []  # a heap; finished sequences in it are dropped when they come up
         self._free_rows = list(range(max_num_seqs))
         self._arrivals = 0
-        self._in_flight: list[tuple[Sequence, bool]] = []  # of the last plan, and whether it samples
-        self._plan = Plan(0, [], [], [], [])
+        # Of the last plan: the sequence, whether it samples, and how many logprobs of its prompt come back.
+        self._in_flight: list[tuple[Sequence, bool, int]] = []
+        self.plan = Plan(0, [], [], [], [])
+        """The last plan."""
 
     def add(self, request: Request) -> Sequence:
-        """Queue a request. Its prompt must be shorter than `max_model_len`, and not empty."""
-        if not 0 < len(request.prompt) < self.max_model_len:
+        """Queue a request. With a token to come its prompt must fit `max_model_len`, and must not be empty."""
+        if not 0 < len(request.prompt) <= self.max_model_len - (request.params.max_tokens > 0):
             raise ValueError(f"a prompt of {len(request.prompt)} tokens does not fit {self.max_model_len}")
         self._arrivals += 1
         sequence = Sequence(request, self._arrivals)
@@ -111,7 +117,8 @@ class Scheduler:
         """
         self._in_flight = []
         self.admitted = []
-        self._plan = Plan(self.stats.steps + 1, [], [], [], [])
+        self.masked = []
+        self.plan = Plan(self.stats.steps + 1, [], [], [], [])
         budget = self.max_num_batched_tokens
         budget, preempted = self._schedule_decodes(budget)
         budget = self._schedule_prefills(budget)
@@ -120,21 +127,25 @@ class Scheduler:
         if not self._in_flight:
             return None
         self.stats.steps += 1
-        return self._plan
+        return self.plan
 
     def update(self, sampled: Sampled) -> list[tuple[Sequence, TokenDelta]]:
         """Take in what the last plan sampled, one entry for each sequence that sampled, in the plan's order.
 
-        Returns a delta for each of them that still lives; those that end with it are finished.
+        Returns a delta for each of them that still lives, and for those that have nothing to generate and are done;
+        those that end with it are finished.
         """
         outputs = []
-        index = 0
-        for sequence, samples in self._in_flight:
-            if not samples:
-                continue
-            if sequence.finish_reason is None:
-                outputs.append((sequence, self._take(sequence, sampled, index)))
-            index += 1
+        index = prompt_index = 0
+        for sequence, samples, prompt_count in self._in_flight:
+            if prompt_count > 0:
+                self._take_prompt(sequence, sampled, prompt_index, prompt_count)
+                prompt_index += prompt_count
+            if sequence.finish_reason is None and sequence.remaining == 0:
+                outputs.append(
+                    (sequence, self._take(sequence, sampled, index) if samples else self._complete(sequence))
+                )
+            index += samples
         self._in_flight = []
         return outputs
 
@@ -175,7 +186,7 @@ class Scheduler:
                 if blocks is None:
                     break  # it was the last in order: those after it were preempted for it
                 sequence.blocks += blocks
-                self._plan.new_blocks.append((sequence.row, blocks[0]))
+                self.plan.new_blocks.append((sequence.row, blocks[0]))
             self._compute(sequence, 1)
             scheduled += 1
             budget -= 1
@@ -229,7 +240,7 @@ class Scheduler:
             sequence.cached_tokens = num_computed
             self.stats.prompt_tokens += sequence.num_prompt
             self.stats.cached_tokens += num_computed
-        self._plan.new_rows.append(
+        self.plan.new_rows.append(
             NewRow(
                 row=sequence.row,
                 token_ids=array("i", sequence.tokens).tobytes(),
@@ -237,23 +248,37 @@ class Scheduler:
                 num_computed=num_computed,
                 blocks=tuple(sequence.blocks),
                 params=sequence.request.params,
+                prompt_logprobs=-1
+                if sequence.prompt_logprobs is None
+                else sequence.request.params.prompt_logprobs or 0,
             )
         )
         return True
 
     def _cached_prefix(self, sequence: Sequence) -> list[int]:
-        """The cached blocks that a sequence can start with: at least one token is left to compute."""
-        if not self.pool.enable_caching:
+        """The cached blocks that a sequence can start with: at least one token is left to compute.
+
+        None where logprobs of the prompt are due: they come of computing it.
+        """
+        if not self.pool.enable_caching or sequence.prompt_logprobs is not None:
             return []
         hashes = sequence.block_hashes(self.block_size)
         return self.pool.match_prefix(hashes[: (len(sequence.tokens) - 1) // self.block_size])
 
     def _compute(self, sequence: Sequence, count: int) -> None:
         """Put `count` tokens of a sequence into the plan, and name the blocks that they fill."""
-        self._plan.rows.append(sequence.row)
-        self._plan.num_tokens.append(count)
+        self.plan.rows.append(sequence.row)
+        self.plan.num_tokens.append(count)
+        prompt_count = 0
+        if sequence.prompt_logprobs is not None:
+            last = sequence.num_prompt - 1  # no prompt token follows it
+            prompt_count = max(0, min(last, sequence.num_computed + count) - sequence.num_computed)
         sequence.num_computed += count
-        self._in_flight.append((sequence, sequence.remaining == 0))
+        samples = sequence.remaining == 0 and sequence.request.params.max_tokens > 0
+        self._in_flight.append((sequence, samples, prompt_count))
+        if samples and sequence.constrained:
+            self.plan.masked_rows.append(sequence.row)
+            self.masked.append(sequence)
         if not self.pool.enable_caching:
             return
         num_full = sequence.num_computed // self.block_size
@@ -269,7 +294,10 @@ class Scheduler:
         if token < 0:
             self.finish(sequence, "error")
             delta.finish_reason = "error"
+            delta.error = no_token_error(token)
             return delta
+        if sequence.prompt_logprobs is not None:
+            delta.prompt_logprobs, sequence.prompt_logprobs = sequence.prompt_logprobs, None
         delta.token_ids.append(token)
         if sequence.request.params.logprobs is not None:
             delta.logprobs = [sampled.logprobs_at(index, sequence.request.params.logprobs)]
@@ -280,6 +308,21 @@ class Scheduler:
             delta.finish_reason = reason
             delta.stop_token_id = token if reason == "stop" else None
         return delta
+
+    def _complete(self, sequence: Sequence) -> TokenDelta:
+        """The only delta of a sequence that generates nothing."""
+        self.finish(sequence, "length")
+        return TokenDelta(
+            [],
+            prompt_logprobs=sequence.prompt_logprobs,
+            finish_reason="length",
+            cached_tokens=sequence.cached_tokens,
+        )
+
+    def _take_prompt(self, sequence: Sequence, sampled: Sampled, start: int, count: int) -> None:
+        num_top = sequence.request.params.prompt_logprobs
+        if sequence.prompt_logprobs is not None and num_top is not None and sequence.finish_reason is None:
+            sequence.prompt_logprobs += sampled.prompt_logprobs(start, count, num_top)
 
     # -- rows, blocks, queue --------------------------------------------------------------------------------------
 
@@ -294,6 +337,8 @@ class Scheduler:
         self._release(sequence)
         sequence.num_computed = 0
         sequence.num_registered = 0
+        if sequence.prompt_logprobs is not None:
+            sequence.prompt_logprobs = []
         self.stats.preemptions += 1
         self._enqueue(sequence)
 
@@ -308,3 +353,12 @@ class Scheduler:
         if len(self._waiting) > 2 * self.num_waiting + 16:
             self._waiting = [sequence for sequence in self._waiting if sequence.finish_reason is None]
             heapq.heapify(self._waiting)
+
+
+def no_token_error(code: int) -> InternalError | InvalidRequest:
+    """What a code in place of a token means for the request."""
+    if code == NOTHING_ALLOWED:
+        return InvalidRequest(
+            "No token can follow: what the request allows, bans and constrains leaves none.", code="no_token_allowed"
+        )
+    return InternalError("The model's output for this request was not a number.")

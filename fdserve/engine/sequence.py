@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence as SequenceOf
 
 from fdserve.engine.kv_cache import BlockHash, extend_hashes
-from fdserve.engine.request import FinishReason, Request
+from fdserve.engine.request import FinishReason, Request, TokenLogprobs
 
 
 class Sequence:
@@ -16,8 +16,9 @@ class Sequence:
     """
 
     __slots__ = (
-        "arrival", "blocks", "cached_tokens", "ending_ids", "finish_reason", "hashes", "num_computed", "num_prompt",
-        "num_registered", "request", "row", "started", "tokens",
+        "answer_start", "arrival", "blocks", "cached_tokens", "constrained", "ending_ids", "finish_reason", "hashes",
+        "num_advanced", "num_computed", "num_prompt", "num_registered", "prompt_logprobs", "request", "row", "started",
+        "tokens",
     )  # fmt: skip
 
     def __init__(self, request: Request, arrival: int) -> None:
@@ -34,6 +35,13 @@ class Sequence:
         self.finish_reason: FinishReason | None = None
         self.cached_tokens = 0
         self.started = False
+        self.constrained = request.constraint is not None
+        self.num_advanced = 0
+        """Output tokens that the constraint has seen."""
+        self.prompt_logprobs: list[TokenLogprobs] | None = None if request.params.prompt_logprobs is None else []
+        """Those so far, until they are delivered; None where none are due."""
+        self.answer_start = self.num_prompt if request.params.think_end_id < 0 else -1
+        """The index of the answer's first token; -1 while that is not known."""
 
     def __lt__(self, other: Sequence) -> bool:
         """Runs before `other`: by priority, then by arrival."""
@@ -59,6 +67,11 @@ class Sequence:
         self.tokens.append(token)
         if token in self.ending_ids:
             return "stop"
-        if self.num_generated >= self.request.params.max_tokens or len(self.tokens) >= max_model_len:
+        params = self.request.params
+        if self.num_generated >= params.max_tokens or len(self.tokens) >= max_model_len:
             return "length"
-        return None
+        if params.answer_limit is None:
+            return None
+        if self.answer_start < 0 and token == params.think_end_id:
+            self.answer_start = len(self.tokens)
+        return "length" if 0 <= self.answer_start <= len(self.tokens) - params.answer_limit else None

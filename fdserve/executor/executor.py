@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from fdserve.errors import RankError
 from fdserve.executor.frames import LostPeer
 from fdserve.executor.process import RankProcess
-from fdserve.executor.wire import Load, Loading, Plan, Ready, StepResult, encode_frame
+from fdserve.executor.wire import Load, Loading, Masks, Plan, Ready, StepResult, encode_frame
 from fdserve.ops.collectives import shared_bytes
 
 LOOK_SECONDS = 0.1
@@ -29,9 +29,9 @@ class Executor:
         self.ready = ready
         self._ranks = ranks
 
-    async def send(self, plan: Plan) -> None:
-        """Give all ranks their next step. RankError if one is gone."""
-        frame = encode_frame(plan)
+    async def send(self, message: Plan | Masks) -> None:
+        """Give all ranks their next step, or the masks it waits for. RankError if one is gone."""
+        frame = encode_frame(message)
         try:
             for rank in self._ranks:
                 await rank.send(frame)

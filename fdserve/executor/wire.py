@@ -12,6 +12,8 @@ import msgspec
 
 MAX_FRAME_BYTES = 256 << 20
 HEADER = struct.Struct("<I")
+PROMPT_SLICE = 64
+"""The logits of so many prompt tokens are computed at a time."""
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -48,13 +50,13 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     answer_limit: int | None = None
     """The most tokens after `think_end_id`; None for no such limit. Counts from the first token where that is -1."""
     logit_bias: tuple[tuple[int, float], ...] = ()
-    """(id, what is added to its logit)"""
+    """(id, what is added to its logit); an id outside the vocabulary has no effect."""
     allowed_token_ids: tuple[int, ...] = ()
     """No other ids can be chosen; empty for all."""
     bad_words: tuple[tuple[int, ...], ...] = ()
     """Sequences of ids that never come out: the last id of one has no chance after the others."""
     prompt_logprobs: int | None = None
-    """As `logprobs`, for every token of the prompt but the first."""
+    """As `logprobs`, for every token of the prompt but the first; always of the model's logits."""
     temp_scaled_logprobs: bool = False
     """Logprobs are of the logits divided by the temperature."""
     top_p_normalized_logprobs: bool = False
@@ -108,9 +110,11 @@ class NewRow(msgspec.Struct, frozen=True, array_like=True):
     num_computed: int
     blocks: tuple[int, ...]
     params: SamplingParams
+    prompt_logprobs: int = -1
+    """How many of the likeliest tokens to report with each prompt token's logprob; -1 for no report."""
 
 
-class Plan(msgspec.Struct, frozen=True, tag="plan"):
+class Plan(msgspec.Struct, frozen=True, tag="plan", omit_defaults=True):
     """One step. Carries only what changed: the ranks keep every row's tokens, blocks and sampling state."""
 
     step: int
@@ -120,7 +124,21 @@ class Plan(msgspec.Struct, frozen=True, tag="plan"):
     rows: list[int]
     """The rows of this step."""
     num_tokens: list[int]
-    """How many tokens each of `rows` computes. A row whose tokens are then all computed samples one more."""
+    """How many tokens each of `rows` computes. A row whose tokens are then all computed samples one more, unless its
+    `max_tokens` is 0."""
+    masked_rows: list[int] = []
+    """The rows that sample and have a constraint. If there are any, a `Masks` frame follows, and the ranks wait for it
+    before they sample."""
+
+
+class Masks(msgspec.Struct, frozen=True, tag="masks"):
+    """What the constrained rows of a step may sample."""
+
+    step: int
+    rows: list[int]
+    """Those of the plan's `masked_rows` that have a mask; the others may sample anything."""
+    masks: list[bytes]
+    """See `engine.request.Constraint.mask`."""
 
 
 class Loading(msgspec.Struct, frozen=True, tag="loading"):
@@ -139,12 +157,12 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
     kv_cache_bytes: int
 
 
-class StepResult(msgspec.Struct, frozen=True, tag="result"):
+class StepResult(msgspec.Struct, frozen=True, tag="result", omit_defaults=True):
     """What a step sampled: one entry for each row that sampled, in the plan's order."""
 
     step: int
     token_ids: bytes
-    """int32 [R]; -1 where the row's logits held no number."""
+    """int32 [R]; `ops.sampling.BROKEN` or `NOTHING_ALLOWED` where there is none."""
     num_top: int = 0
     logprobs: bytes = b""
     """float32 [R]; empty if no row of the step asked."""
@@ -152,8 +170,16 @@ class StepResult(msgspec.Struct, frozen=True, tag="result"):
     """int32 [R, num_top]"""
     top_logprobs: bytes = b""
     """float32 [R, num_top]"""
+    prompt_num_top: int = 0
+    prompt_logprobs: bytes = b""
+    """float32 [P]: of the prompt tokens that follow a token of this step, row by row in the plan's order, for the rows
+    that report them."""
+    prompt_top_ids: bytes = b""
+    """int32 [P, prompt_num_top]"""
+    prompt_top_logprobs: bytes = b""
+    """float32 [P, prompt_num_top]"""
     seconds: float = 0.0
-    """What the step took inside the rank."""
+    """What the step took inside the rank, less what it waited for masks."""
 
 
 class Failed(msgspec.Struct, frozen=True, tag="failed"):
@@ -164,11 +190,11 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
     """Another rank is gone: why, that one may say."""
 
 
-ToRank = Load | Plan
+ToRank = Load | Plan | Masks
 FromRank = Loading | Ready | StepResult | Failed
 
 _encoder = msgspec.msgpack.Encoder()
-_to_rank: msgspec.msgpack.Decoder[ToRank] = msgspec.msgpack.Decoder(Load | Plan)
+_to_rank: msgspec.msgpack.Decoder[ToRank] = msgspec.msgpack.Decoder(Load | Plan | Masks)
 _from_rank: msgspec.msgpack.Decoder[FromRank] = msgspec.msgpack.Decoder(Loading | Ready | StepResult | Failed)
 
 

@@ -58,6 +58,22 @@ class Ernie4_5:
         """
         import paddle
 
+        if batch.sample_rows.shape[0] == 0:
+            self.hidden(batch, caches)
+            return paddle.empty([0, self.config.vocab_size], "float32")
+        return self.logits(self.hidden(batch, caches))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The logits float32 [R, vocab_size] of R > 0 rows that `hidden` gave."""
+        import paddle
+
+        with paddle.no_grad():
+            return self._vocabulary.logits(hidden)
+
+    def hidden(self, batch: ForwardBatch, caches: KvCaches) -> Tensor:
+        """`forward` up to the head: the last hidden states of `batch.sample_rows`, [R, H] D."""
+        import paddle
+
         eps = self.config.rms_norm_eps
         with paddle.no_grad():
             rope = paddle.to_tensor(self._rope.table(batch.positions))
@@ -68,9 +84,9 @@ class Ernie4_5:
                 if number == len(self._layers) - 1:
                     # No token looks at another after the last attention: only the rows asked for go on.
                     if batch.sample_rows.shape[0] == 0:
-                        return paddle.empty([0, self.config.vocab_size], "float32")
+                        return paddle.empty([0, self.config.hidden_size], self.dtype)
                     x = paddle.gather(x, batch.sample_rows)
                     residual = paddle.gather(residual, batch.sample_rows)
                 x, residual = ops.add_rms_norm(x, residual, layer.post_attention_norm, eps)
                 x, residual = ops.add_rms_norm(layer.mlp(x), residual, next_norm, eps)
-            return self._vocabulary.logits(x)
+            return x

@@ -18,6 +18,7 @@ from fdserve.executor.wire import (
     FromRank,
     Load,
     Loading,
+    Masks,
     Plan,
     decode_to_rank,
     encode_frame,
@@ -32,7 +33,7 @@ class Connection:
     def __init__(self, descriptor: int) -> None:
         self._socket = socket.socket(fileno=descriptor)
 
-    def receive(self) -> Load | Plan | None:
+    def receive(self) -> Load | Plan | Masks | None:
         """The next frame, or None once the API process is gone."""
         header = self._read(HEADER.size)
         if header is None:
@@ -42,6 +43,15 @@ class Connection:
             raise ValueError(f"a frame of {length} bytes")
         body = self._read(length)
         return None if body is None else decode_to_rank(body)
+
+    def receive_masks(self) -> Masks:
+        """The masks that the last plan waits for. Raises ConnectionResetError once the API process is gone."""
+        message = self.receive()
+        if message is None:
+            raise ConnectionResetError
+        if not isinstance(message, Masks):
+            raise ValueError("masks were due")
+        return message
 
     def send(self, message: FromRank) -> None:
         """Send a frame whole."""
@@ -92,7 +102,7 @@ def _serve(connection: Connection) -> None:
     while (plan := connection.receive()) is not None:
         if not isinstance(plan, Plan):
             raise ValueError("a plan was due")
-        result = runner.step(plan)
+        result = runner.step(plan, connection.receive_masks)
         if load.rank == 0:
             connection.send(result)
 

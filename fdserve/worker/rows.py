@@ -6,6 +6,8 @@ import numpy as np
 import numpy.typing as npt
 
 from fdserve.executor.wire import NewRow, Plan, SamplingParams
+from fdserve.ops.sampling import NO_LOGPROBS, TEMPERATURE_SCALED, TOP_P_NORMALIZED
+from fdserve.worker.limits import Limits
 
 Ints = npt.NDArray[np.int32]
 
@@ -16,7 +18,8 @@ class Rows:
     The arrays are as wide as the longest sequence, but memory that is never written is never taken.
     """
 
-    def __init__(self, max_num_seqs: int, max_model_len: int, block_size: int) -> None:
+    def __init__(self, max_num_seqs: int, max_model_len: int, block_size: int, vocab_size: int) -> None:
+        self._vocab_size = vocab_size
         self.block_size = block_size
         self.tokens: Ints = np.zeros((max_num_seqs, max_model_len + 1), np.int32)
         self.num_tokens: Ints = np.zeros(max_num_seqs, np.int32)
@@ -31,9 +34,15 @@ class Rows:
         self.num_top: Ints = np.full(max_num_seqs, -1, np.int32)
         """Top logprobs wanted; -1 for no logprobs at all."""
         self.needs_history: npt.NDArray[np.bool_] = np.zeros(max_num_seqs, np.bool_)
-        self.is_special: npt.NDArray[np.bool_] = np.zeros(max_num_seqs, np.bool_)
-        """The row bans tokens (min_tokens) or forces some (a thinking budget) at some positions: see its params."""
-        self.params: list[SamplingParams | None] = [None] * max_num_seqs
+        self.logprob_modes: Ints = np.zeros(max_num_seqs, np.int32)
+        """As `ops.sample` takes them."""
+        self.samples: npt.NDArray[np.bool_] = np.zeros(max_num_seqs, np.bool_)
+        """Whether the row generates anything."""
+        self.prompt_top: Ints = np.full(max_num_seqs, -1, np.int32)
+        """Top logprobs wanted for the prompt's tokens; -1 for no logprobs of the prompt."""
+        self.is_limited: npt.NDArray[np.bool_] = np.zeros(max_num_seqs, np.bool_)
+        """Whether the row has `limits`."""
+        self.limits: list[Limits | None] = [None] * max_num_seqs
 
     def take_changes(self, plan: Plan) -> None:
         """Apply what a plan says of new rows and new blocks."""
@@ -44,7 +53,7 @@ class Rows:
             self.num_blocks[row] += 1
 
     def append(self, rows: Ints, tokens: Ints) -> None:
-        """Append one sampled token to each of `rows`; -1, no token, stands for a row that is about to end."""
+        """Append one sampled token to each of `rows`; a negative one stands for a row that is about to end."""
         self.tokens[rows, self.num_tokens[rows]] = np.maximum(tokens, 0)
         self.num_tokens[rows] += 1
 
@@ -68,7 +77,15 @@ class Rows:
         self.int_params[row] = (params.top_k, params.seed)
         self.num_top[row] = -1 if params.logprobs is None else params.logprobs
         self.needs_history[row] = params.needs_history
-        self.is_special[row] = params.thinking_budget is not None or (
-            params.min_tokens > 0 and len(params.ending_ids) > 0
-        )
-        self.params[row] = params
+        self.logprob_modes[row] = logprob_mode(params)
+        self.samples[row] = params.max_tokens > 0
+        self.prompt_top[row] = new.prompt_logprobs
+        self.is_limited[row] = Limits.needed(params)
+        self.limits[row] = Limits(params, self._vocab_size) if self.is_limited[row] else None
+
+
+def logprob_mode(params: SamplingParams) -> int:
+    """How `ops.sample` is to report the row's logprobs."""
+    if params.logprobs is None:
+        return NO_LOGPROBS
+    return TEMPERATURE_SCALED * params.temp_scaled_logprobs + TOP_P_NORMALIZED * params.top_p_normalized_logprobs

@@ -5,18 +5,21 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import paddle
 
 from fdserve import ops
 from fdserve.errors import StartupError
-from fdserve.executor.wire import Load, Plan, Ready, StepResult
+from fdserve.executor.wire import Load, Masks, Plan, Ready, StepResult
 from fdserve.models.config import ModelConfig, read_config
 from fdserve.models.layers import ForwardBatch
 from fdserve.models.loader import load_model
 from fdserve.models.parallel import identity
 from fdserve.worker.batch import Batch, assemble
 from fdserve.worker.collectives import Collectives
+from fdserve.worker.prompt import PromptLogprobs, prompt_logprobs
 from fdserve.worker.rows import Rows
 from fdserve.worker.sampler import Sampled, sample
 
@@ -50,44 +53,66 @@ class Runner:
         self.ready = Ready(num_blocks, self.dtype, num_blocks * bytes_per_block)
         max_model_len = min(load.max_model_len or self.config.max_position_embeddings, num_blocks * load.block_size)
         self.caches = self.model.new_caches(num_blocks, load.block_size)
-        self.rows = Rows(load.max_num_seqs, max_model_len, load.block_size)
+        self.rows = Rows(load.max_num_seqs, max_model_len, load.block_size, self.config.vocab_size)
 
-    def step(self, plan: Plan) -> StepResult:
-        """Execute one plan."""
+    def step(self, plan: Plan, receive_masks: Callable[[], Masks]) -> StepResult:
+        """Execute one plan. `receive_masks` is called before sampling if the plan has masked rows."""
         started = time.perf_counter()
+        waited = 0.0
         self.rows.take_changes(plan)
         batch = assemble(self.rows, plan)
-        logits = self.model.forward(_forward_batch(batch), self.caches)
-        if len(batch.sample_rows) == 0:
-            return StepResult(plan.step, b"", seconds=time.perf_counter() - started)
-        sampled = sample(self.rows, batch.sample_rows, logits, self.config.vocab_size)
-        return _result(plan.step, sampled, time.perf_counter() - started)
+        count = len(batch.sample_rows)
+        hidden = self.model.hidden(_forward_batch(batch), self.caches)
+        logits = self.model.logits(hidden if len(hidden) == count else hidden[:count]) if count else None
+        prompt = self._prompt_logprobs(batch, hidden[count:]) if len(batch.prompt_indices) else None
+        masks: dict[int, bytes] = {}
+        if plan.masked_rows:
+            waiting = time.perf_counter()
+            received = receive_masks()
+            masks = dict(zip(received.rows, received.masks, strict=True))
+            waited = time.perf_counter() - waiting
+        sampled = sample(self.rows, batch.sample_rows, logits, self.config.vocab_size, masks) if count else None
+        return _result(plan.step, sampled, prompt, time.perf_counter() - started - waited)
+
+    def _prompt_logprobs(self, batch: Batch, hidden: Any) -> PromptLogprobs:
+        return prompt_logprobs(
+            hidden, self.model.logits, batch.prompt_targets, batch.prompt_num_top, self.config.vocab_size
+        )
 
 
 def _forward_batch(batch: Batch) -> ForwardBatch:
+    wanted = batch.sample_indices
+    if len(batch.prompt_indices):
+        wanted = np.concatenate([wanted, batch.prompt_indices])
     return ForwardBatch(
         token_ids=paddle.to_tensor(batch.token_ids),
         positions=batch.positions,
         query_starts=paddle.to_tensor(batch.query_starts),
         context_lens=paddle.to_tensor(batch.context_lens),
         block_tables=paddle.to_tensor(batch.block_tables),
-        sample_rows=paddle.to_tensor(batch.sample_indices),
+        sample_rows=paddle.to_tensor(wanted),
     )
 
 
-def _result(step: int, sampled: Sampled, seconds: float) -> StepResult:
-    token_ids = sampled.token_ids.tobytes()
-    if sampled.logprobs is None or sampled.top_ids is None or sampled.top_logprobs is None:
-        return StepResult(step, token_ids, seconds=seconds)
-    return StepResult(
-        step,
-        token_ids,
-        num_top=sampled.top_ids.shape[1],
-        logprobs=sampled.logprobs.tobytes(),
-        top_ids=sampled.top_ids.tobytes(),
-        top_logprobs=sampled.top_logprobs.tobytes(),
-        seconds=seconds,
-    )
+def _result(step: int, sampled: Sampled | None, prompt: PromptLogprobs | None, seconds: float) -> StepResult:
+    parts: dict[str, Any] = {}
+    if sampled is not None and sampled.logprobs is not None:
+        assert sampled.top_ids is not None
+        assert sampled.top_logprobs is not None
+        parts |= {
+            "num_top": sampled.top_ids.shape[1],
+            "logprobs": sampled.logprobs.tobytes(),
+            "top_ids": sampled.top_ids.tobytes(),
+            "top_logprobs": sampled.top_logprobs.tobytes(),
+        }
+    if prompt is not None:
+        parts |= {
+            "prompt_num_top": prompt.top_ids.shape[1],
+            "prompt_logprobs": prompt.logprobs.tobytes(),
+            "prompt_top_ids": prompt.top_ids.tobytes(),
+            "prompt_top_logprobs": prompt.top_logprobs.tobytes(),
+        }
+    return StepResult(step, sampled.token_ids.tobytes() if sampled else b"", seconds=seconds, **parts)
 
 
 def _resolve_dtype(asked: str, config: ModelConfig) -> str:

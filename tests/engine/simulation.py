@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from fdserve.engine.request import Request, SamplingParams
+from fdserve.engine.request import Constraint, Request, SamplingParams
 from fdserve.engine.results import Sampled
 from fdserve.engine.scheduler import Scheduler
-from fdserve.executor.wire import Plan, StepResult
+from fdserve.executor.wire import Masks, Plan, StepResult
 
 
 def next_token(tokens: tuple[int, ...]) -> int:
@@ -24,9 +25,26 @@ def make_request(
     priority: int = 0,
     salt: str = "",
     eos: tuple[int, ...] = (),
+    prompt_logprobs: int | None = None,
+    constraint: Constraint | None = None,
 ) -> Request:
-    params = SamplingParams(max_tokens=max_tokens, seed=0, eos_token_ids=eos)
-    return Request(id=name, prompt=prompt, params=params, priority=priority, cache_salt=salt)
+    params = SamplingParams(max_tokens=max_tokens, seed=0, eos_token_ids=eos, prompt_logprobs=prompt_logprobs)
+    return Request(id=name, prompt=prompt, params=params, priority=priority, cache_salt=salt, constraint=constraint)
+
+
+def prompt_logprob(tokens: Sequence[int]) -> float:
+    """The simulated logprob of the last of these tokens of a prompt."""
+    return float(next_token(tuple(tokens)))
+
+
+def bits(ids: Iterable[int]) -> bytes:
+    """A mask of the simulated model's 997 ids."""
+    return sum(1 << token for token in set(ids)).to_bytes(128, "little")
+
+
+def allowed_ids(mask: bytes) -> list[int]:
+    """The ids of a mask."""
+    return [token for token in range(8 * len(mask)) if mask[token // 8] >> token % 8 & 1]
 
 
 @dataclass
@@ -34,6 +52,9 @@ class Row:
     tokens: list[int]
     num_computed: int
     blocks: list[int]
+    num_prompt: int
+    generates: bool
+    prompt_top: int
 
 
 @dataclass
@@ -50,7 +71,13 @@ class SimulatedRank:
     steps: int = 0
     computed_tokens: int = 0
 
-    def execute(self, plan: Plan) -> Sampled:
+    def execute(self, plan: Plan, masks: Masks | None = None) -> Sampled:
+        return Sampled(self.result(plan, masks))
+
+    def result(self, plan: Plan, masks: Masks | None = None) -> StepResult:
+        assert (masks is not None) == bool(plan.masked_rows)
+        assert masks is None or set(masks.rows) <= set(plan.masked_rows)
+        allowed = dict(zip(masks.rows, masks.masks, strict=True)) if masks else {}
         assert sum(plan.num_tokens) <= self.scheduler.max_num_batched_tokens
         assert len(plan.rows) == len(set(plan.rows)) > 0
         self._take_changes(plan)
@@ -58,20 +85,43 @@ class SimulatedRank:
             assert count > 0
             self._write(self.rows[row], count)
         sampled = array("i")
-        for row in plan.rows:
+        prompt = array("f")
+        for row, count in zip(plan.rows, plan.num_tokens, strict=True):
             state = self.rows[row]
             self._check_context(state)
-            if state.num_computed == len(state.tokens):
+            if state.prompt_top >= 0:
+                first = state.num_computed - count
+                ends = range(first + 2, min(state.num_computed + 1, state.num_prompt) + 1)
+                prompt.extend(prompt_logprob(state.tokens[:end]) for end in ends)
+            if state.num_computed == len(state.tokens) and state.generates:
                 token = next_token(tuple(state.tokens))
+                if row in allowed:
+                    ids = allowed_ids(allowed[row])
+                    token = ids[token % len(ids)]
                 state.tokens.append(token)
                 sampled.append(token)
         self.steps += 1
         self.computed_tokens += sum(plan.num_tokens)
-        return Sampled(StepResult(plan.step, sampled.tobytes()))
+        tops = [0] * (len(prompt) * 3)
+        return StepResult(
+            plan.step,
+            sampled.tobytes(),
+            prompt_num_top=3,
+            prompt_logprobs=prompt.tobytes(),
+            prompt_top_ids=array("i", tops).tobytes(),
+            prompt_top_logprobs=array("f", tops).tobytes(),
+        )
 
     def _take_changes(self, plan: Plan) -> None:
         for new in plan.new_rows:
-            self.rows[new.row] = Row(list(array("i", new.token_ids)), new.num_computed, list(new.blocks))
+            self.rows[new.row] = Row(
+                list(array("i", new.token_ids)),
+                new.num_computed,
+                list(new.blocks),
+                new.num_prompt,
+                new.params.max_tokens > 0,
+                new.prompt_logprobs,
+            )
         for row, block in plan.new_blocks:
             self.rows[row].blocks.append(block)
 
@@ -94,7 +144,7 @@ class SimulatedRank:
 def expected_output(request: Request, max_model_len: int) -> list[int]:
     """What a request generates on its own."""
     tokens = list(request.prompt)
-    while True:
+    while request.params.max_tokens > 0:
         tokens.append(next_token(tuple(tokens)))
         generated = len(tokens) - len(request.prompt)
         if tokens[-1] in request.params.eos_token_ids or generated >= request.params.max_tokens:

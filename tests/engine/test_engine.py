@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
@@ -14,7 +13,7 @@ from fdserve.engine.output import MAX_PENDING_DELTAS, Generation
 from fdserve.engine.request import TokenDelta
 from fdserve.engine.scheduler import Scheduler
 from fdserve.errors import Overloaded, RankError, SlowReader, StartupError, Unavailable
-from fdserve.executor.wire import Plan, Ready, StepResult
+from fdserve.executor.wire import Masks, Plan, Ready, StepResult
 from tests.engine.simulation import SimulatedRank, expected_output, make_request
 
 pytestmark = pytest.mark.anyio
@@ -34,6 +33,7 @@ class FakeRanks:
         self.step_seconds = 0.0
         self.before_step: Callable[[Plan], None] = lambda plan: None
         self.plans: list[Plan] = []
+        self.masks: list[Masks] = []
 
     @asynccontextmanager
     async def open(self) -> AsyncIterator[FakeRanks]:
@@ -60,15 +60,19 @@ class FakeRanks:
             self.dead_while_idle = False
             raise RankError("rank 0 was killed by SIGKILL")
 
-    async def send(self, plan: Plan) -> None:
-        self.before_step(plan)
-        self.plans.append(plan)
+    async def send(self, message: Plan | Masks) -> None:
+        if isinstance(message, Masks):
+            assert message.step == self.plans[-1].step
+            self.masks.append(message)
+        else:
+            self.before_step(message)
+            self.plans.append(message)
 
     async def receive(self) -> StepResult:
         await anyio.sleep(self.step_seconds)
         assert self.rank is not None
-        sampled = self.rank.execute(self.plans[-1])
-        return StepResult(self.plans[-1].step, array("i", sampled.token_ids).tobytes())
+        plan = self.plans[-1]
+        return self.rank.result(plan, self.masks[-1] if plan.masked_rows else None)
 
 
 @asynccontextmanager

@@ -6,6 +6,7 @@ from fdserve.executor.wire import (
     HEADER,
     Failed,
     Load,
+    Masks,
     NewRow,
     Plan,
     SamplingParams,
@@ -15,24 +16,34 @@ from fdserve.executor.wire import (
     encode_frame,
 )
 
-PARAMS = SamplingParams(max_tokens=3, seed=2**59, stop_token_ids=(7,), logprobs=0, thinking_budget=4)
+PARAMS = SamplingParams(
+    max_tokens=3,
+    seed=2**59,
+    stop_token_ids=(7,),
+    logprobs=0,
+    thinking_budget=4,
+    logit_bias=((3, 1.5),),
+    bad_words=((1, 2),),
+)
 
 
 @pytest.mark.parametrize(
     "message",
     [
         Load("dir", 0, 1, "auto", 64, 0, 1 << 40, 256, 0, 2, 1),
-        Plan(7, [NewRow(3, b"\x01\x00\x00\x00", 1, 0, (5, 6), PARAMS)], [(1, 9)], [3, 1], [1, 1]),
+        Plan(7, [NewRow(3, b"\x01\x00\x00\x00", 1, 0, (5, 6), PARAMS, 4)], [(1, 9)], [3, 1], [1, 1], [3]),
+        Masks(7, [3], [b"\xff\x00\x00\x00"]),
     ],
 )
-def test_frames_to_a_rank_round_trip(message: Load | Plan) -> None:
+def test_frames_to_a_rank_round_trip(message: Load | Plan | Masks) -> None:
     frame = encode_frame(message)
     assert HEADER.unpack_from(frame) == (len(frame) - HEADER.size,)
     assert decode_to_rank(frame[HEADER.size :]) == message
 
 
 @pytest.mark.parametrize(
-    "message", [Failed("why"), StepResult(1, b"\xff\xff\xff\xff", 1, b"abcd", b"efgh", b"ijkl", 0.5)]
+    "message",
+    [Failed("why"), StepResult(1, b"\xff\xff\xff\xff", 1, b"abcd", b"efgh", b"ijkl", 2, b"mnop", b"", b"", 0.5)],
 )
 def test_frames_from_a_rank_round_trip(message: Failed | StepResult) -> None:
     assert decode_from_rank(encode_frame(message)[HEADER.size :]) == message

@@ -24,7 +24,7 @@ def new_row(row: int, tokens: list[int], *, computed: int = 0, blocks: tuple[int
 
 
 def test_a_prefill_chunk_and_a_decode_share_a_batch() -> None:
-    rows = Rows(4, 64, block_size=4)
+    rows = Rows(4, 64, block_size=4, vocab_size=100)
     first = Plan(1, [new_row(2, [10, 11, 12, 13, 14, 15], computed=4, blocks=(7, 8))], [], [2], [2])
     rows.take_changes(first)
     batch = assemble(rows, first)
@@ -47,7 +47,7 @@ def test_a_prefill_chunk_and_a_decode_share_a_batch() -> None:
 
 
 def test_a_row_that_is_taken_again_starts_anew() -> None:
-    rows = Rows(2, 64, block_size=4)
+    rows = Rows(2, 64, block_size=4, vocab_size=100)
     for tokens in ([1, 2, 3, 4, 5, 6, 7], [8, 9]):
         plan = Plan(1, [new_row(0, tokens, blocks=(3,) * (len(tokens) // 4 + 1))], [], [0], [len(tokens)])
         rows.take_changes(plan)
@@ -56,11 +56,38 @@ def test_a_row_that_is_taken_again_starts_anew() -> None:
         assert rows.num_blocks[0] == len(tokens) // 4 + 1
 
 
+def test_a_row_that_generates_nothing_does_not_sample() -> None:
+    rows = Rows(2, 64, block_size=4, vocab_size=100)
+    new = NewRow(0, np.array([5, 6], np.int32).tobytes(), 2, 0, (1,), SamplingParams(max_tokens=0, seed=0))
+    plan = Plan(1, [new], [], [0], [2])
+    rows.take_changes(plan)
+    assert assemble(rows, plan).sample_rows.tolist() == []
+
+
+@pytest.mark.parametrize("chunks", [[6, 1], [7], [1] * 7, [3, 2, 2]])
+def test_chunks_report_every_prompt_token_but_the_first(chunks: list[int]) -> None:
+    rows = Rows(2, 64, block_size=4, vocab_size=100)
+    tokens = np.array([10, 11, 12, 13, 14, 15, 16], np.int32)  # the last was generated before a preemption
+    params = SamplingParams(max_tokens=9, seed=0, prompt_logprobs=3)
+    news = [NewRow(1, tokens.tobytes(), 6, 0, (1, 2), params, 3), new_row(0, [7, 8, 9], blocks=(3,))]
+    before: list[int] = []
+    after: list[int] = []
+    for number, count in enumerate(chunks):
+        others = [0] if number == 0 else []
+        plan = Plan(1, news if number == 0 else [], [], [*others, 1], [3] * len(others) + [count])
+        rows.take_changes(plan)
+        batch = assemble(rows, plan)
+        before += batch.token_ids[batch.prompt_indices].tolist()
+        after += batch.prompt_targets.tolist()
+        assert batch.prompt_num_top == 3
+    assert (before, after) == ([10, 11, 12, 13, 14], [11, 12, 13, 14, 15])
+
+
 @settings(max_examples=100, deadline=None)
 @given(data=st.data())
 def test_chunks_cover_every_token_once(data: st.DataObject) -> None:
     lengths = data.draw(st.lists(st.integers(1, 40), min_size=1, max_size=5))
-    rows = Rows(8, 64, block_size=16)
+    rows = Rows(8, 64, block_size=16, vocab_size=100)
     new = [new_row(r, [100 * r + i for i in range(n)], blocks=(0, 1, 2)) for r, n in enumerate(lengths)]
     seen: dict[int, list[int]] = {row: [] for row in range(len(lengths))}
     sampled = []
@@ -81,7 +108,7 @@ def test_chunks_cover_every_token_once(data: st.DataObject) -> None:
 
 
 def test_a_batch_of_256_decodes_is_assembled_fast() -> None:
-    rows = Rows(256, 131072, block_size=64)
+    rows = Rows(256, 131072, block_size=64, vocab_size=100)
     new = [new_row(row, [1] * 500, computed=499, blocks=tuple(range(8))) for row in range(256)]
     plan = Plan(1, new, [], list(range(256)), [1] * 256)
     rows.take_changes(plan)
@@ -98,7 +125,7 @@ def test_a_batch_of_256_decodes_is_assembled_fast() -> None:
 
 @pytest.mark.parametrize("sampled", [-1, 7])
 def test_a_sampled_token_is_appended(sampled: int) -> None:
-    rows = Rows(2, 64, block_size=4)
+    rows = Rows(2, 64, block_size=4, vocab_size=100)
     rows.take_changes(Plan(1, [new_row(1, [5, 6])], [], [], []))
     rows.append(np.array([1], np.int32), np.array([sampled], np.int32))
     assert rows.tokens[1, :3].tolist() == [5, 6, max(sampled, 0)]

@@ -5,8 +5,10 @@ import paddle
 import pytest
 
 from fdserve.executor.wire import NewRow, Plan, SamplingParams
+from fdserve.ops.sampling import NOTHING_ALLOWED
+from fdserve.worker.limits import Limits, id_mask
 from fdserve.worker.rows import Rows
-from fdserve.worker.sampler import Sampled, forced_id, sample
+from fdserve.worker.sampler import Sampled, sample
 
 VOCAB = 50
 EOS, END = 2, 9
@@ -14,7 +16,7 @@ EOS, END = 2, 9
 
 def make_rows(*states: tuple[list[int], list[int], SamplingParams]) -> Rows:
     """Rows of (prompt, output so far, parameters)."""
-    rows = Rows(8, 64, block_size=16)
+    rows = Rows(8, 64, block_size=16, vocab_size=VOCAB)
     for row, (prompt, output, params) in enumerate(states):
         tokens = np.array(prompt + output, np.int32)
         new = NewRow(row, tokens.tobytes(), len(prompt), len(tokens) - 1, (0,), params)
@@ -26,9 +28,9 @@ def params(**changes: object) -> SamplingParams:
     return SamplingParams(**{"max_tokens": 20, "seed": 1, "temperature": 0.0, "eos_token_ids": (EOS,), **changes})
 
 
-def run(rows: Rows, logits: np.ndarray) -> Sampled:
+def run(rows: Rows, logits: np.ndarray, masks: dict[int, bytes] | None = None) -> Sampled:
     row_ids = np.arange(len(logits), dtype=np.int32)
-    return sample(rows, row_ids, paddle.to_tensor(logits.astype(np.float32)), VOCAB)
+    return sample(rows, row_ids, paddle.to_tensor(logits.astype(np.float32)), VOCAB, masks)
 
 
 def logits_favouring(*ids: int) -> np.ndarray:
@@ -86,6 +88,41 @@ def test_a_row_of_nan_gives_no_token_and_leaves_the_others_alone() -> None:
     assert run(rows, logits).token_ids.tolist() == [-1, 5]
 
 
+def test_limits_hold_for_their_own_rows() -> None:
+    rows = make_rows(
+        ([1], [], params(logit_bias=((6, 50.0),))),
+        ([1], [], params(allowed_token_ids=(30, 31))),
+        ([1], [7, 8], params(bad_words=((8, 5), (4,)))),
+        ([1], [], params(temperature=1.0, bad_words=((5,),), allowed_token_ids=(5, 49))),
+        ([1], [], params()),
+        ([1], [], params(allowed_token_ids=(30, 31))),
+        ([1], [], params(allowed_token_ids=(30, 31))),
+        ([1], [], params(min_tokens=3)),
+    )
+    masks = {row: id_mask(ids, VOCAB).tobytes() for row, ids in {4: (40,), 5: (31, 5), 6: (5,), 7: (EOS,)}.items()}
+    logits = np.stack([logits_favouring(5, 4, 6, 30, 31)] * 8)
+    assert run(rows, logits, masks).token_ids.tolist() == [6, 30, 6, 49, 40, 31, NOTHING_ALLOWED, EOS]
+    assert run(rows, logits[:4]).token_ids.tolist() == [6, 30, 5, 49]
+
+
+def test_each_row_reports_logprobs_its_own_way() -> None:
+    asks = {"temperature": 2.0, "top_p": 0.5, "logprobs": 2}
+    rows = make_rows(
+        ([1], [], params(**asks)),
+        ([1], [], params(**asks, temp_scaled_logprobs=True)),
+        ([1], [], params(**asks, top_p_normalized_logprobs=True)),
+        ([1], [], params(temp_scaled_logprobs=True)),
+    )
+    logits = np.full(VOCAB, -100.0)
+    logits[:2] = np.log([0.8, 0.2])
+    sampled = run(rows, np.stack([logits] * 4))
+    assert sampled.top_logprobs is not None
+    np.testing.assert_allclose(sampled.top_logprobs[0], np.log([0.8, 0.2]), atol=1e-5)
+    np.testing.assert_allclose(np.exp(sampled.top_logprobs[1]), [2 / 3, 1 / 3], atol=1e-5)
+    np.testing.assert_allclose(sampled.top_logprobs[2], [0, -np.inf])
+    assert np.isnan(sampled.top_logprobs[3]).all()
+
+
 def test_a_thinking_budget_forces_the_end_and_then_lets_go() -> None:
     asks = params(thinking_budget=2, think_end_ids=(8, END, 8), think_end_id=END)
     rows = make_rows(([1], [], asks))
@@ -99,4 +136,4 @@ def test_a_thinking_budget_forces_the_end_and_then_lets_go() -> None:
 )
 def test_forced_ids_depend_on_the_output_alone(output: list[int], expected: int) -> None:
     asks = params(thinking_budget=2, think_end_ids=(8, END), think_end_id=END)
-    assert forced_id(asks, np.array(output, np.int32)) == expected
+    assert Limits(asks, VOCAB).forced_id(np.array(output, np.int32)) == expected

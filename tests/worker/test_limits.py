@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from fdserve.executor.wire import SamplingParams
+from fdserve.worker.limits import Limits, id_mask, read_mask
+
+VOCAB = 70
+
+
+def limits(**params: object) -> Limits:
+    return Limits(SamplingParams(**{"max_tokens": 20, "seed": 1, **params}), VOCAB)
+
+
+def output(*ids: int) -> np.ndarray:
+    return np.array(ids, np.int32)
+
+
+def bans(asked: Limits, *ids: int, mask: np.ndarray | None = None) -> list[int]:
+    tokens, values = asked.biases(output(*ids), mask)
+    assert (values == -np.inf).all()
+    return tokens.tolist()
+
+
+def test_a_bad_word_is_banned_where_it_would_be_completed() -> None:
+    asked = limits(bad_words=((9,), (1, 2, 3), (2, 4), (1, 2, 5), (6, 6)))
+    assert bans(asked) == [9]
+    assert bans(asked, 1) == [9]
+    assert bans(asked, 1, 2) == [9, 3, 4, 5]
+    assert bans(asked, 7, 2) == [9, 4]
+    assert bans(asked, 1, 2, 3) == [9]
+    assert bans(asked, 6) == [9, 6]
+
+
+def test_min_tokens_yields_to_a_mask_that_allows_only_endings() -> None:
+    asked = limits(min_tokens=2, eos_token_ids=(2,), stop_token_ids=(69,))
+    assert bans(asked, 5) == [2, 69]
+    assert bans(asked, 5, 5) == []
+    assert bans(asked, 5, mask=id_mask((2, 3), VOCAB)) == [2, 69]
+    assert bans(asked, 5, mask=id_mask((2, 69), VOCAB)) == []
+    only_eos = limits(min_tokens=2, eos_token_ids=(2,), allowed_token_ids=(2,))
+    assert bans(only_eos, 5, mask=only_eos.mask(None)) == []
+
+
+def test_biases_keep_their_values() -> None:
+    ids, values = limits(logit_bias=((3, 1.5), (4, -100.0)), bad_words=((8,),)).biases(output(), None)
+    assert ids.tolist() == [3, 4, 8]
+    assert values.tolist() == [1.5, -100, -np.inf]
+
+
+def test_masks_are_bits_from_the_lowest() -> None:
+    mask = id_mask((0, 33, 69, 70, -1), VOCAB)
+    assert mask.view(np.uint32).tolist() == [1, 2, 32]
+    assert read_mask(b"\x01\x00\x00\x00\x02", VOCAB).tolist() == [1, 2, 0]
+    assert read_mask(b"\xff" * 100, VOCAB).tolist() == [-1] * 3
+    both = limits(allowed_token_ids=(1, 33)).mask(mask)
+    assert both is not None
+    assert both.tolist() == [0, 2, 0]
+    assert limits(logit_bias=((1, 1.0),)).mask(None) is None
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"logit_bias": ((1, 0.5),)},
+        {"bad_words": ((1,),)},
+        {"allowed_token_ids": (1,)},
+        {"thinking_budget": 1},
+        {"min_tokens": 1, "eos_token_ids": (2,)},
+    ],
+)
+def test_only_rows_with_limits_have_any(params: dict[str, object]) -> None:
+    assert Limits.needed(SamplingParams(max_tokens=1, seed=0, **params))
+    assert not Limits.needed(SamplingParams(max_tokens=1, seed=0, min_tokens=1, top_k=4))
