@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import signal
 import sys
 
 COMMANDS = {
@@ -21,7 +22,10 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command with the rest of the arguments; its exit status, 2 for an unknown one."""
     arguments = sys.argv[1:] if argv is None else argv
     if arguments and arguments[0] in COMMANDS:
-        status: int | None = importlib.import_module(f"bench.{arguments[0]}").main(arguments[1:])
+        try:
+            status: int | None = importlib.import_module(f"bench.{arguments[0]}").main(arguments[1:])
+        except KeyboardInterrupt:
+            return 128 + signal.SIGINT
         return status or 0
     usage = ["usage: python -m bench COMMAND [OPTIONS]; COMMAND --help tells the options", ""]
     usage += [f"  {name:18} {what}" for name, what in COMMANDS.items()]

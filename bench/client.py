@@ -8,6 +8,7 @@ comes later. That is a few microseconds a piece, where an HTTP library with a ta
 from __future__ import annotations
 
 import os
+import resource
 import selectors
 import socket
 import ssl
@@ -80,6 +81,9 @@ class Client:
     def __init__(self, base_url: str, *, timeout: float = 600.0) -> None:
         """`timeout`: seconds without a byte after which a request has failed."""
         self._address = Address(base_url)
+        # As many connections as the system lets the process have: the usual soft limit is 1024.
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         self._family, self._socket_address = self._address.resolve()
         self._timeout = timeout
         self._selector = selectors.DefaultSelector()
@@ -142,7 +146,12 @@ class Client:
             self._active[connection] = None
             self._start_sending(connection)
             return
-        sock = socket.socket(self._family, socket.SOCK_STREAM)
+        try:
+            sock = socket.socket(self._family, socket.SOCK_STREAM)
+        except OSError as error:
+            exchange.error = f"no socket: {error.strerror}"
+            self._on_end(exchange)
+            return
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection = _Connection(sock, exchange, self._connected)

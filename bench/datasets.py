@@ -82,9 +82,13 @@ def _prefix_repetition(
 
 def _writer(options: argparse.Namespace, as_text: bool) -> Callable[[list[int]], str | list[int]]:
     if options.tokenizer:
+        from fdserve.errors import StartupError
         from fdserve.text.tokenizer import load_tokenizer
 
-        tokenizer = load_tokenizer(Path(options.tokenizer), "auto")
+        try:
+            tokenizer = load_tokenizer(Path(options.tokenizer), "auto")
+        except StartupError as error:
+            raise ValueError(str(error)) from None
         return lambda ids: b"".join(map(tokenizer.token_bytes, ids)).decode(errors="replace")
     if as_text:
         return lambda ids: " ".join(WORDS[id % len(WORDS)] for id in ids)

@@ -19,11 +19,12 @@ from pathlib import Path
 from bench.floors import HEADING, Case, Floors, measure_floors
 from bench.kernel_attention import attention_cases
 from bench.kernel_linear import ROWS, SHAPES, formats, linear_cases
+from bench.kernel_moe import moe_cases
 from bench.kernel_rows import element_cases, sampler_cases
 from bench.machine import describe
 from fdserve import ops
 
-FAMILIES = ("linear", "attention", "sample", "elements")
+FAMILIES = ("linear", "attention", "moe", "sample", "elements")
 
 
 def cases(family: str, floors: Floors, options: argparse.Namespace) -> Iterator[Case]:
@@ -36,8 +37,9 @@ def cases(family: str, floors: Floors, options: argparse.Namespace) -> Iterator[
     elif family == "sample":
         yield from sampler_cases(floors)
     else:
+        measure = {"moe": moe_cases, "elements": element_cases}[family]
         for dtype in dtypes:
-            yield from element_cases(floors, dtype=dtype)
+            yield from measure(floors, dtype=dtype)
 
 
 def main(argv: list[str] | None = None) -> int:

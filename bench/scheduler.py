@@ -29,7 +29,7 @@ from fdserve.executor.wire import HEADER, Plan, StepResult, decode_to_rank, enco
 from fdserve.worker.batch import assemble
 from fdserve.worker.rows import Rows
 
-BLOCK_SIZE = 64
+BLOCK_SIZE, VOCAB_SIZE = 64, 103424
 OUTPUT_LEN = 100_000
 """Nobody ends while it is measured."""
 
@@ -57,7 +57,7 @@ class Loaded:
 
     def __init__(self, running: int, waiting: int, context: int, generator: random.Random) -> None:
         length = context + 4096
-        self.rows = Rows(running, length, BLOCK_SIZE)
+        self.rows = Rows(running, length, BLOCK_SIZE, VOCAB_SIZE)
         self.scheduler = Scheduler(
             num_blocks=running * (-(-length // BLOCK_SIZE) + 1),
             block_size=BLOCK_SIZE,

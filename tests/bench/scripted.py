@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Sequence
@@ -24,15 +25,18 @@ def stream(*events: str, end: str = "\n\n") -> list[bytes]:
 class ScriptedServer:
     """Answers the requests of each connection with `answers` in turn; an answer of None closes the connection.
 
-    A context manager. Pieces are sent with pauses between them. `requests` are the bodies that came.
+    With a `context` it speaks TLS. A context manager. Pieces are sent with pauses between them. `requests` are the
+    bodies that came.
     """
 
-    def __init__(self, *answers: Sequence[bytes] | None) -> None:
+    def __init__(self, *answers: Sequence[bytes] | None, context: ssl.SSLContext | None = None) -> None:
         self.requests: list[bytes] = []
         self.connections = 0
         self._answers = answers
         self._socket = socket.create_server(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
+        self.url = f"http{'s' if context else ''}://127.0.0.1:{self._socket.getsockname()[1]}"
+        if context is not None:
+            self._socket = context.wrap_socket(self._socket, server_side=True)
         self._thread = threading.Thread(target=self._accept, daemon=True)
 
     def __enter__(self) -> ScriptedServer:

@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+import shutil
 import socket
+import ssl
+import subprocess
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 
@@ -75,7 +79,7 @@ def test_a_broken_answer_is_an_error(answer: Sequence[bytes] | None, error: str)
 def test_nobody_listens() -> None:
     with socket.create_server(("127.0.0.1", 0)) as sock:
         port = sock.getsockname()[1]
-    with Client(f"127.0.0.1:{port}") as client:
+    with Client(f"127.0.0.1:{port}", timeout=5) as client:
         (exchange,) = client.run([request()])
     assert exchange.error == "cannot connect: Connection refused"
 
@@ -97,7 +101,7 @@ def test_no_more_than_max_concurrency_at_a_time() -> None:
 
 def test_requests_are_sent_when_they_are_due() -> None:
     arrivals = [0.0, 0.05, 0.1, 0.15]
-    with ScriptedServer(*[stream("{}")] * 4) as server, Client(server.url) as client:
+    with ScriptedServer(*[stream("{}")] * 4) as server, Client(server.url, timeout=5) as client:
         began = time.perf_counter()
         exchanges = client.run([request()] * 4, arrivals=arrivals)
     for exchange, due in zip(exchanges, arrivals, strict=True):
@@ -110,3 +114,26 @@ def test_a_url_that_is_none() -> None:
         Address("ftp://host")
     address = Address("https://host/v1/")
     assert (address.tls, address.port, address.path) == (True, 443, "/v1")
+
+
+def test_a_server_without_tls_is_an_error() -> None:
+    with ScriptedServer() as server, Client(server.url.replace("http", "https"), timeout=5) as client:
+        (exchange,) = client.run([request()])
+    assert exchange.error.startswith("TLS: ")
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificate")
+def test_tls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"]
+    command += ["-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"]
+    subprocess.run([*command, "-keyout", key, "-out", certificate], check=True, capture_output=True, timeout=20)
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(certificate, key)
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    long = stream("x" * 40_000, "{}")
+    with ScriptedServer(long, long, context=context) as server:
+        exchanges = ask(server, count=2)
+        assert server.connections == 1
+    for exchange in exchanges:
+        assert body(exchange) == b"data: " + b"x" * 40_000 + b"\n\ndata: {}\n\ndata: [DONE]\n\n"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import kernel_attention, kernel_linear, kernel_rows
+from bench import kernel_attention, kernel_linear, kernel_moe, kernel_rows
 from bench.__main__ import main
 from bench.floors import Case, Floors
 from bench.frontend import Measurement, summary
@@ -67,6 +67,13 @@ def test_attention_cases(monkeypatch: pytest.MonkeyPatch) -> None:
     assert prefill.of_onednn == pytest.approx(4 * 16 * 128 * (16 * 64 + 16 * 17 / 2) / prefill.seconds / 1e12)
 
 
+def test_cost_of_experts_follows_those_touched() -> None:
+    few, many = kernel_moe.moe_cases(FLOORS, dtype="float32", rows=[2, 8], hidden=64, inner=32)
+    assert (few.case, many.case) == ("2 rows, 12 of 16 experts", "8 rows, 16 of 16 experts")
+    assert few.of_memory == pytest.approx(12 * 3 * 64 * 32 * 4 / few.seconds / 1e10)
+    assert kernel_moe.routes(2, 16, 3) == [[0, 1, 2], [3, 4, 5]]
+
+
 def test_cases_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernel_rows, "CACHE_BYTES", 1 << 20)
     monkeypatch.setattr(kernel_rows, "VOCAB", 2048)
@@ -83,8 +90,8 @@ def test_cases_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_kernels_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     threads, path = ops.num_threads(), tmp_path / "kernels.json"
     try:
-        arguments = ["kernels", "linear", "--shapes", "o", "--rows", "1", "--budget", "0.01", "--json", str(path)]
-        assert main([*arguments, "--threads", "1"]) == 0
+        arguments = ["kernels", "linear", "--shapes", "o", "--rows", "1", "--formats", "float32", "--budget", "0.01"]
+        assert main([*arguments, "--threads", "1", "--json", str(path)]) == 0
     finally:
         ops.set_num_threads(threads)
     shown = capsys.readouterr().out

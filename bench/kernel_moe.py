@@ -1,0 +1,56 @@
+"""The mixture-of-experts layer: its cost must follow the experts that the tokens touch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+import numpy as np
+import paddle
+
+from bench.floors import Case, Floors
+from bench.machine import seconds
+from fdserve import ops
+
+HIDDEN, INNER, EXPERTS, TOP_K = 2560, 1536, 16, 6
+"""A layer of ERNIE-4.5-21B-A3B with a quarter of its experts, which do not fit the caches either."""
+ROWS = (1, 4, 16, 64, 256)
+
+
+def routes(rows: int, experts: int, top_k: int) -> list[list[int]]:
+    """The experts of each row: neighbours in the circle, so that few rows touch few experts and many touch all."""
+    return [[(row * top_k + place) % experts for place in range(top_k)] for row in range(rows)]
+
+
+def moe_cases(
+    floors: Floors, *, dtype: str, rows: Sequence[int] = ROWS, hidden: int = HIDDEN, inner: int = INNER
+) -> Iterator[Case]:
+    """Few rows by the bytes of the experts they touch, many by operations a second; packing takes some seconds."""
+    bits = np.random.default_rng(0).integers(0x3C00, 0x3C80, (2 * inner, hidden), np.uint16)
+    up_gate = ops.pack_experts((bits for _ in range(EXPERTS)), num_experts=EXPERTS, dtype=dtype, in_out=False)
+    wide = bits[:inner].T
+    down = ops.pack_experts((wide for _ in range(EXPERTS)), num_experts=EXPERTS, dtype=dtype, in_out=False)
+    width = 2 if dtype == "bfloat16" else 4
+    for count in rows:
+        chosen = routes(count, EXPERTS, TOP_K)
+        # Row i has a 1 in column i, where the gates of its experts are high.
+        x = np.zeros((count, hidden), np.float32)
+        x[np.arange(count), np.arange(count)] = 1
+        gate = np.zeros((EXPERTS, hidden), np.float32)
+        for row, experts in enumerate(chosen):
+            gate[experts, row] = 8
+        tokens, gates, bias = paddle.to_tensor(x).astype(dtype), paddle.to_tensor(gate), paddle.zeros([EXPERTS])
+        call = partial(ops.moe, tokens, gates, bias, up_gate, down, top_k=TOP_K, norm_min=1e-12)
+        took = seconds(call, budget=floors.budget)
+        touched = len({expert for experts in chosen for expert in experts})
+        moved = touched * 3 * hidden * inner * width / took
+        flops = 2 * count * TOP_K * 3 * hidden * inner / took
+        yield Case(
+            f"moe {dtype}",
+            f"{count} rows, {touched} of {EXPERTS} experts",
+            took,
+            flops / 1e9,
+            "GFLOP/s",
+            of_memory=moved / floors.bandwidth,
+            of_onednn=flops / floors.peak if floors.peak and dtype == ops.compute_dtype() else None,
+        )
