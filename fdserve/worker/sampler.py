@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import numpy.typing as npt
 import paddle
 
 from fdserve import ops
-from fdserve.worker.limits import NO_FORCED_ID, Floats, read_mask
+from fdserve.worker.limits import NO_FORCED_ID, read_mask
 from fdserve.worker.rows import Ints, Rows
 
 
@@ -42,27 +43,22 @@ def sample(
     int_params[:, 2] = (rows.num_tokens - rows.num_prompt)[row_ids]
     int_params[:, 3] = NO_FORCED_ID
     limits = _limits(rows, row_ids, masks or {}, vocab_size, int_params)
-    history = (
-        [rows.tokens[row, : rows.num_tokens[row]] if rows.needs_history[row] else _EMPTY for row in row_ids]
-        if rows.needs_history[row_ids].any()
-        else None
-    )
-    past, past_offsets = _ragged(history, len(row_ids))
+    past, past_offsets = _history(rows, row_ids)
     num_top = int(rows.num_top[row_ids].max())
     token_ids, logprobs, top_ids, top_logprobs = ops.sample(
         logits,
         paddle.to_tensor(rows.float_params[row_ids]),
         paddle.to_tensor(int_params),
-        paddle.to_tensor(past),
-        paddle.to_tensor(past_offsets),
+        past,
+        past_offsets,
         paddle.to_tensor(rows.num_prompt[row_ids]),
-        paddle.to_tensor(limits.bias_ids),
-        paddle.to_tensor(limits.bias_values),
-        paddle.to_tensor(limits.bias_offsets),
+        limits.bias_ids,
+        limits.bias_values,
+        limits.bias_offsets,
         vocab_size=vocab_size,
         num_top=max(num_top, 0),
-        masks=None if limits.masks is None else paddle.to_tensor(limits.masks),
-        mask_rows=None if limits.masks is None else paddle.to_tensor(limits.mask_rows),
+        masks=limits.masks,
+        mask_rows=limits.mask_rows,
         logprob_modes=paddle.to_tensor(rows.logprob_modes[row_ids]),
     )
     tokens = token_ids.numpy()
@@ -76,25 +72,25 @@ def sample(
 class _Limits:
     """The limits of R rows as `ops.sample` takes them."""
 
-    bias_ids: Ints
-    bias_values: Floats
-    bias_offsets: Ints
-    masks: Ints | None
-    mask_rows: Ints
+    bias_ids: Any
+    bias_values: Any
+    bias_offsets: Any
+    masks: Any = None
+    mask_rows: Any = None
 
 
 def _limits(
     rows: Rows, row_ids: Ints, masks: Mapping[int, bytes], vocab_size: int, int_params: npt.NDArray[np.int64]
 ) -> _Limits:
     """What the rows' limits say now; forced ids are put into `int_params`."""
-    bias_ids, bias_values = [_EMPTY] * len(row_ids), [_NO_VALUES]
-    words: list[Ints] = []
-    mask_rows = np.full(len(row_ids), -1, np.int32)
     limited = rows.is_limited[row_ids]
     if masks:
         limited |= np.isin(row_ids, list(masks))
     if not limited.any():
-        return _Limits(_EMPTY, _NO_VALUES, np.zeros(len(row_ids) + 1, np.int32), None, mask_rows)
+        return _Limits(*_nothing(len(row_ids)))
+    bias_ids, bias_values = [_EMPTY] * len(row_ids), [np.zeros(0, np.float32)]
+    words: list[Ints] = []
+    mask_rows = np.full(len(row_ids), -1, np.int32)
     for index in np.flatnonzero(limited).tolist():
         row = int(row_ids[index])
         mask = read_mask(masks[row], vocab_size) if row in masks else None
@@ -108,18 +104,38 @@ def _limits(
         if mask is not None:
             mask_rows[index] = len(words)
             words.append(mask)
-    ids, offsets = _ragged(bias_ids, len(row_ids))
-    return _Limits(ids, np.concatenate(bias_values), offsets, np.stack(words) if words else None, mask_rows)
+    ids, offsets = _ragged(bias_ids)
+    values = paddle.to_tensor(np.concatenate(bias_values))
+    if not words:
+        return _Limits(ids, values, offsets)
+    return _Limits(ids, values, offsets, paddle.to_tensor(np.stack(words)), paddle.to_tensor(mask_rows))
+
+
+def _history(rows: Rows, row_ids: Ints) -> tuple[Any, Any]:
+    """The tokens so far of the rows with penalties, and where each row's begin."""
+    needed = rows.needs_history[row_ids]
+    if not needed.any():
+        ids, _, offsets = _nothing(len(row_ids))
+        return ids, offsets
+    return _ragged(
+        [
+            rows.tokens[row, : rows.num_tokens[row]] if wanted else _EMPTY
+            for row, wanted in zip(row_ids, needed, strict=True)
+        ]
+    )
+
+
+def _ragged(parts: list[Ints]) -> tuple[Any, Any]:
+    """The parts end to end, and the [len + 1] offsets between them, as tensors."""
+    offsets = np.zeros(len(parts) + 1, np.int32)
+    np.cumsum([len(part) for part in parts], out=offsets[1:])
+    return paddle.to_tensor(np.concatenate([_EMPTY, *parts])), paddle.to_tensor(offsets)
+
+
+@cache
+def _nothing(count: int) -> tuple[Any, Any, Any]:
+    """No ids, no values, and the offsets of `count` rows that have none; made once, for a tensor costs microseconds."""
+    return paddle.zeros([0], "int32"), paddle.zeros([0], "float32"), paddle.zeros([count + 1], "int32")
 
 
 _EMPTY: Ints = np.zeros(0, np.int32)
-_NO_VALUES: Floats = np.zeros(0, np.float32)
-
-
-def _ragged(parts: list[Ints] | None, count: int) -> tuple[Ints, Ints]:
-    """The `count` parts end to end, and the [count + 1] offsets between them; None for nothing but empty parts."""
-    offsets = np.zeros(count + 1, np.int32)
-    if parts is None:
-        return _EMPTY, offsets
-    np.cumsum([len(part) for part in parts], out=offsets[1:])
-    return np.concatenate([_EMPTY, *parts]), offsets
