@@ -13,7 +13,7 @@ from fdserve.api.messages import count_tokens, create_message
 from fdserve.api.models import list_models, retrieve_model
 from fdserve.api.openapi import Description
 from fdserve.api.responses import create_response, delete_response, retrieve_response
-from fdserve.api.tokens import detokenize, render_chat, tokenize
+from fdserve.api.tokens import detokenize, render_chat, tokenize, tokenizer_info
 from fdserve.http.error_forms import ANTHROPIC
 from fdserve.http.request import Request
 from fdserve.http.response import Reply
@@ -33,6 +33,7 @@ from fdserve.protocol.tokens import (
     Tokenization,
     TokenizeMessages,
     TokenizePrompt,
+    TokenizerInfo,
 )
 from fdserve.server import Server
 
@@ -98,6 +99,7 @@ def routes(server: Server) -> list[Route]:
         Route("POST", "/v1/tokenize", to(tokenize), body=tokenizing, answer=Tokenization),
         Route("POST", "/detokenize", to(detokenize), body=DetokenizeRequest, answer=Detokenization),
         Route("POST", "/v1/detokenize", to(detokenize), body=DetokenizeRequest, answer=Detokenization),
+        Route("GET", "/tokenizer_info", to(tokenizer_info), answer=TokenizerInfo),
         Route("GET", "/v1/models", to(list_models), answer=ModelList),
         Route("GET", "/v1/models/{model:path}", to(retrieve_model), answer=Model),
         # Probes and scrapers come without keys; no answer holds anything of a request.

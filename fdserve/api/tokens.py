@@ -1,4 +1,4 @@
-"""POST /tokenize, POST /detokenize and POST /v1/chat/completions/render: prompts without an answer.
+"""/tokenize, /detokenize, /tokenizer_info and /v1/chat/completions/render: prompts without an answer.
 
 None of them needs the engine, so they work while the model loads, too.
 """
@@ -25,6 +25,7 @@ from fdserve.protocol.tokens import (
     RenderedChat,
     Tokenization,
     TokenizePrompt,
+    TokenizerInfo,
 )
 from fdserve.server import Server
 from fdserve.text.detokenizer import decode as detokenized
@@ -71,6 +72,20 @@ async def detokenize(server: Server, http: Request, reply: Reply) -> None:
         server, len(http.body), lambda: detokenized(server.tokenizer, request.tokens, skip_special_tokens=False)
     )
     await reply.json(Detokenization(text))
+
+
+async def tokenizer_info(server: Server, http: Request, reply: Reply) -> None:
+    """The special tokens and the chat template, as lm-evaluation-harness asks for them before it tokenizes here."""
+    special = server.tokenizer.special_tokens
+    await reply.json(
+        TokenizerInfo(
+            vocab_size=server.tokenizer.vocab_size,
+            bos_token=special.get("bos_token"),
+            eos_token=special.get("eos_token"),
+            pad_token=special.get("pad_token"),
+            chat_template=server.template.source,
+        )
+    )
 
 
 async def render_chat(server: Server, http: Request, reply: Reply) -> None:

@@ -48,3 +48,14 @@ class RenderedChat(msgspec.Struct, kw_only=True):
     prompt_token_ids: list[int]
     count: int
     max_model_len: int
+
+
+class TokenizerInfo(msgspec.Struct, kw_only=True):
+    """What clients that render prompts themselves ask for; `chat_template` is the one that the server uses."""
+
+    tokenizer_class: str = "fdserve"
+    vocab_size: int
+    bos_token: str | None = None
+    eos_token: str | None = None
+    pad_token: str | None = None
+    chat_template: str

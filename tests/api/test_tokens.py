@@ -8,7 +8,7 @@ import pytest
 
 from fdserve.config import Config
 from tests.http.client import Client, serving
-from tests.http.fake_engine import FakeEngine, ids
+from tests.http.fake_engine import TEMPLATE, VOCAB_SIZE, FakeEngine, ids
 
 pytestmark = pytest.mark.anyio
 
@@ -113,6 +113,15 @@ async def test_what_cannot_be_detokenized(body: Any, status: int, param: str | N
         response = await client.post("/detokenize", body)
         assert response.status == status
         assert param is None or response.error["param"] == param
+
+
+async def test_the_tokenizer_says_what_it_is() -> None:
+    async with serving() as client:
+        response = await client.get("/tokenizer_info")
+        assert response.status == 200
+        info = response.json()
+        assert (info["eos_token"], info["bos_token"], info["vocab_size"]) == ("</s>", None, VOCAB_SIZE)
+        assert info["chat_template"] == TEMPLATE
 
 
 async def test_long_texts() -> None:
