@@ -39,7 +39,10 @@ def _start(spec: Spec, rules: Rules, vocabulary: GrammarVocabulary, tag: str) ->
     if isinstance(spec, Lark):
         return rules.lark(spec.source)
     if isinstance(spec, StructuralTag):
-        return write_structural_tag(rules, spec.value)
+        body = write_structural_tag(rules, spec.value)
+        # Free text ends as the model ends it everywhere else, by the tag that closes its answer.
+        end = vocabulary.tags.get(_RESPONSE[1])
+        return rules.rule(f"{body} (<[{end}]> /\\n*/)?") if tag and end is not None else body
     return _calls(spec, rules, vocabulary, tag)
 
 
@@ -73,7 +76,9 @@ def _calls(spec: ToolCalls, rules: Rules, vocabulary: GrammarVocabulary, tag: st
     several = spec.parallel and not named
     if spec.mode != "auto" or spec.content is not None:
         call = rules.rule(f"{begin} {body}")
-        calls = rules.rule(f"{call} (/\\n{{1,3}}/ {call}){{0,{MAX_CALLS - 1}}}") if several else call
+        # The line break after a call is no promise of another one.
+        gap = rules.terminal("/\\n{1,3}/")
+        calls = rules.rule(f"{call} ({gap} {call}){{0,{MAX_CALLS - 1}}} {gap}?") if several else call
         if spec.mode != "auto" or spec.content is None:
             return calls
         return rules.rule(f"{calls} | {tag}{_start(spec.content, rules, vocabulary, tag)}")
