@@ -17,6 +17,7 @@ from fdserve.text.grammar_vocabulary import GrammarVocabulary
 from fdserve.text.reasoning import ReasoningFormat, resolve_reasoning
 from fdserve.text.stream import TextStream
 from fdserve.text.tokenizer import load_tokenizer
+from fdserve.text.tools import resolve_tools
 from tests.text.decoding import at_random, decode, text_of
 
 TOKENIZER = load_tokenizer(CHECKPOINT)
@@ -139,3 +140,31 @@ def test_random_calls_validate(schema: dict[str, Any], seed: int) -> None:
     call = json.loads(text.strip().removeprefix("<tool_call>").removesuffix("</tool_call>"))
     assert call["name"] == "f"
     check(schema, json.dumps(call["arguments"]))
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(schema=objects, seed=st.integers(0, 1000), thinking=st.booleans(), form=st.sampled_from(["ernie_x1", "think"]))
+def test_what_is_generated_as_calls_is_read_as_calls(
+    schema: dict[str, Any], seed: int, thinking: bool, form: str
+) -> None:
+    format = resolve_reasoning(form, TOKENIZER, "")
+    tools = resolve_tools("ernie_x1", TOKENIZER, "")
+    assert format is not None
+    spec = ToolCalls({"f": schema, 'a "b"': None}, "required", True, "ernie_x1", "tools", frozenset({"f"}))
+    matcher = compiled(write_grammar(spec, VOCABULARY), VOCABULARY)
+    constraint = Grammar(matcher, VOCABULARY, format, spec).constraint(thinking)
+    thought = [*TOKENIZER.encode("hm"), format.think_end] if thinking else []
+    for token_id in thought:
+        constraint.advance(token_id)
+    choose = at_random(random.Random(seed), TOKENIZER, EOS, hurry=20)
+    out = decode(constraint, VOCAB_SIZE, EOS, lambda ids: choose([i for i in ids if i != format.think_start]), 3000)
+    assert out.ended == "eos"
+    stream = TextStream(TOKENIZER, format=format, thinking=thinking, hidden=EOS, tools=tools)
+    deltas = [stream.push([token_id]) for token_id in thought + out.ids] + [stream.finish()]
+    assert "".join(delta.content for delta in deltas).strip() == ""
+    pieces = [piece for delta in deltas for piece in delta.tool_calls]
+    names = [piece.name for piece in pieces if piece.name is not None]
+    assert stream.complete_calls == len(names) >= 1
+    for index, name in enumerate(names):
+        arguments = "".join(piece.arguments for piece in pieces if piece.index == index)
+        check(schema if name == "f" else {"type": "object"}, arguments)
