@@ -97,9 +97,12 @@ class GrammarConstraint:
         return frozenset().union(*self._vocabulary.newlines[: self._gap])
 
     def mask(self) -> bytes | None:
-        """The ids allowed next; None inside a thought. Raises InvalidRequest when that is too costly to tell."""
+        """The ids allowed next; inside a thought all that do not end the output, which is still to come.
+
+        Raises InvalidRequest when that is too costly to tell.
+        """
         if self._thought:
-            return None
+            return self._vocabulary.not_ending
         vocabulary = self._vocabulary
         if self._ahead:
             first = self._ahead[0]

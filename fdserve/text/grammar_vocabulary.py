@@ -38,6 +38,7 @@ class GrammarVocabulary:
         wrapper = llguidance.TokenizerWrapper(source)
         self.tokenizer = llguidance.LLTokenizer(wrapper, eos_token=eos if len(eos) > 1 else None)
         self.usable = self.bits(i for i in range(vocab_size) if self.tokens[i] or i in self.eos_token_ids)
+        self.not_ending = (self.usable & ~self.bits(self.eos_token_ids)).tobytes()
         # newlines[n]: the tokens that are n + 1 newlines
         runs = (b"\n", b"\n\n", b"\n\n\n")
         self.newlines = [frozenset(i for i, token in enumerate(self.tokens) if token == run) for run in runs]

@@ -347,6 +347,14 @@ def test_forms(client: openai.OpenAI, fields: dict[str, Any], pattern: str) -> N
     assert refused(ask, client, extra={**fields, "guided_regex": "x", "guided_choice": ["y"]}).split(".")[0]
 
 
+def test_a_thought_does_not_end_the_answer(client: openai.OpenAI) -> None:
+    towards_the_end = {"2": 99, "4": 99}
+    assert ask(client, extra={"logit_bias": towards_the_end}).choices[0].message.content == ""
+    answer = ask(client, extra={"guided_choice": ["yes", "no"], "logit_bias": towards_the_end}).choices[0]
+    assert answer.message.content in ("yes", "no")
+    assert answer.message.reasoning_content
+
+
 def test_structural_tags(client: openai.OpenAI) -> None:
     tag = {"structures": [{"begin": "<n>", "schema": {"type": "integer"}, "end": "</n>"}], "triggers": ["<n>"]}
     assert say(client, extra={"structural_tag": tag}) == say(client)

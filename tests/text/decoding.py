@@ -60,7 +60,7 @@ def decode(
 def at_random(rng: random.Random, tokenizer: Tokenizer, eos_token_ids: Collection[int], hurry: int = 40) -> Chooser:
     """A random choice that, after `hurry` tokens, closes what is open: strings, brackets, tags, the output."""
     steps = 0
-    closing = (b'"', b"}", b"]", b"}}", b"]}", b"\n", b"</tool_call>")
+    closing = (b'"', b"}", b"]", b"}}", b"]}", b"\n", b"</tool_call>", b"</think>")
 
     def choose(allowed: list[int]) -> int:
         nonlocal steps

@@ -18,7 +18,7 @@ from fdserve.text.reasoning import ReasoningFormat, resolve_reasoning
 from fdserve.text.stream import TextStream
 from fdserve.text.tokenizer import load_tokenizer
 from fdserve.text.tools import resolve_tools
-from tests.text.decoding import at_random, decode, text_of
+from tests.text.decoding import allowed_ids, at_random, decode, text_of
 
 TOKENIZER = load_tokenizer(CHECKPOINT)
 EOS = (2, 4)
@@ -98,7 +98,7 @@ def generate(spec: Spec, seed: int, thinking: bool | None) -> tuple[str, str, st
     if thinking:
         thought = [*TOKENIZER.encode("hm {"), reasoning().think_end]
     for token_id in thought:
-        assert constraint.mask() is None
+        assert token_id in allowed_ids(constraint.mask() or b"")
         constraint.advance(token_id)
     choose = at_random(random.Random(seed), TOKENIZER, EOS, hurry=random.Random(seed).choice((0, 10, 60)))
     out = decode(constraint, VOCAB_SIZE, EOS, choose, max_tokens=1500)
