@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
 import anthropic
 import openai
 import pytest
+from pydantic import BaseModel
 
 from tests.http.processes import ServerProcess, until
 
@@ -100,6 +102,23 @@ def test_a_function_is_called_and_answers(client: openai.OpenAI) -> None:
     assert "sunny" in respond(client, [result], previous_response_id=first.id, tools=[FUNCTION]).output_text
 
 
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "name": "get_weather"}])
+def test_a_function_is_called_because_it_must_be(client: openai.OpenAI, choice: Any) -> None:
+    call = respond(client, "Hello!", tools=[FUNCTION], tool_choice=choice).output[-1]
+    assert (call.type, call.name, call.status) == ("function_call", "get_weather", "completed")
+    assert set(json.loads(call.arguments)) >= {"city"}
+
+
+class Sum(BaseModel):
+    first: int
+    second: int
+
+
+def test_a_response_in_a_form(client: openai.OpenAI) -> None:
+    parsed = client.responses.parse(model="null", input="12 and 34", text_format=Sum, temperature=0)
+    assert isinstance(parsed.output_parsed, Sum)
+
+
 def test_logprobs_of_a_response(client: openai.OpenAI) -> None:
     text = respond(client, SUM, top_logprobs=2).output[-1].content[0]
     assert b"".join(bytes(entry.bytes) for entry in text.logprobs).decode() == text.text
@@ -180,6 +199,23 @@ def test_a_tool_is_used_and_answers(claude: anthropic.Anthropic) -> None:
     assert "Paris" in use.input.values()
     result = {"type": "tool_result", "tool_use_id": use.id, "content": "sunny, 21 degrees"}
     assert "sunny" in ask(claude, WEATHER, first.content, [result], tools=[TOOL]).content[-1].text
+
+
+@pytest.mark.parametrize("choice", [{"type": "any"}, {"type": "tool", "name": "get_weather"}])
+def test_a_tool_is_used_because_it_must_be(claude: anthropic.Anthropic, choice: Any) -> None:
+    message = ask(claude, "Hello!", tools=[TOOL], tool_choice=choice)
+    use = message.content[-1]
+    assert (message.stop_reason, use.type, use.name) == ("tool_use", "tool_use", "get_weather")
+    assert "city" in use.input
+
+
+def test_a_message_in_a_form(claude: anthropic.Anthropic) -> None:
+    schema = {**Sum.model_json_schema(), "additionalProperties": False}
+    form = {"output_config": {"format": {"type": "json_schema", "schema": schema}}}
+    message = claude.messages.create(
+        model="null", max_tokens=200, messages=_turns(("12 and 34",)), extra_body={**GREEDY, **form}
+    )
+    assert isinstance(Sum.model_validate_json(message.content[0].text), Sum)  # type: ignore[union-attr]
 
 
 def test_a_stop_sequence(claude: anthropic.Anthropic) -> None:
