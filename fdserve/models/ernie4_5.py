@@ -38,6 +38,25 @@ class Ernie4_5:
         # Each block's MLP is added in by the norm that follows it: the next block's first, or the final one.
         self._next_norms = [layer.input_norm for layer in layers[1:]] + [norm]
         self._num_kv_heads = layers[0].attention.num_kv_heads
+        self._decoder = self._whole_decoder(norm) if vocabulary.ranks.world_size == 1 else None
+
+    def _whole_decoder(self, norm: Tensor) -> ops.Decoder | None:
+        """All blocks as one operator, where they are dense and nothing is summed over ranks between them."""
+        blocks = []
+        for layer in self._layers:
+            attention, mlp = layer.attention, layer.mlp
+            if isinstance(mlp, MoeMlp):
+                return None
+            norms = layer.input_norm, layer.post_attention_norm
+            blocks.append(ops.Block(norms[0], attention.qkv, attention.o, norms[1], mlp.gate_up, mlp.down))
+        return ops.Decoder(
+            blocks,
+            norm,
+            num_heads=self.config.num_heads,
+            num_kv_heads=self._num_kv_heads,
+            head_dim=self.config.head_dim,
+            eps=self.config.rms_norm_eps,
+        )
 
     def new_caches(self, num_blocks: int, block_size: int) -> KvCaches:
         """Zeroed key/value caches of `num_blocks` blocks of `block_size` tokens."""
@@ -74,19 +93,28 @@ class Ernie4_5:
         """`forward` up to the head: the last hidden states of `batch.sample_rows`, [R, H] D."""
         import paddle
 
-        eps = self.config.rms_norm_eps
         with paddle.no_grad():
             rope = paddle.to_tensor(self._rope.table(batch.positions))
-            residual = self._vocabulary.embed(batch.token_ids)
-            x = ops.rms_norm(residual, self._layers[0].input_norm, eps)
-            for number, (layer, next_norm) in enumerate(zip(self._layers, self._next_norms, strict=True)):
-                x = layer.attention(x, rope, batch, caches, number)
-                if number == len(self._layers) - 1:
-                    # No token looks at another after the last attention: only the rows asked for go on.
-                    if batch.sample_rows.shape[0] == 0:
-                        return paddle.empty([0, self.config.hidden_size], self.dtype)
-                    x = paddle.gather(x, batch.sample_rows)
-                    residual = paddle.gather(residual, batch.sample_rows)
-                x, residual = ops.add_rms_norm(x, residual, layer.post_attention_norm, eps)
-                x, residual = ops.add_rms_norm(layer.mlp(x), residual, next_norm, eps)
-            return x
+            x = self._vocabulary.embed(batch.token_ids)
+            if self._decoder is None:
+                return self._blocks(x, rope, batch, caches)
+            sequences = batch.block_tables, batch.query_starts, batch.context_lens
+            return self._decoder(x, rope, *sequences, batch.sample_rows, caches.layers, caches.block_size)
+
+    def _blocks(self, residual: Tensor, rope: Tensor, batch: ForwardBatch, caches: KvCaches) -> Tensor:
+        """The blocks operator by operator, and the final norm."""
+        import paddle
+
+        eps = self.config.rms_norm_eps
+        x = ops.rms_norm(residual, self._layers[0].input_norm, eps)
+        for number, (layer, next_norm) in enumerate(zip(self._layers, self._next_norms, strict=True)):
+            x = layer.attention(x, rope, batch, caches, number)
+            if number == len(self._layers) - 1:
+                # No token looks at another after the last attention: only the rows asked for go on.
+                if batch.sample_rows.shape[0] == 0:
+                    return paddle.empty([0, self.config.hidden_size], self.dtype)
+                x = paddle.gather(x, batch.sample_rows)
+                residual = paddle.gather(residual, batch.sample_rows)
+            x, residual = ops.add_rms_norm(x, residual, layer.post_attention_norm, eps)
+            x, residual = ops.add_rms_norm(layer.mlp(x), residual, next_norm, eps)
+        return x

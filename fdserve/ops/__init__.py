@@ -14,6 +14,7 @@ Importing this package imports neither paddle nor the compiled library: the firs
 from __future__ import annotations
 
 from fdserve.ops.collectives import SharedMemory
+from fdserve.ops.decoder import Block, Decoder
 from fdserve.ops.experts import moe
 from fdserve.ops.layers import add_rms_norm, embedding, linear, rms_norm, swiglu
 from fdserve.ops.library import KernelsMissing, compute_dtype, kernels_path, num_threads, set_num_threads
@@ -22,6 +23,8 @@ from fdserve.ops.sampling import sample
 from fdserve.ops.weights import PackedExperts, PackedWeight, pack_experts, pack_weight
 
 __all__ = [
+    "Block",
+    "Decoder",
     "KernelsMissing",
     "PackedExperts",
     "PackedWeight",

@@ -5,7 +5,8 @@
 // a dot product takes a pair of keys. Tiling: 6 rows by 64 keys (scores), then 6 rows by 64 dimensions (values): the rows
 // of a group of heads share every load. A row's arithmetic is the same in any company: each score is one chain over the
 // dimensions, each value one chain over the keys, and keys a row may not see weigh exactly 0.
-// Floor: memory for a decode (the cache is read once), dot products for a prefill.
+// While one tile is computed the next is fetched. A cache of bytes is unfolded into a tile first, see cache_bytes.h; its
+// scales join the scores and the weights. Floor: memory for a decode (the cache is read once), dot products for a prefill.
 
 namespace fdserve {
 namespace FD_ISA {
@@ -51,6 +52,30 @@ void store_value(const void* value_, int64_t head_dim, int64_t lane, void* group
   for (int64_t i = 0; i < head_dim; ++i) group[i * PAIR] = value[i];
 }
 
+// Fetches the groups of the tile that follows one after the other, as one stream that the hardware recognizes. Two passes
+// over a tile both ask for all of it: what was asked for too fast was dropped.
+struct Fetch {
+  const void* const* group;
+  const char *at, *end;
+  int64_t bytes, step_bytes = 4 * LINE;
+  int left = KEY_TILE / KEY_GROUP;
+  FD_MEMBER Fetch(const void* const* next, int64_t lines) : group(next), bytes(lines * LINE) {
+    at = static_cast<const char*>(*group);
+    end = at + bytes;
+    if (lines == 0) step_bytes = 0;
+  }
+  FD_MEMBER void step() {
+    prefetch<4>(at);
+    at += step_bytes;
+    if (at == end && step_bytes != 0) turn();
+  }
+  FD_MEMBER void turn() {
+    if (--left == 0) return void(step_bytes = 0);
+    at = static_cast<const char*>(*++group);
+    end = at + bytes;
+  }
+};
+
 constexpr int ATTEND_ROWS = 6;
 constexpr int ATTEND_VECTORS = VL == 16 ? 4 : 2;
 
@@ -62,10 +87,14 @@ FD_INLINE vf multiply_add(int32_t x, __m512i y, vf sum) {
 
 template <int ROWS>
 void score_rows(const bf16* q, int64_t head_dim, const KeyTile& tile, float* scores) {
-  vf c[ROWS][4] = {};
+  vf c[ROWS][4];
+  for (int r = 0; r < ROWS; ++r)
+    for (int v = 0; v < 4; ++v) c[r][v] = vf{};
   const char* keys[4];
   for (int v = 0; v < 4; ++v) keys[v] = static_cast<const char*>(tile.keys[v] != nullptr ? tile.keys[v] : tile.keys[0]);
+  Fetch next(tile.next_keys, tile.next_lines);
   for (int64_t i = 0; i < head_dim / 2; ++i) {
+    next.step();
     __m512i k[4];
     for (int v = 0; v < 4; ++v) k[v] = _mm512_loadu_si512(keys[v] + i * 64);
     for (int r = 0; r < ROWS; ++r) {
@@ -78,11 +107,26 @@ void score_rows(const bf16* q, int64_t head_dim, const KeyTile& tile, float* sco
     for (int v = 0; v < 4; ++v) store(scores + r * KEY_TILE + v * 16, c[r][v]);
 }
 
+template <int ROWS, bool LAST>
+FD_INLINE void value_step(const bf16* weights, const bf16* pair, const __mmask16* lanes, vf (&c)[ROWS][4]) {
+  __m512i y[4];
+  for (int v = 0; v < 4; ++v) {
+    y[v] = _mm512_maskz_loadu_epi32(lanes[v], pair + v * 32);
+    if (LAST) y[v] = _mm512_and_si512(y[v], _mm512_set1_epi32(0xffff));
+  }
+  for (int r = 0; r < ROWS; ++r) {
+    int32_t weight;
+    __builtin_memcpy(&weight, weights + r * KEY_TILE, 4);
+    for (int v = 0; v < 4; ++v) c[r][v] = multiply_add(weight, y[v], c[r][v]);
+  }
+}
+
 // `keys` is how many keys any of the rows sees; weights past a row's own are 0. An unseen key of the last pair is masked,
 // for a stale block may hold NaNs.
 template <int ROWS>
 void value_rows(const bf16* weights, int64_t head_dim, const KeyTile& tile, int keys, const float* decay, float* values,
                 int64_t stride) {
+  Fetch next(tile.next_values, tile.next_lines);
   for (int64_t column = 0; column < head_dim; column += 64) {
     __mmask16 lanes[4];
     for (int v = 0; v < 4; ++v) {
@@ -92,16 +136,14 @@ void value_rows(const bf16* weights, int64_t head_dim, const KeyTile& tile, int 
     vf c[ROWS][4];
     for (int r = 0; r < ROWS; ++r)
       for (int v = 0; v < 4; ++v) c[r][v] = load(values + r * stride + column + v * 16) * splat(decay[r]);
-    for (int key = 0; key < keys; key += 2) {
-      const bf16* pair = static_cast<const bf16*>(tile.values[key / 16]) + (key % 16 * head_dim + column * 2);
-      const __m512i seen = _mm512_set1_epi32(key + 1 < keys ? -1 : 0xffff);
-      __m512i y[4];
-      for (int v = 0; v < 4; ++v) y[v] = _mm512_and_si512(_mm512_maskz_loadu_epi32(lanes[v], pair + v * 32), seen);
-      for (int r = 0; r < ROWS; ++r) {
-        int32_t weight;
-        __builtin_memcpy(&weight, weights + r * KEY_TILE + key, 4);
-        for (int v = 0; v < 4; ++v) c[r][v] = multiply_add(weight, y[v], c[r][v]);
+    for (int key = 0; key < keys; key += KEY_GROUP) {
+      const bf16* group = static_cast<const bf16*>(tile.values[key / KEY_GROUP]) + column * 2;
+      const int count = keys - key < KEY_GROUP ? keys - key : KEY_GROUP;
+      for (int i = 0; i + 2 <= count; i += 2) {
+        next.step();
+        value_step<ROWS, false>(weights + key + i, group + i * head_dim, lanes, c);
       }
+      if (count % 2 != 0) value_step<ROWS, true>(weights + key + count - 1, group + (count - 1) * head_dim, lanes, c);
     }
     for (int r = 0; r < ROWS; ++r)
       for (int v = 0; v < 4; ++v) store(values + r * stride + column + v * 16, c[r][v]);
@@ -160,55 +202,113 @@ void value_rows(const float* weights, int64_t head_dim, const KeyTile& tile, int
 
 #endif
 
-// scores[64] of one row to weights; returns what the old state decays by.
-template <class E>
-FD_INLINE float weigh(const float* scores, int seen, float scale, float* peak, float* mass, E* weights) {
-  constexpr int VECTORS = KEY_TILE / VL;
-  vf x[VECTORS], highest = splat(-__builtin_inff());
-  for (int v = 0; v < VECTORS; ++v) x[v] = load(scores + v * VL) * splat(scale);
-  if (seen < KEY_TILE) {
-    vi lane;
-    for (int i = 0; i < VL; ++i) lane[i] = i;
-    for (int v = 0; v < VECTORS; ++v) x[v] = lane + v * VL < seen ? x[v] : splat(-__builtin_inff());
-  }
-  for (int v = 0; v < VECTORS; ++v) highest = max(x[v], highest);
-  const float old = *peak, row = max_lane(highest);
-  const float top = row > old ? row : old;
-  vf total = {};
-  for (int v = 0; v < VECTORS; ++v) {
-    const vf w = exp(x[v] - splat(top));
-    total = total + w;
-    store(weights + v * VL, w);
-  }
-  const float decay = top == old ? 1.0f : exp1(old - top);
-  *mass = *mass * decay + sum(total);
-  *peak = top;
-  return decay;
+// x in the lanes of keys before `seen`, y in the others; the first lane is of `key`.
+FD_INLINE vf before(int key, int seen, vf x, vf y) {
+  if (key + VL <= seen) return x;
+  vi lane;
+  for (int i = 0; i < VL; ++i) lane[i] = key + i;
+  return lane < seen ? x : y;
 }
+
+// Row's scores to what the exponential takes, in place; returns the largest of each lane.
+FD_INLINE vf scaled(float* scores, const KeyTile& tile, int seen, float scale) {
+  vf highest = splat(-__builtin_inff());
+  for (int key = 0; key < KEY_TILE; key += VL) {
+    vf x = load(scores + key) * splat(scale);
+    const float* scales = tile.key_scales[key / KEY_GROUP];
+    if (scales != nullptr) x = x * load(scales + key % KEY_GROUP);
+    x = before(key, seen, x, splat(-__builtin_inff()));
+    store(scores + key, x);
+    highest = max(x, highest);
+  }
+  return highest;
+}
+
+// Scaled scores of one row to weights; returns their sum in each lane.
+template <class E>
+FD_INLINE vf weigh(const float* scores, const KeyTile& tile, int seen, float top, E* weights) {
+  vf total = {};
+  for (int key = 0; key < KEY_TILE; key += VL) {
+    vf w = exp(load(scores + key) - splat(top));
+    total = total + w;
+    const float* scales = tile.value_scales[key / KEY_GROUP];
+    // A stale block's scales may be NaNs.
+    if (scales != nullptr) w = before(key, seen, w * load(scales + key % KEY_GROUP), vf{});
+    store(weights + key, w);
+  }
+  return total;
+}
+
+struct Largest {
+  static FD_MEMBER vf join(vf a, vf b) { return max(a, b); }
+  static FD_MEMBER float across(vf a) { return max_lane(a); }
+};
+struct Sum {
+  static FD_MEMBER vf join(vf a, vf b) { return a + b; }
+  static FD_MEMBER float across(vf a) { return sum(a); }
+};
+
+// out[i] = rows[i] joined across its lanes; whatever ROWS is, in the same order.
+template <class Join, int ROWS>
+FD_INLINE void join_lanes(const vf* rows, float* out) {
+#if VL == 16
+  // Four rows at a time, by turning them.
+  for (int r = 0; r < ROWS; r += 4) {
+    __m512 x[4];
+    for (int i = 0; i < 4; ++i) x[i] = (__m512)rows[r + i < ROWS ? r + i : r];
+    const auto pairs = [](__m512 a, __m512 b) {
+      return (__m512)Join::join((vf)_mm512_unpacklo_ps(a, b), (vf)_mm512_unpackhi_ps(a, b));
+    };
+    const __m512d left = (__m512d)pairs(x[0], x[1]), right = (__m512d)pairs(x[2], x[3]);
+    const vf quads = Join::join((vf)_mm512_unpacklo_pd(left, right), (vf)_mm512_unpackhi_pd(left, right));
+    const vf half = Join::join(quads, (vf)_mm512_shuffle_f32x4((__m512)quads, (__m512)quads, 0x4e));
+    const vf all = Join::join(half, (vf)_mm512_shuffle_f32x4((__m512)half, (__m512)half, 0xb1));
+    for (int i = 0; i < 4 && r + i < ROWS; ++i) out[r + i] = all[i];
+  }
+#else
+  for (int r = 0; r < ROWS; ++r) out[r] = Join::across(rows[r]);
+#endif
+}
+
+// Rows whose scores and weights are computed together: their sums fill the registers.
+constexpr int together(int rows) { return rows > ATTEND_ROWS ? rows / 2 : rows; }
 
 template <class E, int ROWS>
 void attend_rows(const E* q, int64_t head_dim, const KeyTile& tile, const int* seen, float scale, AttendState state,
                  int64_t stride) {
+  constexpr int PART = together(ROWS), LANES = (ROWS + VL - 1) / VL * VL;
   alignas(64) float scores[ROWS * KEY_TILE];
   alignas(64) E weights[ROWS * KEY_TILE];
-  float decay[ROWS];
-  score_rows<ROWS>(q, head_dim, tile, scores);
+  alignas(64) float old[LANES] = {}, top[LANES] = {}, decay[LANES], mass[LANES];
+  vf lanes[ROWS];
+  for (int r = 0; r < ROWS; r += PART) score_rows<PART>(q + r * head_dim, head_dim, tile, scores + r * KEY_TILE);
+  for (int r = 0; r < ROWS; ++r) lanes[r] = scaled(scores + r * KEY_TILE, tile, seen[r], scale);
+  join_lanes<Largest, ROWS>(lanes, top);
   int keys = 0;
   for (int r = 0; r < ROWS; ++r) {
-    decay[r] = weigh(scores + r * KEY_TILE, seen[r], scale, state.peak + r, state.mass + r, weights + r * KEY_TILE);
+    old[r] = state.peak[r];
+    state.peak[r] = top[r] = top[r] > old[r] ? top[r] : old[r];
     keys = seen[r] > keys ? seen[r] : keys;
   }
-  value_rows<ROWS>(weights, head_dim, tile, keys, decay, state.values, stride);
+  for (int r = 0; r < LANES; r += VL) store(decay + r, exp(load(old + r) - load(top + r)));
+  for (int r = 0; r < ROWS; ++r)
+    lanes[r] = weigh(scores + r * KEY_TILE, tile, seen[r], top[r], weights + r * KEY_TILE);
+  join_lanes<Sum, ROWS>(lanes, mass);
+  for (int r = 0; r < ROWS; ++r) state.mass[r] = state.mass[r] * decay[r] + mass[r];
+  for (int r = 0; r < ROWS; r += PART)
+    value_rows<PART>(weights + r * KEY_TILE, head_dim, tile, keys, decay + r, state.values + r * stride, stride);
 }
 
 template <class E>
-void attend(const void* q_, int64_t rows, int64_t head_dim, const KeyTile& tile, const int* seen, float scale,
+void attend(const void* q_, int64_t rows, int64_t head_dim, const KeyTile& first, const int* seen, float scale,
             AttendState state, int64_t stride) {
   const E* q = static_cast<const E*>(q_);
+  KeyTile tile = first;
   while (rows > 0) {
-    // 7 and 8 rows as two halves: heads come in groups of 4 to 8.
-    const int n = static_cast<int>(rows > 6 && rows <= 8 ? 4 : rows < ATTEND_ROWS ? rows : ATTEND_ROWS);
+    // 8 rows and a rest as two halves: heads come in groups of 4 to 8.
+    const int n = static_cast<int>(rows == 7 ? 4 : rows < ATTEND_ROWS || rows == 8 ? rows : ATTEND_ROWS);
     switch (n) {
+      case 8: attend_rows<E, 8>(q, head_dim, tile, seen, scale, state, stride); break;
       case 6: attend_rows<E, 6>(q, head_dim, tile, seen, scale, state, stride); break;
       case 5: attend_rows<E, 5>(q, head_dim, tile, seen, scale, state, stride); break;
       case 4: attend_rows<E, 4>(q, head_dim, tile, seen, scale, state, stride); break;
@@ -218,6 +318,7 @@ void attend(const void* q_, int64_t rows, int64_t head_dim, const KeyTile& tile,
     }
     rows -= n, q += n * head_dim, seen += n;
     state.peak += n, state.mass += n, state.values += n * stride;
+    tile.next_lines = 0;  // all is fetched
   }
 }
 

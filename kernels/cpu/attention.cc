@@ -2,8 +2,8 @@
 //
 // A work item is one key/value head of one sequence and a few of its new tokens: its rows are those tokens times the
 // query heads of the group, so that all share each load of the cache. The softmax state starts anew at every KEY_PART
-// keys and is folded into the total in order. When there are too few items for the threads the parts themselves are
-// shared out and folded afterwards: the same sums in the same order.
+// keys and is folded into the total in order. Where one item is much of the work the parts themselves are shared out and
+// folded afterwards: the same sums in the same order.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -37,12 +37,11 @@ class Attention {
   void run() {
     store_new();
     plan();
-    int64_t parts = 0;
-    for (const Item& item : items) parts = std::max(parts, parts_of(item));
-    if (parts > 1 && static_cast<int64_t>(items.size()) < 2 * num_threads()) return run_parts(parts);
-    // The last tokens of a prefill see the most keys: longest first.
-    const int64_t count = static_cast<int64_t>(items.size());
-    parallel(count, [&](int64_t i) { run_item(items[static_cast<size_t>(count - 1 - i)]); });
+    int64_t longest = 0, total = 0;
+    for (const Item& item : items) longest = std::max(longest, work_of(item)), total += work_of(item);
+    if (longest * 2 * num_threads() > total && longest > KEY_PART) return run_parts();
+    std::stable_sort(items.begin(), items.end(), [&](const Item& x, const Item& y) { return work_of(x) > work_of(y); });
+    parallel(static_cast<int64_t>(items.size()), [&](int64_t i) { run_item(items[static_cast<size_t>(i)]); });
   }
 
  private:
@@ -54,6 +53,7 @@ class Attention {
 
   int64_t rows_of(const Item& item) const { return item.tokens * group; }
   int64_t keys_of(const Item& item) const { return item.position + item.tokens; }
+  int64_t work_of(const Item& item) const { return item.tokens * keys_of(item); }
   int64_t parts_of(const Item& item) const { return (keys_of(item) + KEY_PART - 1) / KEY_PART; }
 
   const char* token(int64_t t, int64_t head) const {
@@ -105,12 +105,20 @@ class Attention {
     return q;
   }
 
+  // The tile of keys from `first` on, and what to fetch meanwhile: the tile after it.
   KeyTile tile_at(const Item& item, int64_t first) const {
     KeyTile tile = {};
-    for (int64_t g = 0; g < KEY_TILE / KEY_GROUP && first + g * KEY_GROUP < keys_of(item); ++g) {
-      tile.keys[g] = cache_group(c.k_cache, item.sequence, first + g * KEY_GROUP, item.kv_head);
-      tile.values[g] = cache_group(c.v_cache, item.sequence, first + g * KEY_GROUP, item.kv_head);
+    for (int64_t g = 0; g < KEY_TILE / KEY_GROUP; ++g) {
+      const int64_t key = first + g * KEY_GROUP, next = key + KEY_TILE;
+      tile.next_keys[g] = tile.next_values[g] = tile.keys[0];
+      if (key >= keys_of(item)) continue;
+      tile.keys[g] = cache_group(c.k_cache, item.sequence, key, item.kv_head);
+      tile.values[g] = cache_group(c.v_cache, item.sequence, key, item.kv_head);
+      const bool more = next < keys_of(item);
+      tile.next_keys[g] = more ? cache_group(c.k_cache, item.sequence, next, item.kv_head) : tile.keys[g];
+      tile.next_values[g] = more ? cache_group(c.v_cache, item.sequence, next, item.kv_head) : tile.values[g];
     }
+    tile.next_lines = KEY_GROUP * c.head_dim * element / 64;
     return tile;
   }
 
@@ -153,35 +161,51 @@ class Attention {
     }
   }
 
+  // Folds the parts in order; `part_of(p)` is the state of part p.
+  template <class PartOf>
+  void fold(const Item& item, const PartOf& part_of) const {
+    const int64_t rows = rows_of(item);
+    const AttendState total = part_of(0);
+    for (int64_t p = 1; p < parts_of(item); ++p) floats.merge(total, part_of(p), rows, c.head_dim, stride);
+    write(item, total);
+  }
+
   void run_item(const Item& item) const {
     const int64_t rows = rows_of(item);
     const char* q = rotated_queries(item);
     float* memory = scratch<float>(kScratchTile, 2 * state_floats(rows));
-    const AttendState total = state_at(memory, rows), part = state_at(memory + state_floats(rows), rows);
-    reset(total, rows);
-    for (int64_t p = 0; p < parts_of(item); ++p) {
-      run_part(item, q, p, part);
-      floats.merge(total, part, rows, c.head_dim, stride);
-    }
-    write(item, total);
+    fold(item, [&](int64_t p) {
+      const AttendState state = state_at(memory + (p == 0 ? 0 : state_floats(rows)), rows);
+      run_part(item, q, p, state);
+      return state;
+    });
   }
 
-  void run_parts(int64_t parts) const {
-    const int64_t each = state_floats(std::max<int64_t>(ITEM_ROWS, group)), count = static_cast<int64_t>(items.size());
-    float* memory = scratch<float>(kScratchCall, count * parts * each);
-    parallel(count * parts, [&](int64_t i) {
-      const Item& item = items[static_cast<size_t>(i / parts)];
-      if (i % parts < parts_of(item))
-        run_part(item, rotated_queries(item), i % parts, state_at(memory + i * each, rows_of(item)));
+  void run_parts() const {
+    struct Part {
+      int64_t item, number, at;  // in the memory
+    };
+    std::vector<Part> parts;
+    std::vector<int64_t> begins;
+    int64_t floats_needed = 0;
+    for (size_t i = 0; i < items.size(); ++i) {
+      begins.push_back(floats_needed);
+      for (int64_t p = 0; p < parts_of(items[i]); ++p) {
+        parts.push_back({static_cast<int64_t>(i), p, floats_needed});
+        floats_needed += state_floats(rows_of(items[i]));
+      }
+    }
+    float* memory = scratch<float>(kScratchCall, floats_needed);
+    parallel(static_cast<int64_t>(parts.size()), [&](int64_t i) {
+      const Part& part = parts[static_cast<size_t>(i)];
+      const Item& item = items[static_cast<size_t>(part.item)];
+      run_part(item, rotated_queries(item), part.number, state_at(memory + part.at, rows_of(item)));
     });
-    parallel(count, [&](int64_t i) {
+    parallel(static_cast<int64_t>(items.size()), [&](int64_t i) {
       const Item& item = items[static_cast<size_t>(i)];
-      const int64_t rows = rows_of(item);
-      const AttendState total = state_at(scratch<float>(kScratchTile, state_floats(rows)), rows);
-      reset(total, rows);
-      for (int64_t p = 0; p < parts_of(item); ++p)
-        floats.merge(total, state_at(memory + (i * parts + p) * each, rows), rows, c.head_dim, stride);
-      write(item, total);
+      fold(item, [&](int64_t p) {
+        return state_at(memory + begins[static_cast<size_t>(i)] + p * state_floats(rows_of(item)), rows_of(item));
+      });
     });
   }
 };

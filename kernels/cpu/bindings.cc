@@ -1,56 +1,10 @@
 // The operators as Paddle custom ops: checks, output tensors, and a call of the framework-free functions in kernels.h.
 // Only the bindings include Paddle's headers. Ops are called eagerly, so no shape inference is declared.
-#include <new>
-#include <stdexcept>
-
-#include "kernels.h"
-#include "paddle/common/enforce.h"
-#include "paddle/phi/api/all.h"
+#include "bindings.h"
 
 namespace {
 
-using fdserve::Dtype;
-using fdserve::Format;
-using fdserve::Matrix;
-using paddle::DataType;
-using paddle::Tensor;
-
-void require(bool holds, const char* message) {
-  if (!holds) throw std::invalid_argument(message);
-}
-
-Dtype dtype_of(const Tensor& x) {
-  if (x.dtype() == DataType::BFLOAT16) return Dtype::kBfloat16;
-  require(x.dtype() == DataType::FLOAT32, "expected a bfloat16 or float32 tensor");
-  return Dtype::kFloat32;
-}
-
-template <class T>
-const T* data_of(const Tensor& x, DataType dtype, const char* message) {
-  require(x.dtype() == dtype, message);
-  return static_cast<const T*>(x.numel() == 0 ? nullptr : x.data());
-}
-
-const void* data_of(const Tensor& x) { return x.numel() == 0 ? nullptr : x.data(); }
-
-Tensor make(std::initializer_list<int64_t> shape, DataType dtype) {
-  return paddle::empty(std::vector<int64_t>(shape), dtype, paddle::CPUPlace());
-}
-
-// A packed matrix, or one for each of several experts, for activations of `dtype`.
-Matrix matrix_of(const Tensor& panels, int64_t format_, int64_t n, int64_t k, DataType dtype) {
-  require(format_ >= 0 && format_ <= static_cast<int64_t>(Format::kW8a8), "a weight has an unknown format");
-  const Format format = static_cast<Format>(format_);
-  const DataType stored = format == Format::kFloat32    ? DataType::FLOAT32
-                          : format == Format::kBfloat16 ? DataType::BFLOAT16
-                                                        : DataType::UINT8;
-  require(panels.dtype() == stored && (stored == DataType::UINT8 || stored == dtype),
-          "x and the weight must have the same dtype");
-  require(n > 0 && k > 0 && panels.numel() * static_cast<int64_t>(phi::SizeOf(stored)) %
-                                    (fdserve::panel_bytes(format, k) * ((n + fdserve::PANEL - 1) / fdserve::PANEL)) == 0,
-          "a weight is not of this size");
-  return {panels.data(), n, k, format};
-}
+using namespace fdserve::bindings;
 
 std::vector<Tensor> linear(const Tensor& x, const Tensor& panels, int64_t format, int64_t n, int64_t k, bool to_float) {
   require(x.dims().size() == 2 && x.dims()[1] == k, "linear: x must be [T, in_features]");
@@ -94,56 +48,6 @@ std::vector<Tensor> swiglu(const Tensor& x) {
   require(x.dims().size() == 2 && x.dims()[1] % 2 == 0, "swiglu: x must be [T, 2I]");
   Tensor out = make({x.dims()[0], x.dims()[1] / 2}, x.dtype());
   if (out.numel() > 0) fdserve::swiglu(x.data(), x.dims()[0], x.dims()[1] / 2, dtype_of(x), out.data());
-  return {out};
-}
-
-// What the kernel reads through: a wrong index would be a wild access.
-void check_sequences(const fdserve::AttentionCall& call, int64_t blocks) {
-  int64_t previous = 0;
-  for (int64_t s = 0; s < call.sequences; ++s) {
-    const int64_t end = call.query_starts[s + 1], length = call.context_lens[s] + end - previous;
-    require(call.query_starts[s] == previous && end >= previous && end <= call.tokens && call.context_lens[s] >= 0,
-            "attention: query_starts must ascend from 0 to T, and context_lens be at least 0");
-    const int64_t used = end == previous ? 0 : (length + call.block_size - 1) / call.block_size;
-    require(used <= call.blocks_per_sequence, "attention: a block table is too short");
-    for (int64_t b = 0; b < used; ++b) {
-      const int64_t block = call.block_tables[s * call.blocks_per_sequence + b];
-      require(block >= 0 && block < blocks, "attention: a block is out of range");
-    }
-    previous = end;
-  }
-  require(previous == call.tokens, "attention: query_starts must end at T");
-}
-
-std::vector<Tensor> attention(const Tensor& qkv, const Tensor& k_cache, const Tensor& v_cache, const Tensor& rope,
-                              const Tensor& block_tables, const Tensor& query_starts, const Tensor& context_lens,
-                              int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t block_size) {
-  const int64_t tokens = qkv.dims()[0], sequences = context_lens.numel();
-  require(head_dim > 0 && head_dim % 2 == 0 && head_dim <= fdserve::MAX_HEAD_DIM,
-          "attention: head_dim must be even and at most 256");
-  require(kv_heads > 0 && heads % kv_heads == 0, "attention: num_heads must be a multiple of num_kv_heads");
-  require(block_size > 0 && block_size % fdserve::KEY_GROUP == 0, "attention: block_size must be a multiple of 16");
-  require(qkv.dims().size() == 2 && qkv.dims()[1] == (heads + 2 * kv_heads) * head_dim,
-          "attention: qkv must be [T, (num_heads + 2 * num_kv_heads) * head_dim]");
-  require(k_cache.dims() == v_cache.dims() && k_cache.dims().size() == 4 && k_cache.dims()[1] == kv_heads &&
-              k_cache.dims()[2] == block_size && k_cache.dims()[3] == head_dim,
-          "attention: the caches are not of this shape");
-  require(k_cache.dtype() == qkv.dtype() && v_cache.dtype() == qkv.dtype(),
-          "attention: the caches and qkv must have the same dtype");
-  require(rope.numel() == tokens * head_dim, "attention: rope must be [T, head_dim]");
-  require(block_tables.dims().size() == 2 && block_tables.dims()[0] == sequences && query_starts.numel() == sequences + 1,
-          "attention: block_tables must be [S, B], query_starts [S + 1] and context_lens [S]");
-  Tensor out = make({tokens, heads * head_dim}, qkv.dtype());
-  const fdserve::AttentionCall call = {
-      dtype_of(qkv), tokens, sequences, block_tables.dims()[1], heads, kv_heads, head_dim, block_size, data_of(qkv),
-      const_cast<void*>(data_of(k_cache)), const_cast<void*>(data_of(v_cache)),
-      data_of<float>(rope, DataType::FLOAT32, "attention: rope must be float32"),
-      data_of<int32_t>(block_tables, DataType::INT32, "attention: block_tables must be int32"),
-      data_of<int32_t>(query_starts, DataType::INT32, "attention: query_starts must be int32"),
-      data_of<int32_t>(context_lens, DataType::INT32, "attention: context_lens must be int32"),
-      const_cast<void*>(data_of(out))};
-  check_sequences(call, k_cache.dims()[0]);
-  fdserve::attention(call);
   return {out};
 }
 
@@ -220,23 +124,6 @@ std::vector<Tensor> sample(const Tensor& logits, const Tensor& float_params, con
   return out;
 }
 
-// Paddle turns its own exceptions alone into Python's (this one into ValueError) and aborts on any other.
-template <auto function>
-struct Guarded;
-
-template <class... Args, std::vector<Tensor> (*function)(Args...)>
-struct Guarded<function> {
-  static std::vector<Tensor> call(Args... args) {
-    try {
-      return function(args...);
-    } catch (const std::invalid_argument& error) {
-      PADDLE_THROW(common::errors::InvalidArgument("%s", error.what()));
-    } catch (const std::bad_alloc&) {
-      PADDLE_THROW(common::errors::ResourceExhausted("out of memory"));
-    }
-  }
-};
-
 }  // namespace
 
 PD_BUILD_OP(fdserve_linear)
@@ -264,12 +151,6 @@ PD_BUILD_OP(fdserve_add_rms_norm)
     .SetKernelFn(PD_KERNEL(Guarded<add_rms_norm>::call));
 
 PD_BUILD_OP(fdserve_swiglu).Inputs({"x"}).Outputs({"out"}).SetKernelFn(PD_KERNEL(Guarded<swiglu>::call));
-
-PD_BUILD_OP(fdserve_attention)
-    .Inputs({"qkv", "k_cache", "v_cache", "rope", "block_tables", "query_starts", "context_lens"})
-    .Outputs({"out"})
-    .Attrs({"heads: int64_t", "kv_heads: int64_t", "head_dim: int64_t", "block_size: int64_t"})
-    .SetKernelFn(PD_KERNEL(Guarded<attention>::call));
 
 PD_BUILD_OP(fdserve_moe)
     .Inputs({"x", "gate", "correction_bias", "up_gate", "down", paddle::Optional("shared")})

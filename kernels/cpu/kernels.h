@@ -59,6 +59,11 @@ struct Matrix {
 struct KeyTile {
   const void* keys[KEY_TILE / KEY_GROUP];  // each 16 keys of one head, see attend.h; null past the last key
   const void* values[KEY_TILE / KEY_GROUP];
+  const float* key_scales[KEY_TILE / KEY_GROUP];  // of each of the 16; null where there are none
+  const float* value_scales[KEY_TILE / KEY_GROUP];
+  const void* next_keys[KEY_TILE / KEY_GROUP];  // what to fetch meanwhile: `next_lines` cache lines of each
+  const void* next_values[KEY_TILE / KEY_GROUP];
+  int64_t next_lines;
 };
 
 // The softmax state of `rows` query rows: running maximum, sum of weights, and weighted values [rows][stride].
@@ -164,6 +169,27 @@ struct AttentionCall {
   void* out;
 };
 void attention(const AttentionCall& call);
+
+struct DecoderLayer {
+  const void* input_norm;
+  Matrix qkv, o;
+  void *k_cache, *v_cache;
+  const void* post_norm;
+  Matrix gate_up, down;
+};
+
+struct DecoderCall {
+  AttentionCall attention;  // but for qkv, caches and out, which are each layer's own
+  const DecoderLayer* layers;
+  int64_t count, hidden;
+  const void* norm;
+  float eps;
+  const void* x;  // [T][hidden]
+  const int32_t* sample_rows;
+  int64_t samples;
+  void* out;  // [samples][hidden]
+};
+void decoder(const DecoderCall& call);
 
 struct MoeCall {
   Dtype dtype;

@@ -80,7 +80,9 @@ void multiply_unfolding(const char* a, int64_t stride, const char* group, int64_
   constexpr int PAIRS = Unfold<BITS>::PAIRS;
   const Tables<BITS> tables;
   for (int64_t g = 0; g < groups; ++g) {
-    vf c[ROWS][4] = {};
+    vf c[ROWS][4];
+    for (int r = 0; r < ROWS; ++r)
+      for (int v = 0; v < 4; ++v) c[r][v] = vf{};
     const bf16* scales = scales_of(group);
     prefetch<2>(group + AHEAD_BYTES);
     group += PANEL * 2;

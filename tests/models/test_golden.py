@@ -139,6 +139,16 @@ def test_company_changes_no_bits(golden: Golden, dtype: str, quantization: str |
     np.testing.assert_array_equal(mixed[1:], expected)
 
 
+def test_one_operator_for_all_blocks_gives_the_bits_of_many(
+    golden: Golden, dtype: str, quantization: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load(GOLDEN / golden.name, dtype, quantization=quantization)
+    chunks = [Chunk(sequence, prompt) for sequence, prompt in enumerate(golden.prompts)]
+    together = Stepper(model).step(chunks, [26, 0, 7])
+    monkeypatch.setattr(model, "_decoder", None)
+    np.testing.assert_array_equal(Stepper(model).step(chunks, [26, 0, 7]), together)
+
+
 def test_only_the_rows_asked_for(golden: Golden, dtype: str) -> None:
     model = load(GOLDEN / golden.name, dtype)
     whole = all_logits(Stepper(model), golden.prompts)

@@ -156,6 +156,24 @@ def test_long_contexts_decode(dtype: str) -> None:
         assert np.abs(answer - expected).max() < (0.01 if dtype == "bfloat16" else 2e-5)
 
 
+def test_long_rows_are_shared_out_among_threads(dtype: str) -> None:
+    """A long decode, a short one and a chunk, whose parts different threads compute, as on one thread."""
+    contexts, news = [1500, 20, 700], [1, 1, 30]
+    answers = []
+    for threads in (1, 2, 3):
+        rng = np.random.default_rng(13)
+        model = Model(8, 2, 64, 16, 160, dtype)
+        tables = model.scattered(rng, *(context + 40 for context in contexts))
+        model.run([normal(rng, context, model.width, dtype=dtype) for context in contexts], [0, 0, 0], tables)
+        rows = [normal(rng, new, model.width, dtype=dtype) for new in news]
+        ops.set_num_threads(threads)
+        answers.append(model.run(rows, contexts, tables))
+        for row, context, table, answer in zip(rows, contexts, tables, answers[0], strict=True):
+            assert (model.run([row], [context], [table])[0] == answer).all()
+    for answer in answers[1:]:
+        assert all((left == right).all() for left, right in zip(answer, answers[0], strict=True))
+
+
 def test_a_sequence_may_read_what_another_of_the_call_writes(dtype: str) -> None:
     rng = np.random.default_rng(10)
     model, separate = (Model(4, 2, 32, 16, 16, dtype) for _ in range(2))

@@ -1,0 +1,67 @@
+"""All blocks of a dense model in one call: see kernels/cpu/decoder.cc."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from fdserve.ops.library import run
+from fdserve.ops.weights import PackedWeight
+
+if TYPE_CHECKING:
+    from paddle import Tensor
+
+
+class Block(NamedTuple):
+    """The weights of one decoder block; the matrices of all blocks are of one format."""
+
+    input_norm: Tensor  # [H] D
+    qkv: PackedWeight  # H -> [all Q | all K | all V]
+    o: PackedWeight
+    post_norm: Tensor  # [H] D
+    gate_up: PackedWeight  # H -> [gate | up]
+    down: PackedWeight
+
+
+class Decoder:
+    """x + attention(norm(x)), then x + mlp(norm(x)), for each block; then the final norm.
+
+    The same bits as the operators one by one. What is fixed is put together once, because a step is short.
+    """
+
+    def __init__(
+        self, blocks: Sequence[Block], norm: Tensor, *, num_heads: int, num_kv_heads: int, head_dim: int, eps: float
+    ) -> None:
+        self._norm = norm
+        self._input_norms = [block.input_norm for block in blocks]
+        self._qkv = [block.qkv.data for block in blocks]
+        self._o = [block.o.data for block in blocks]
+        self._post_norms = [block.post_norm for block in blocks]
+        self._gate_up = [block.gate_up.data for block in blocks]
+        self._down = [block.down.data for block in blocks]
+        self._format = blocks[0].qkv.code
+        self._heads = (num_heads, num_kv_heads, head_dim)
+        self._inner = blocks[0].down.in_features
+        self._eps = eps
+
+    def __call__(
+        self,
+        x: Tensor,
+        rope: Tensor,
+        block_tables: Tensor,
+        query_starts: Tensor,
+        context_lens: Tensor,
+        sample_rows: Tensor,
+        caches: Sequence[tuple[Tensor, Tensor]],
+        block_size: int,
+    ) -> Tensor:
+        """What `sample_rows` (int32 [R], R <= T) of x [T, H] D become: [R, H] D.
+
+        `caches` has the (keys, values) of each block, changed in place; all else is as for `fdserve.ops.attention`.
+        """
+        return run(
+            "decoder",
+            x, rope, block_tables, query_starts, context_lens, sample_rows, self._norm, self._input_norms, self._qkv,
+            self._o, [keys for keys, _ in caches], [values for _, values in caches], self._post_norms, self._gate_up,
+            self._down, self._format, *self._heads, block_size, self._inner, self._eps,
+        )[0]  # fmt: skip

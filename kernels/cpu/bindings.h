@@ -1,0 +1,74 @@
+// What the bindings_*.cc and bindings.cc share. Only they include Paddle's headers.
+#pragma once
+
+#include <new>
+#include <stdexcept>
+#include <vector>
+
+#include "kernels.h"
+#include "paddle/common/enforce.h"
+#include "paddle/phi/api/all.h"
+
+namespace fdserve::bindings {
+
+using fdserve::Dtype;
+using fdserve::Format;
+using fdserve::Matrix;
+using paddle::DataType;
+using paddle::Tensor;
+
+inline void require(bool holds, const char* message) {
+  if (!holds) throw std::invalid_argument(message);
+}
+
+inline Dtype dtype_of(const Tensor& x) {
+  if (x.dtype() == DataType::BFLOAT16) return Dtype::kBfloat16;
+  require(x.dtype() == DataType::FLOAT32, "expected a bfloat16 or float32 tensor");
+  return Dtype::kFloat32;
+}
+
+template <class T>
+const T* data_of(const Tensor& x, DataType dtype, const char* message) {
+  require(x.dtype() == dtype, message);
+  return static_cast<const T*>(x.numel() == 0 ? nullptr : x.data());
+}
+
+inline const void* data_of(const Tensor& x) { return x.numel() == 0 ? nullptr : x.data(); }
+
+inline Tensor make(std::initializer_list<int64_t> shape, DataType dtype) {
+  return paddle::empty(std::vector<int64_t>(shape), dtype, paddle::CPUPlace());
+}
+
+// A packed matrix, or one for each of several experts, for activations of `dtype`.
+inline Matrix matrix_of(const Tensor& panels, int64_t format_, int64_t n, int64_t k, DataType dtype) {
+  require(format_ >= 0 && format_ <= static_cast<int64_t>(Format::kW8a8), "a weight has an unknown format");
+  const Format format = static_cast<Format>(format_);
+  const DataType stored = format == Format::kFloat32    ? DataType::FLOAT32
+                          : format == Format::kBfloat16 ? DataType::BFLOAT16
+                                                        : DataType::UINT8;
+  require(panels.dtype() == stored && (stored == DataType::UINT8 || stored == dtype),
+          "x and the weight must have the same dtype");
+  require(n > 0 && k > 0 && panels.numel() * static_cast<int64_t>(phi::SizeOf(stored)) %
+                                    (fdserve::panel_bytes(format, k) * ((n + fdserve::PANEL - 1) / fdserve::PANEL)) == 0,
+          "a weight is not of this size");
+  return {panels.data(), n, k, format};
+}
+
+// Paddle turns its own exceptions alone into Python's (this one into ValueError) and aborts on any other.
+template <auto function>
+struct Guarded;
+
+template <class... Args, std::vector<Tensor> (*function)(Args...)>
+struct Guarded<function> {
+  static std::vector<Tensor> call(Args... args) {
+    try {
+      return function(args...);
+    } catch (const std::invalid_argument& error) {
+      PADDLE_THROW(common::errors::InvalidArgument("%s", error.what()));
+    } catch (const std::bad_alloc&) {
+      PADDLE_THROW(common::errors::ResourceExhausted("out of memory"));
+    }
+  }
+};
+
+}  // namespace fdserve::bindings

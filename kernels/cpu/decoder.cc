@@ -1,0 +1,75 @@
+// All blocks of a dense model in one call: for a few tokens, calling an operator costs as much as some of them compute.
+//
+// The operators are those of the other files, in the same order and on the same bits. Floor: memory, the weights once.
+#include <cstring>
+#include <initializer_list>
+
+#include "kernels.h"
+#include "pool.h"
+
+namespace fdserve {
+namespace {
+
+// Rows of each of `widths`, one buffer after the other.
+class Buffers {
+ public:
+  Buffers(int64_t rows, Dtype dtype, std::initializer_list<int64_t> widths) {
+    int64_t total = 0;
+    for (int64_t width : widths) total += bytes(rows, width, dtype);
+    char* at = scratch<char>(kScratchBlocks, total);
+    for (int64_t width : widths) {
+      *next_++ = at;
+      at += bytes(rows, width, dtype);
+    }
+  }
+  char* operator[](int i) const { return buffers_[i]; }
+
+ private:
+  static int64_t bytes(int64_t rows, int64_t width, Dtype dtype) { return (rows * width * size_of(dtype) + 63) / 64 * 64; }
+  char* buffers_[8];
+  char** next_ = buffers_;
+};
+
+// Rows `ids` of x, in place: ids ascend or not, so by way of `spare`.
+void keep_rows(char* x, char* spare, const int32_t* ids, int64_t count, int64_t row) {
+  for (int64_t i = 0; i < count; ++i) std::memcpy(spare + i * row, x + ids[i] * row, static_cast<size_t>(row));
+  std::memcpy(x, spare, static_cast<size_t>(count * row));
+}
+
+}  // namespace
+
+void decoder(const DecoderCall& call) {
+  const Dtype dtype = call.attention.dtype;
+  const DecoderLayer* layers = call.layers;
+  const int64_t hidden = call.hidden, row = hidden * size_of(dtype), heads = layers[0].o.k, inner = layers[0].down.k;
+  int64_t rows = call.attention.tokens;
+  const Buffers buffers(rows, dtype, {hidden, hidden, hidden, layers[0].qkv.n, heads, 2 * inner, inner});
+  char *residual = buffers[0], *x = buffers[1], *answer = buffers[2], *qkv = buffers[3], *attended = buffers[4];
+  char *both = buffers[5], *activated = buffers[6];
+  std::memcpy(residual, call.x, static_cast<size_t>(rows * row));
+  rms_norm(residual, nullptr, layers[0].input_norm, call.eps, rows, hidden, dtype, x, nullptr);
+  for (int64_t l = 0; l < call.count; ++l) {
+    const DecoderLayer& layer = layers[l];
+    const bool last = l + 1 == call.count;
+    linear(x, rows, dtype, layer.qkv, qkv, dtype);
+    AttentionCall attend = call.attention;
+    attend.qkv = qkv, attend.k_cache = layer.k_cache, attend.v_cache = layer.v_cache, attend.out = attended;
+    attention(attend);
+    if (last) {
+      // No token looks at another any more: only the rows asked for go on.
+      if (call.samples == 0) return;
+      keep_rows(attended, qkv, call.sample_rows, call.samples, heads * size_of(dtype));
+      keep_rows(residual, answer, call.sample_rows, call.samples, row);
+      rows = call.samples;
+    }
+    linear(attended, rows, dtype, layer.o, answer, dtype);
+    rms_norm(answer, residual, layer.post_norm, call.eps, rows, hidden, dtype, x, residual);
+    linear(x, rows, dtype, layer.gate_up, both, dtype);
+    swiglu(both, rows, inner, dtype, activated);
+    linear(activated, rows, dtype, layer.down, answer, dtype);
+    rms_norm(answer, residual, last ? call.norm : layers[l + 1].input_norm, call.eps, rows, hidden, dtype,
+             last ? static_cast<char*>(call.out) : x, residual);
+  }
+}
+
+}  // namespace fdserve
