@@ -16,7 +16,7 @@ from fdserve.api.params import (
     unsupported,
 )
 from fdserve.api.prompt import check_prompt, max_tokens_of, prompt_field, render_prompt
-from fdserve.api.structured import compile_grammar
+from fdserve.api.structured import compile_form
 from fdserve.api.tool_use import check_tools, tool_use
 from fdserve.engine.request import SamplingParams
 from fdserve.errors import InvalidRequest
@@ -56,7 +56,10 @@ async def prepare_chat(request: ChatRequest, server: Server, http: Request) -> l
     thinking = server.reasoning is not None and starts_in_thinking(server.reasoning, prompt, continued)
     params = _params(request, server, len(prompt), thinking)
     tools = tool_use(request)
-    grammar = await compile_grammar(request, server, tools)
+    form = await compile_form(request, server, tools)
+    if form is not None and form.whole:
+        params = msgspec.structs.replace(params, stop_token_ids=())
+        request = msgspec.structs.replace(request, stop=None)
     return [
         new_choice(
             request,
@@ -70,7 +73,7 @@ async def prepare_chat(request: ChatRequest, server: Server, http: Request) -> l
             thinking=thinking,
             continued=continued,
             tools=server.tools if tools else None,
-            constraint=grammar.constraint(thinking) if grammar else None,
+            constraint=form.grammar.constraint(thinking) if form else None,
         )
         for index in range(request.n or 1)
     ]

@@ -16,7 +16,7 @@ from fdserve.api.params import (
     sampling_params,
     truncated,
 )
-from fdserve.api.structured import compile_grammar
+from fdserve.api.structured import compile_form
 from fdserve.errors import InvalidRequest
 from fdserve.http.request import Request
 from fdserve.http.response import Reply
@@ -87,7 +87,7 @@ def max_tokens_of(request: CompletionRequest) -> int:
 
 
 async def _choices(request: CompletionRequest, server: Server, http: Request, prompts: list[list[int]]) -> list[Choice]:
-    grammar = await compile_grammar(request, server)
+    form = await compile_form(request, server)
     count = candidates(request)
     choices: list[Choice] = []
     for prompt in prompts:
@@ -104,6 +104,9 @@ async def _choices(request: CompletionRequest, server: Server, http: Request, pr
             params = msgspec.structs.replace(params, prompt_logprobs=most)
         if count > (request.n or 1) and request.logprobs is None:
             params = msgspec.structs.replace(params, logprobs=0)  # what the best are told by
+        if form is not None and form.whole:
+            params = msgspec.structs.replace(params, stop_token_ids=())
+            request = msgspec.structs.replace(request, stop=None)
         for index in range(count):
             choices.append(
                 new_choice(
@@ -113,7 +116,7 @@ async def _choices(request: CompletionRequest, server: Server, http: Request, pr
                     index=len(choices),
                     prompt=prompt,
                     params=for_choice(params, index),
-                    constraint=grammar.constraint(None) if grammar else None,
+                    constraint=form.grammar.constraint(None) if form else None,
                 )
             )
     return choices

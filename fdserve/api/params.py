@@ -28,6 +28,7 @@ def check_request(request: GenerationRequest, server: Server) -> None:
     if request.truncate_prompt_tokens == 0:
         raise InvalidRequest("truncate_prompt_tokens cannot be 0.", param="truncate_prompt_tokens")
     check_logprobs(request.prompt_logprobs is not None, server, "prompt_logprobs")
+    stop_strings(request)
     for name in _UNSUPPORTED:
         if getattr(request, name, None):
             raise unsupported(name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -16,15 +16,25 @@ from fdserve.text.grammar import Grammar
 from fdserve.text.grammar_spec import Choice, JsonSchema, Lark, Regex, Spec, StructuralTag, ToolCalls
 
 
-async def compile_grammar(request: GenerationRequest, server: Server, tools: ToolUse | None = None) -> Grammar | None:
-    """The grammar of the request's output; None where anything goes.
+class Form(NamedTuple):
+    """What an output must look like. A `whole` one is JSON or nothing but calls: no stop string or token cuts it."""
+
+    grammar: Grammar
+    whole: bool
+
+
+async def compile_form(request: GenerationRequest, server: Server, tools: ToolUse | None = None) -> Form | None:
+    """The form of the request's output; None where anything goes.
 
     Raises InvalidRequest for two forms at a time, or for one that cannot be followed, and Overloaded where grammars
     keep all threads busy. When cancelled it returns at once.
     """
     form = output_form(request)
     spec = form if tools is None else _with_calls(form, tools, server)
-    return None if spec is None else await server.grammars.compile(spec)
+    if spec is None:
+        return None
+    whole = isinstance(form, JsonSchema) or (tools is not None and tools.forced)
+    return Form(await server.grammars.compile(spec), whole)
 
 
 def output_form(request: GenerationRequest) -> Spec | None:

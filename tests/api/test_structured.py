@@ -163,3 +163,21 @@ async def test_calls_or_a_form_after_a_thought() -> None:
         for text in good + bad:
             assert (await client.chat(tools=[TOOL], response_format=FORM)).status == 200
             assert allows(client.engine.requests[-1].constraint, text) == (text in good), text
+
+
+@pytest.mark.anyio
+async def test_nothing_cuts_json() -> None:
+    async with serving(FakeEngine(say('{"a": 1}')), CONFIG) as client:
+        stops = {"stop": ['"', "a"], "stop_token_ids": [ord("1")]}
+        for fields in ({"response_format": FORM}, {"guided_json": SCHEMA}):
+            for response in (await client.chat(**stops, **fields), await client.complete(**stops, **fields)):
+                (choice,) = response.json()["choices"]
+                assert choice.get("text", choice.get("message", {}).get("content")) == '{"a": 1}'
+                assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", None)
+        await client.chat(**stops, tools=[TOOL], tool_choice="required")
+        assert client.engine.requests[-1].params.stop_token_ids == ()
+        for fields in ({}, {"guided_regex": ".*"}):
+            (choice,) = (await client.chat(**stops, **fields)).json()["choices"]
+            assert (choice["message"]["content"], choice["stop_reason"]) == ("{", '"')
+        response = await client.chat(guided_json=SCHEMA, stop="x" * 20_000)
+        assert (response.status, response.error["param"]) == (400, "stop")

@@ -308,7 +308,8 @@ def test_json_schemas(client: openai.OpenAI, stream: bool, thinking: bool) -> No
     form = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA, "strict": True}}
     answer = ask(
         client,
-        extra={"enable_thinking": thinking, "min_tokens": 60},
+        extra={"enable_thinking": thinking, "min_tokens": 60, "stop_token_ids": list(range(300, 400))},
+        stop=["a", "e", '"', "}"],
         response_format=form,
         temperature=1,
         seed=2,
