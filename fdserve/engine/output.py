@@ -24,9 +24,8 @@ class Generation:
         self.started = 0.0
         """`time.monotonic()` when the first step of the request was planned; 0 while it waits."""
         self._on_cancel = on_cancel
-        self._deltas: list[TokenDelta] = []
+        self._send, self._receive = anyio.create_memory_object_stream[TokenDelta](MAX_PENDING_DELTAS)
         self._arrived: anyio.Event | None = None  # what the reader waits for
-        self._ended = False
         self._last: TokenDelta | None = None  # an end from outside, which follows all deltas
 
     async def receive(self) -> list[TokenDelta]:
@@ -35,15 +34,22 @@ class Generation:
         For one reader. Cancellation loses nothing: what was not returned is there at the next call. Where something
         waits it returns at once, without letting other tasks run: what comes next can come from them only.
         """
-        while not self._deltas:
-            if self._ended:
-                return [self._end()]
+        deltas: list[TokenDelta] = []
+        while True:
+            try:
+                while True:
+                    deltas.append(self._receive.receive_nowait())
+            except anyio.WouldBlock:
+                if deltas:
+                    return deltas
+            except anyio.EndOfStream:
+                if not deltas or deltas[-1].finish_reason is None:
+                    deltas.append(self._end())
+                return deltas
+            # The stream's own `receive` gives all other tasks a turn before it waits: with many streams that is much of
+            # what a token costs.
             self._arrived = anyio.Event()
             await self._arrived.wait()
-        deltas, self._deltas = self._deltas, []
-        if self._ended and deltas[-1].finish_reason is None:
-            deltas.append(self._end())
-        return deltas
 
     def cancel(self) -> None:
         """End the request. Idempotent; a reader that still waits gets a last delta."""
@@ -51,22 +57,24 @@ class Generation:
 
     def deliver(self, delta: TokenDelta) -> bool:
         """The engine's side: hand over a delta. False if the reader is too far behind, and the request is to end."""
-        if self._ended:
-            return True  # the reader left, and said so itself by `cancel`
-        if len(self._deltas) >= MAX_PENDING_DELTAS:
+        delta.started = self.started
+        try:
+            self._send.send_nowait(delta)
+        except anyio.WouldBlock:
             error = SlowReader(f"The client fell more than {MAX_PENDING_DELTAS} tokens behind.")
             self.end(TokenDelta([], finish_reason="error", error=error))
             return False
-        delta.started = self.started
-        self._deltas.append(delta)
-        self._ended = delta.finish_reason is not None
+        except (anyio.BrokenResourceError, anyio.ClosedResourceError):
+            return True  # the reader left, and says so itself by `cancel`
+        if delta.finish_reason is not None:
+            self._send.close()
         self._wake()
         return True
 
     def end(self, last: TokenDelta) -> None:
         """The engine's side: end it with `last`, also when the reader is far behind. The first end counts."""
         self._last = self._last or last
-        self._ended = True
+        self._send.close()
         self._wake()
 
     def _wake(self) -> None:
@@ -81,7 +89,8 @@ class Generation:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.cancel()
-        self._ended = True
+        self._send.close()
+        self._receive.close()
 
     def _end(self) -> TokenDelta:
         return self._last or TokenDelta([], finish_reason="error", error=Unavailable("The request was ended."))
