@@ -14,8 +14,9 @@ from fdserve.engine.machine import available_cores, available_memory
 from fdserve.engine.scheduler import Scheduler
 from fdserve.errors import StartupError
 from fdserve.executor.executor import open_executor
-from fdserve.executor.wire import PROMPT_SLICE, Load, Loading, Ready
+from fdserve.executor.wire import Load, Loading, Ready
 from fdserve.models.config import ModelConfig, check_world_size
+from fdserve.ops.collectives import sampling_slot_bytes
 from fdserve.ops.library import KERNELS_MISSING, kernels_path
 
 logger = logging.getLogger("fdserve")
@@ -53,9 +54,9 @@ def create_engine(config: Config, directory: Path, model: ModelConfig) -> Engine
         parent=os.getpid(),
     )
 
-    # The largest collective: a step's activations, or this rank's logits of all rows (or of a slice of a prompt).
-    logits = max(config.max_num_seqs, PROMPT_SLICE) * -(-model.vocab_size // ranks)
-    slot_bytes = 4 * max(config.max_num_batched_tokens * model.hidden_size, logits)
+    # What the ranks exchange at a time: a step's activations, or what sampling asks for.
+    activations = 4 * config.max_num_batched_tokens * model.hidden_size
+    slot_bytes = max(activations, sampling_slot_bytes(model.vocab_size, ranks))
 
     def open_ranks() -> AbstractAsyncContextManager[Ranks]:
         timeout = max(config.step_timeout, MIN_LOAD_TIMEOUT)

@@ -151,13 +151,12 @@ def read_generation_config(directory: Path) -> GenerationDefaults:
 def check_world_size(config: ModelConfig, world_size: int) -> None:
     """Raise StartupError unless the model can be split over `world_size` tensor-parallel ranks.
 
-    Every split size must divide evenly; key/value heads may also be fewer than the ranks, each then held by
-    `world_size / num_kv_heads` of them.
+    Every split size but the vocabulary's must divide evenly; key/value heads may also be fewer than the ranks, each
+    then held by `world_size / num_kv_heads` of them.
     """
     sizes = [
         ("num_attention_heads", config.num_heads),
         ("intermediate_size", config.intermediate_size),
-        ("vocab_size", config.vocab_size),
     ]
     if config.moe is not None:
         sizes.append(("moe_intermediate_size", config.moe.intermediate_size))

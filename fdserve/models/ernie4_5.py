@@ -73,17 +73,17 @@ class Ernie4_5:
         """Compute the batch's tokens and store their keys and values in `caches`, in place.
 
         Returns:
-            The logits of `batch.sample_rows`, float32 [R, vocab_size].
+            The logits of `batch.sample_rows`, float32 [R, this rank's part of vocab_size].
         """
         import paddle
 
         if batch.sample_rows.shape[0] == 0:
             self.hidden(batch, caches)
-            return paddle.empty([0, self.config.vocab_size], "float32")
+            return paddle.empty([0, self._vocabulary.head.out_features], "float32")
         return self.logits(self.hidden(batch, caches))
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """The logits float32 [R, vocab_size] of R > 0 rows that `hidden` gave."""
+        """The logits of R > 0 rows that `hidden` gave, float32 [R, this rank's part of vocab_size]."""
         import paddle
 
         with paddle.no_grad():

@@ -116,7 +116,7 @@ class Mlp:
 class Vocabulary:
     """The embedding and the output head over this rank's rows [start, start + head.out_features)."""
 
-    table: PackedWeight  # [V / ranks, H]
+    table: PackedWeight  # [this rank's part of V, H]
     head: PackedWeight  # the same object when tied
     start: int
     ranks: Ranks
@@ -132,5 +132,5 @@ class Vocabulary:
         return self.ranks.all_reduce(rows * mine.cast(rows.dtype).unsqueeze(1))
 
     def logits(self, x: Tensor) -> Tensor:
-        """x [R, H] -> float32 [R, V], whole on every rank."""
-        return self.ranks.all_gather(ops.linear(x, self.head, out_dtype="float32"))
+        """x [R, H] -> float32 [R, this rank's part of V]."""
+        return ops.linear(x, self.head, out_dtype="float32")

@@ -44,7 +44,6 @@ def load_model(
     dtype: str,
     quantization: str | None = None,
     all_reduce: Collective = identity,
-    all_gather: Collective = identity,
     progress: Progress = no_progress,
 ) -> Ernie4_5:
     """Load what `rank` of `world_size` holds of the checkpoint in `directory`.
@@ -54,7 +53,6 @@ def load_model(
         quantization: how to store the matrices, "wint8", "wint4" or "w8a8" (see `fdserve.ops.weights.FORMATS`), the
             routers' excepted; None stores them in `dtype`. The vocabulary's are "wint8" under "w8a8".
         all_reduce: sums a tensor over the ranks.
-        all_gather: joins the ranks' tensors along the last axis, in rank order.
         progress: called, as loading goes on, with the bytes of the checkpoint that are dealt with and all it has.
 
     Raises:
@@ -64,7 +62,7 @@ def load_model(
     with Checkpoint(directory) as checkpoint:
         validate(config, checkpoint)
         reader = _Reader(checkpoint, config, dtype, quantization, progress)
-        return _Builder(config, reader, Ranks(rank, world_size, all_reduce, all_gather)).model()
+        return _Builder(config, reader, Ranks(rank, world_size, all_reduce)).model()
 
 
 class _Reader:
@@ -173,7 +171,7 @@ class _Builder:
         return Ernie4_5(self._config, self._reader.dtype, vocabulary, layers, norm)
 
     def _vocabulary(self) -> Vocabulary:
-        rows = self._ranks.share(self._config.vocab_size)
+        rows = self._ranks.vocabulary(self._config.vocab_size)
         # The embedding has the vocabulary first in both layouts.
         embedding = Part(self._layout.embedding, rows.start, rows.stop)
         table = self._reader.vocabulary(embedding, self._hidden, in_out=False)

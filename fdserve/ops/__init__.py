@@ -13,7 +13,7 @@ Importing this package imports neither paddle nor the compiled library: the firs
 
 from __future__ import annotations
 
-from fdserve.ops.collectives import SharedMemory
+from fdserve.ops.collectives import SharedMemory, sampling_slot_bytes, vocabulary_starts
 from fdserve.ops.decoder import Block, Decoder
 from fdserve.ops.experts import moe
 from fdserve.ops.layers import add_rms_norm, embedding, linear, rms_norm, swiglu
@@ -44,6 +44,8 @@ __all__ = [
     "pack_weight",
     "rms_norm",
     "sample",
+    "sampling_slot_bytes",
     "set_num_threads",
     "swiglu",
+    "vocabulary_starts",
 ]

@@ -1,10 +1,11 @@
-"""Collectives between the ranks of one host, through memory that they share."""
+"""What the ranks of one host share: memory, by which they add tensors up and sample together."""
 
 from __future__ import annotations
 
 import mmap
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from paddle import Tensor
 
 _LINE_BYTES = 64
+_SUM_BLOCK = 1024  # ids in a block of the sampler's sums, as in kernels.h
 
 
 def shared_bytes(world_size: int, slot_bytes: int) -> int:
@@ -21,28 +23,43 @@ def shared_bytes(world_size: int, slot_bytes: int) -> int:
     return world_size * (_LINE_BYTES + 2 * slot_bytes)
 
 
+def sampling_slot_bytes(vocab_size: int, world_size: int) -> int:
+    """How large a slot must be for `sample`, where no row reports more than `vocab_size` ids."""
+    starts = vocabulary_starts(vocab_size, world_size)
+    widest = max(stop - start for start, stop in pairwise(starts))
+    return max(4 * widest, 16 * (widest // _SUM_BLOCK + 1) + 8192, 16 + 8 * vocab_size)
+
+
+def vocabulary_starts(vocab_size: int, world_size: int) -> list[int]:
+    """The first id of each rank's part of the vocabulary, and `vocab_size` at the end.
+
+    A part is whole blocks of the sampler's sums, so that the sums are those of one rank; a vocabulary that is too small
+    for that is shared out in nearly equal parts.
+    """
+    blocks = -(-vocab_size // _SUM_BLOCK)
+    if blocks < world_size:
+        return [rank * vocab_size // world_size for rank in range(world_size + 1)]
+    return [min(rank * blocks // world_size * _SUM_BLOCK, vocab_size) for rank in range(world_size + 1)]
+
+
 class SharedMemory:
-    """One rank's end of the memory; every rank must call the same collectives in the same order, on equal shapes.
+    """One rank's end of the memory; every rank must call the same ops with it in the same order, on equal shapes.
 
     `descriptor` is a file of `shared_bytes(world_size, slot_bytes)` zeros, `slot_bytes` a multiple of 64 and no less
-    than any rank's part of a collective. `peers` are descriptors that hang up when a peer is gone: whoever waits for
-    it then gets a RuntimeError. A call waits without the interpreter's lock and, if it takes long, asleep.
+    than any rank's part of a sum and `sampling_slot_bytes`. `peers` are descriptors that hang up when a peer is gone:
+    whoever waits for it then gets a RuntimeError. A call waits without the interpreter's lock and, if it takes long,
+    asleep.
     """
 
     def __init__(
         self, descriptor: int, *, slot_bytes: int, rank: int, world_size: int, peers: Sequence[int] = ()
     ) -> None:
+        self.world_size = world_size
         self._memory = mmap.mmap(descriptor, shared_bytes(world_size, slot_bytes))
         address = int(np.frombuffer(self._memory, np.uint8).ctypes.data)
-        self._where = (address, slot_bytes, rank, world_size, list(peers))
-        self._turn = 0
+        self.attributes: tuple[Any, ...] = (address, slot_bytes, rank, world_size, list(peers))
+        """As the ops take it."""
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum of the ranks' x (bfloat16 or float32), added in float32 in rank order and rounded once."""
-        self._turn += 1
-        return run("all_reduce", x, *self._where, self._turn)[0]
-
-    def all_gather(self, x: Tensor) -> Tensor:
-        """[R, N] of any dtype -> [R, N * world_size]: the ranks' columns in rank order."""
-        self._turn += 1
-        return run("all_gather", x, *self._where, self._turn)[0]
+        return run("all_reduce", x, *self.attributes)[0]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from fdserve.ops.collectives import SharedMemory, vocabulary_starts
 from fdserve.ops.library import run
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ def sample(
     masks: Tensor | None = None,
     mask_rows: Tensor | None = None,
     logprob_modes: Tensor | None = None,
+    shared: SharedMemory | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Choose one token a row and report log-probabilities.
 
@@ -62,6 +64,9 @@ def sample(
         logprob_modes: int32 [R]: `NO_LOGPROBS`, which leaves them NaN and the top ids -1, or the sum of
             `TEMPERATURE_SCALED` (of the logits divided by the temperature, unless the row is greedy) and
             `TOP_P_NORMALIZED` (of the distribution cut to its top_p set and normalised; -inf outside); None: all 0.
+        shared: the ranks among whom `vocabulary_starts` shares the ids out; each calls it with its own columns of the
+            logits, float32 [R, part of V], and otherwise equal arguments. All get the same result, bit for bit that of
+            the whole logits. RuntimeError if one of them is gone.
 
     Returns:
         (token int32 [R], its logprob float32 [R], top ids int32 [R, K], top logprobs float32 [R, K]):
@@ -72,6 +77,15 @@ def sample(
         "sample",
         logits, float_params, int_params, history, history_offsets, prompt_lens,
         bias_ids, bias_values, bias_offsets, masks, mask_rows, logprob_modes,
-        vocab_size, num_top,
+        vocab_size, num_top, *_ranks(shared, vocab_size),
     )  # fmt: skip
     return tokens, logprobs, top_ids, top_logprobs
+
+
+_ALONE: tuple[Any, ...] = (0, 0, 0, 1, [], [])
+
+
+def _ranks(shared: SharedMemory | None, vocab_size: int) -> tuple[Any, ...]:
+    if shared is None:
+        return _ALONE
+    return *shared.attributes, vocabulary_starts(vocab_size, shared.world_size)

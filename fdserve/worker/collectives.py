@@ -1,4 +1,4 @@
-"""Collectives between the tensor-parallel ranks of one host."""
+"""What the tensor-parallel ranks of one host do together."""
 
 from __future__ import annotations
 
@@ -27,14 +27,15 @@ class Collectives:
 
     def all_reduce(self, x: Any) -> Any:
         """The sum of the ranks' tensors, added in float32 in rank order and rounded once to their dtype."""
-        return self._or_gone(self._memory.all_reduce, x)
+        return _or_gone(self._memory.all_reduce, x)
 
-    def all_gather(self, x: Any) -> Any:
-        """The ranks' matrices, equal in shape, side by side in rank order."""
-        return self._or_gone(self._memory.all_gather, x)
+    def sample(self, *arguments: Any, **options: Any) -> Any:
+        """`ops.sample` from each rank's part of the logits; the same on all ranks."""
+        return _or_gone(ops.sample, *arguments, shared=self._memory, **options)
 
-    def _or_gone(self, collective: Callable[[Any], Any], x: Any) -> Any:
-        try:
-            return collective(x)
-        except RuntimeError as error:
-            raise RankError("a rank that it computes with is gone") from error
+
+def _or_gone(collective: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    try:
+        return collective(*arguments, **options)
+    except RuntimeError as error:
+        raise RankError("a rank that it computes with is gone") from error

@@ -28,7 +28,12 @@ class PromptLogprobs:
 
 
 def prompt_logprobs(
-    hidden: Any, logits_of: Callable[[Any], Any], targets: Ints, num_top: int, vocab_size: int
+    hidden: Any,
+    logits_of: Callable[[Any], Any],
+    targets: Ints,
+    num_top: int,
+    vocab_size: int,
+    sample_op: Callable[..., Any] = ops.sample,
 ) -> PromptLogprobs:
     """The log-probability of each of `targets` [P] after the token whose hidden state is in the same row of `hidden`.
 
@@ -38,19 +43,21 @@ def prompt_logprobs(
     parts = []
     for start in range(0, len(targets), PROMPT_SLICE):
         logits = logits_of(hidden[start : start + PROMPT_SLICE])
-        parts.append(_report(logits, targets[start : start + PROMPT_SLICE], num_top, vocab_size))
+        parts.append(_report(logits, targets[start : start + PROMPT_SLICE], num_top, vocab_size, sample_op))
     logprobs, top_ids, top_logprobs = (np.concatenate(each) for each in zip(*parts, strict=True))
     return PromptLogprobs(logprobs, top_ids, top_logprobs)
 
 
-def _report(logits: Any, targets: Ints, num_top: int, vocab_size: int) -> tuple[Any, Any, Any]:
+def _report(
+    logits: Any, targets: Ints, num_top: int, vocab_size: int, sample_op: Callable[..., Any]
+) -> tuple[Any, Any, Any]:
     """The sampler with the prompt's tokens forced on it."""
     count = len(targets)
     none, offsets = paddle.zeros([0], "int32"), paddle.zeros([count + 1], "int32")
     ints = np.zeros((count, 4), np.int64)
     ints[:, 3] = targets
     floats = np.tile(np.array([0, 1, 0, 1, 0, 0], np.float32), (count, 1))
-    _, logprobs, top_ids, top_logprobs = ops.sample(
+    _, logprobs, top_ids, top_logprobs = sample_op(
         logits,
         paddle.to_tensor(floats),
         paddle.to_tensor(ints),

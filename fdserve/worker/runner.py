@@ -37,6 +37,7 @@ class Runner:
         if load.num_threads > 0:
             ops.set_num_threads(load.num_threads)
         collectives = Collectives(load) if load.world_size > 1 else None
+        self._sample_op = collectives.sample if collectives else ops.sample
         self.model = load_model(
             directory,
             self.config,
@@ -45,7 +46,6 @@ class Runner:
             dtype=self.dtype,
             quantization=None if load.quantization == "none" else load.quantization,
             all_reduce=collectives.all_reduce if collectives else identity,
-            all_gather=collectives.all_gather if collectives else identity,
             progress=lambda done, total: progress("weights", done, total),
         )
         bytes_per_block = self.model.kv_bytes_per_block(load.block_size)
@@ -71,13 +71,14 @@ class Runner:
             received = receive_masks()
             masks = dict(zip(received.rows, received.masks, strict=True))
             waited = time.perf_counter() - waiting
-        sampled = sample(self.rows, batch.sample_rows, logits, self.config.vocab_size, masks) if count else None
+        sampled = None
+        if count:
+            sampled = sample(self.rows, batch.sample_rows, logits, self.config.vocab_size, masks, self._sample_op)
         return _result(plan.step, sampled, prompt, time.perf_counter() - started - waited)
 
     def _prompt_logprobs(self, batch: Batch, hidden: Any) -> PromptLogprobs:
-        return prompt_logprobs(
-            hidden, self.model.logits, batch.prompt_targets, batch.prompt_num_top, self.config.vocab_size
-        )
+        targets, num_top = batch.prompt_targets, batch.prompt_num_top
+        return prompt_logprobs(hidden, self.model.logits, targets, num_top, self.config.vocab_size, self._sample_op)
 
 
 def _forward_batch(batch: Batch) -> ForwardBatch:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -31,11 +31,17 @@ class Sampled:
 
 
 def sample(
-    rows: Rows, row_ids: Ints, logits: Any, vocab_size: int, masks: Mapping[int, bytes] | None = None
+    rows: Rows,
+    row_ids: Ints,
+    logits: Any,
+    vocab_size: int,
+    masks: Mapping[int, bytes] | None = None,
+    sample_op: Callable[..., Any] = ops.sample,
 ) -> Sampled:
     """Sample one token for each of `row_ids` from logits float32 [R, V], and append it to its row.
 
-    `masks` are the constraints' masks by row, where there are any. Each row depends on its own logits, parameters,
+    `masks` are the constraints' masks by row, where there are any. `sample_op` is `ops.sample`, or what does its work
+    together with other ranks, the logits then being this rank's part. Each row depends on its own logits, parameters,
     mask and tokens alone.
     """
     int_params = np.empty((len(row_ids), 4), np.int64)
@@ -45,7 +51,7 @@ def sample(
     limits = _limits(rows, row_ids, masks or {}, vocab_size, int_params)
     past, past_offsets = _history(rows, row_ids)
     num_top = int(rows.num_top[row_ids].max())
-    token_ids, logprobs, top_ids, top_logprobs = ops.sample(
+    token_ids, logprobs, top_ids, top_logprobs = sample_op(
         logits,
         paddle.to_tensor(rows.float_params[row_ids]),
         paddle.to_tensor(int_params),

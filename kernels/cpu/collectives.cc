@@ -1,8 +1,8 @@
-// All-reduce and all-gather between processes: each rank copies its part into a slot of its own, says so, waits until all
-// have said so, and reads all slots in rank order. The order of a sum never changes, and all ranks compute the same bits.
+// Exchanges between processes: each rank copies its part into a slot of its own, says so, waits until all have said so, and
+// reads all slots in rank order. The order of a sum never changes, and all ranks compute the same bits.
 //
 // Two sets of slots alternate, so nobody overwrites what another still reads: a rank that writes collective t + 2 has seen
-// every other arrive at t + 1, which each did only after reading t.
+// every other arrive at t + 1, which each did only after reading t. `t`, the turn, counts from 1.
 //
 // A rank says that it has arrived by storing the turn in its line of the shared memory. Whoever waits spins for a moment,
 // for the ranks finish almost together, then sleeps on that line by futex, because there may be more ranks than cores. It
@@ -94,19 +94,12 @@ bool wait(const Shared& shared, Line& other, uint32_t turn) {
   return true;
 }
 
-bool meet(const Shared& shared, uint32_t turn) {
-  Line& mine = line(shared, shared.rank);
-  // Sequentially consistent with the sleeper's count and its look at the turn: one of the two sees the other.
-  mine.turn.store(turn);
-  if (mine.sleepers.load() > 0) futex(mine.turn, FUTEX_WAKE, INT32_MAX, nullptr);
-  for (int rank = 0; rank < shared.ranks; ++rank)
-    if (rank != shared.rank && !wait(shared, line(shared, rank), turn)) return false;
-  return true;
-}
+uint32_t turn_of(const Shared& shared) { return line(shared, shared.rank).turn.load(std::memory_order_relaxed); }
 
-void put(const Shared& shared, uint32_t turn, const void* x, int64_t bytes) {
+bool put(const Shared& shared, const void* x, int64_t bytes) {
   if (bytes > shared.slot_bytes) throw std::invalid_argument("a collective's data does not fit its slot");
-  std::memcpy(slot(shared, turn, shared.rank), x, bytes);
+  std::memcpy(room(shared), x, bytes);
+  return meet(shared);
 }
 
 // Plain loops, compiled for each instruction set: additions alone, so all of them give the same bits.
@@ -144,15 +137,29 @@ FDSERVE_CLONES void narrow(const float* x, int64_t size, bf16* out) {
 
 }  // namespace
 
-bool all_reduce(const Shared& shared, uint32_t turn, const void* x, int64_t size, Dtype dtype, void* out) {
-  put(shared, turn, x, size * size_of(dtype));
-  if (!meet(shared, turn)) return false;
+char* room(const Shared& shared) { return slot(shared, turn_of(shared) + 1, shared.rank); }
+
+const char* part(const Shared& shared, int rank) { return slot(shared, turn_of(shared), rank); }
+
+bool meet(const Shared& shared) {
+  const uint32_t turn = turn_of(shared) + 1;
+  Line& mine = line(shared, shared.rank);
+  // Sequentially consistent with the sleeper's count and its look at the turn: one of the two sees the other.
+  mine.turn.store(turn);
+  if (mine.sleepers.load() > 0) futex(mine.turn, FUTEX_WAKE, INT32_MAX, nullptr);
+  for (int rank = 0; rank < shared.ranks; ++rank)
+    if (rank != shared.rank && !wait(shared, line(shared, rank), turn)) return false;
+  return true;
+}
+
+bool all_reduce(const Shared& shared, const void* x, int64_t size, Dtype dtype, void* out) {
+  if (!put(shared, x, size * size_of(dtype))) return false;
   constexpr int64_t PART = 1024;  // sums stay in the innermost cache
   alignas(64) float total[PART];
   for (int64_t start = 0; start < size; start += PART) {
     const int64_t count = std::min(PART, size - start);
     for (int rank = 0; rank < shared.ranks; ++rank) {
-      const char* data = slot(shared, turn, rank) + start * size_of(dtype);
+      const char* data = part(shared, rank) + start * size_of(dtype);
       if (dtype == Dtype::kFloat32) {
         if (rank == 0)
           std::memcpy(total, data, count * 4);
@@ -168,17 +175,6 @@ bool all_reduce(const Shared& shared, uint32_t turn, const void* x, int64_t size
       std::memcpy(static_cast<float*>(out) + start, total, count * 4);
     else
       narrow(total, count, static_cast<bf16*>(out) + start);
-  }
-  return true;
-}
-
-bool all_gather(const Shared& shared, uint32_t turn, const void* x, int64_t rows, int64_t width, void* out) {
-  put(shared, turn, x, rows * width);
-  if (!meet(shared, turn)) return false;
-  for (int rank = 0; rank < shared.ranks; ++rank) {
-    const char* from = slot(shared, turn, rank);
-    char* to = static_cast<char*>(out) + rank * width;
-    for (int64_t row = 0; row < rows; ++row) std::memcpy(to + row * shared.ranks * width, from + row * width, width);
   }
   return true;
 }

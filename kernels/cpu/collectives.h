@@ -18,12 +18,13 @@ struct Shared {
 
 inline int64_t shared_bytes(int64_t ranks, int64_t slot_bytes) { return 64 * ranks + 2 * ranks * slot_bytes; }
 
-// Both return false if a peer is gone. `turn` counts the collectives, from 1, and is the same on every rank.
+// An exchange: each rank fills its `room`, `meet`s the others, and reads every `part` until it meets them again.
+// `meet` returns false if a peer is gone, and so does `all_reduce`.
+char* room(const Shared& shared);
+bool meet(const Shared& shared);
+const char* part(const Shared& shared, int rank);
 
 // out[size] = the sum of the ranks' x[size], added in float32 in rank order and rounded once.
-bool all_reduce(const Shared& shared, uint32_t turn, const void* x, int64_t size, Dtype dtype, void* out);
-
-// out[rows][ranks * width]: each rank's x[rows][width], side by side in rank order; `width` in bytes.
-bool all_gather(const Shared& shared, uint32_t turn, const void* x, int64_t rows, int64_t width, void* out);
+bool all_reduce(const Shared& shared, const void* x, int64_t size, Dtype dtype, void* out);
 
 }  // namespace fdserve

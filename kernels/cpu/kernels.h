@@ -214,6 +214,7 @@ struct SampleCall {
   int64_t mask_words;
   const int32_t* mask_rows;      // null: no row has a mask
   const int32_t* logprob_modes;  // null: all raw
+  int64_t first_id;              // of the logits, which may be a part of the vocabulary; ids are of the whole
   int32_t* tokens;
   float* logprobs;
   int32_t* top_ids;

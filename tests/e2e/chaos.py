@@ -116,8 +116,12 @@ class Chaos:
             time.sleep(self.random.uniform(0, 3))
             fresh = [pid for pid in rank_pids(server.process.pid) if pid not in before]
             if fresh:
-                self._signal(self.random.choice(fresh))
+                victim = self.random.choice(fresh)
+                self._signal(victim)
                 signals += 1
+                # It may have been ready, and stopped: only work shows that.
+                load.append(Load(server, stream=False))
+                until(lambda: not Path(f"/proc/{victim}").exists(), RECOVERY_SECONDS)
         self._wait_ready()
         self.report.longest_recovery = max(self.report.longest_recovery, time.monotonic() - began)
         outcomes = [each.outcome() for each in load]
@@ -197,8 +201,7 @@ class Chaos:
         assert len(rank_pids(pid)) == self._ranks
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
         assert all(is_alive(int(child)) for child in children), "a zombie is left"
-        links = [os.readlink(f"/proc/{pid}/fd/{each}") for each in os.listdir(f"/proc/{pid}/fd")]
-        assert not any("memfd" in link for link in links), links
+        assert not any("memfd" in link for link in open_files(pid))
         assert shared_memory() == self._shared
 
     def _count(self, outcomes: list[Outcome]) -> None:
@@ -272,6 +275,11 @@ def process_tree(parent: int) -> list[int]:
     """The children of all threads."""
     lists = [path.read_text() for path in Path(f"/proc/{parent}/task").glob("*/children")]
     return [int(pid) for children in lists for pid in children.split()]
+
+
+def open_files(pid: int) -> list[str]:
+    """What its descriptors name; those that are closed meanwhile excepted."""
+    return [os.path.realpath(path) for path in Path(f"/proc/{pid}/fd").iterdir()]
 
 
 def command(pid: int) -> bytes:

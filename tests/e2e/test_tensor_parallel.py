@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import anyio
 import numpy as np
@@ -12,7 +13,8 @@ import pytest
 
 from fdserve.config import Config
 from fdserve.engine.create import create_engine
-from fdserve.engine.request import Request, SamplingParams, TokenDelta
+from fdserve.engine.engine import Engine
+from fdserve.engine.request import Request, SamplingParams, TokenDelta, TokenLogprobs
 from fdserve.errors import StartupError
 from fdserve.models.checkpoint import check_checkpoint
 from tests.e2e.test_reproducible import serving
@@ -36,29 +38,63 @@ def random_checkpoint(directory: Path, config: dict[str, object]) -> Path:
     return directory
 
 
-@pytest.mark.parametrize(("kind", "ranks"), [("dense", 2), ("dense", 8), ("moe", 2)])
-async def test_the_tokens_are_those_of_one_rank(tmp_path: Path, kind: str, ranks: int) -> None:
-    config = {**(MOE if kind == "moe" else DENSE), **SHAPE}
+SAMPLINGS: list[dict[str, Any]] = [
+    {"temperature": 0.0, "logprobs": 3},
+    {"temperature": 0.0, "repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": 0.2},
+    {"temperature": 0.0, "logprobs": 0, "prompt_logprobs": 4},
+    {"seed": 1, "logprobs": 2},
+    {"seed": 2, "top_k": 5, "logprobs": 1, "temp_scaled_logprobs": True, "temperature": 0.7},
+    {"seed": 3, "top_p": 0.9, "logprobs": 1, "top_p_normalized_logprobs": True},
+    {"seed": 4, "top_p": 0.6, "min_p": 0.01, "temperature": 1.3},
+    {"seed": 5, "min_p": 0.1, "logit_bias": ((7, 5.0), (8, 4.0)), "bad_words": ((9,), (7, 8))},
+    {"seed": 6, "allowed_token_ids": (3, 5, 8, 11, 30, 39), "min_tokens": 20, "eos_token_ids": (5,)},
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "vocab_size", "ranks"),
+    [("dense", 40, 8), ("dense", 8192, 2), ("dense", 5000, 4), ("dense", 8192, 8), ("moe", 40, 2), ("moe", 8192, 8)],
+)
+async def test_the_tokens_are_those_of_one_rank(tmp_path: Path, kind: str, vocab_size: int, ranks: int) -> None:
+    """With a vocabulary that is shared out in whole blocks, or is too small for that, or does not divide."""
+    config = {**(MOE if kind == "moe" else DENSE), **SHAPE, "vocab_size": vocab_size}
     checkpoint = random_checkpoint(tmp_path / "model", config)
-    alone = await generate(checkpoint, 1)
-    together = await generate(checkpoint, ranks)
-    assert [delta.token_ids for delta in together] == [delta.token_ids for delta in alone]
-    assert len({delta.token_ids[0] for delta in alone}) > 3
-    for ours, theirs in zip(together, alone, strict=True):
-        assert ours.logprobs is not None
-        assert theirs.logprobs is not None
-        assert ours.logprobs[0].top_ids == theirs.logprobs[0].top_ids
-        np.testing.assert_allclose(ours.logprobs[0].top_logprobs, theirs.logprobs[0].top_logprobs, atol=1e-4)
+    alone = await generate_all(checkpoint, 1)
+    together = await generate_all(checkpoint, ranks)
+    for sampling, ours, theirs in zip(SAMPLINGS, together, alone, strict=True):
+        assert len(theirs) >= 20
+        assert [delta.token_ids for delta in ours] == [delta.token_ids for delta in theirs], sampling
+        for mine, other in zip(ours, theirs, strict=True):
+            assert_same_logprobs(mine.logprobs, other.logprobs)
+            assert_same_logprobs(mine.prompt_logprobs, other.prompt_logprobs)
+    assert len({delta.token_ids[0] for delta in alone[0]}) > 3
 
 
-async def generate(checkpoint: Path, ranks: int) -> list[TokenDelta]:
-    params = SamplingParams(max_tokens=20, seed=0, temperature=0.0, logprobs=3)
-    async with serving(checkpoint, tensor_parallel_size=ranks, max_num_batched_tokens=32) as engine:
-        deltas: list[TokenDelta] = []
-        with engine.submit(Request(id="r", prompt=[3 + 7 * i % 37 for i in range(50)], params=params)) as generation:
-            while not deltas or deltas[-1].finish_reason is None:
-                deltas += await generation.receive()
-        return deltas
+def assert_same_logprobs(ours: list[TokenLogprobs] | None, theirs: list[TokenLogprobs] | None) -> None:
+    for mine, other in zip(ours or [], theirs or [], strict=True):
+        assert mine.top_ids == other.top_ids
+        np.testing.assert_allclose(mine.logprob, other.logprob, atol=1e-4)
+        np.testing.assert_allclose(mine.top_logprobs, other.top_logprobs, atol=1e-4)
+
+
+async def generate_all(checkpoint: Path, ranks: int) -> list[list[TokenDelta]]:
+    """What each of SAMPLINGS gives, together in one batch."""
+    deltas: list[list[TokenDelta]] = [[] for _ in SAMPLINGS]
+
+    async def generate(engine: Engine, index: int) -> None:
+        params = SamplingParams(**{"max_tokens": 20, "seed": 0, **SAMPLINGS[index]})
+        prompt = [3 + 7 * i % (37 - index) for i in range(50)]
+        with engine.submit(Request(id="r", prompt=prompt, params=params)) as generation:
+            while not deltas[index] or deltas[index][-1].finish_reason is None:
+                deltas[index] += await generation.receive()
+
+    async with (
+        serving(checkpoint, tensor_parallel_size=ranks, max_num_batched_tokens=32) as engine,
+        anyio.create_task_group() as group,
+    ):
+        for index in range(len(SAMPLINGS)):
+            group.start_soon(generate, engine, index)
+    return deltas
 
 
 async def test_all_ranks_start_again_when_one_is_killed(tmp_path: Path) -> None:

@@ -111,7 +111,6 @@ class LocalGroup:
                         "rank": rank,
                         "world_size": self.world_size,
                         "all_reduce": self.collective(rank, paddle.add_n),
-                        "all_gather": self.collective(rank, lambda parts: paddle.concat(parts, axis=-1)),
                     }
                 )
 

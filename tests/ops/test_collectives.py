@@ -35,13 +35,10 @@ for step in range(200):
     parts = [paddle.to_tensor(draw.normal(size=shape).astype(np.float32)).cast(dtype) for _ in range(ranks)]
     if step % 10 == 0:
         time.sleep(nap.random() / 100)
-    if step % 3:
-        total = parts[0].cast("float32")
-        for part in parts[1:]:
-            total = total + part.cast("float32")
-        assert bool((shared.all_reduce(parts[rank]) == total.cast(dtype)).all())
-    else:
-        assert bool((shared.all_gather(parts[rank]) == paddle.concat(parts, axis=1)).all())
+    total = parts[0].cast("float32")
+    for part in parts[1:]:
+        total = total + part.cast("float32")
+    assert bool((shared.all_reduce(parts[rank]) == total.cast(dtype)).all())
 print("all equal")
 """
 TOO_LARGE = """
@@ -94,7 +91,7 @@ def ranks_of(code: str, count: int) -> Iterator[list[subprocess.Popen[str]]]:
 
 
 @pytest.mark.parametrize("count", [2, 3])
-def test_sums_and_rows_are_those_of_rank_order(count: int) -> None:
+def test_sums_are_those_of_rank_order(count: int) -> None:
     with ranks_of(MANY, count) as processes:
         assert [process.communicate(timeout=60)[0] for process in processes] == ["all equal\n"] * count
 

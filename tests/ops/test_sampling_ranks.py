@@ -1,0 +1,124 @@
+"""Sampling by ranks that share the vocabulary: what one rank gives, bit for bit."""
+
+from __future__ import annotations
+
+import os
+import threading
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from fdserve import ops
+from fdserve.ops.collectives import sampling_slot_bytes, shared_bytes, vocabulary_starts
+from tests.ops.arrays import Float, ints, tensor
+from tests.ops.test_sampling import Row, arguments, options, random_logits, random_row, sample
+
+pytestmark = pytest.mark.usefixtures("isa")
+
+
+def sample_shared(
+    logits: Float, rows: list[Row], world_size: int, *, top: int = 0, slot_bytes: int | None = None
+) -> list[list[npt.NDArray[Any]]]:
+    """Each rank's results, the ranks being threads of this process."""
+    vocab = logits.shape[1]
+    slot_bytes = slot_bytes or -(-sampling_slot_bytes(vocab, world_size) // 64) * 64
+    starts = vocabulary_starts(vocab, world_size)
+    memory = os.memfd_create("test")
+    os.ftruncate(memory, shared_bytes(world_size, slot_bytes))
+    results: dict[int, list[npt.NDArray[Any]]] = {}
+
+    def run(rank: int) -> None:
+        shared = ops.SharedMemory(memory, slot_bytes=slot_bytes, rank=rank, world_size=world_size)
+        part = np.ascontiguousarray(logits[:, starts[rank] : starts[rank + 1]])
+        args = [ints(each, each.dtype.name) for each in arguments(rows)]
+        extra = {name: ints(each, each.dtype.name) for name, each in options(rows, vocab).items()}
+        # Twice: nothing may be left over from the call before.
+        for _ in range(2):
+            out = ops.sample(tensor(part, "float32"), *args, vocab_size=vocab, num_top=top, shared=shared, **extra)
+        results[rank] = [each.numpy() for each in out]
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(world_size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    os.close(memory)
+    return [results[rank] for rank in range(world_size)]
+
+
+def expect_that_of_one(logits: Float, rows: list[Row], world_size: int, *, top: int = 0, **settings: Any) -> Any:
+    alone = sample(logits, rows, top=top)
+    for results in sample_shared(logits, rows, world_size, top=top, **settings):
+        for ours, theirs in zip(results, alone, strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+    return alone
+
+
+@pytest.mark.parametrize("world_size", [2, 4, 8])
+@pytest.mark.parametrize("vocab", [40, 2051, 8192, 20000])
+def test_random_rows(world_size: int, vocab: int) -> None:
+    rng = np.random.default_rng(vocab + world_size)
+    rows = [random_row(rng, vocab) for _ in range(100 if vocab < 20000 else 40)]
+    for row in rows:
+        if rng.random() < 0.1:
+            row.forced = int(rng.integers(0, vocab))
+    expect_that_of_one(random_logits(rng, len(rows), vocab), rows, world_size, top=min(vocab, 20))
+
+
+@pytest.mark.parametrize("world_size", [2, 8])
+def test_draws_where_candidates_decide_and_where_they_do_not(world_size: int) -> None:
+    """Peaked rows have a small nucleus, flat ones one that is wider than any number of candidates."""
+    rng = np.random.default_rng(world_size)
+    rows = [Row(top_p=float(rng.uniform(0.05, 0.99)), seed=seed, position=seed % 7) for seed in range(120)]
+    for row in rows[::3]:
+        row.min_p = float(rng.uniform(0.0001, 0.2))
+    for row in rows[::5]:
+        row.top_p = 1.0
+    spreads = np.array([0.0, 0.01, 1, 4, 8])[np.arange(120) % 5]
+    logits = (rng.standard_normal((120, 9000)) * spreads[:, None]).astype(np.float32)
+    tokens = expect_that_of_one(logits, rows, world_size, top=5)[0]
+    assert len(set(tokens.tolist())) > 60
+
+
+def test_flat_rows_of_the_real_size() -> None:
+    rng = np.random.default_rng(1)
+    rows = [Row(seed=seed) for seed in range(4)] + [Row(top_p=0.9, seed=seed) for seed in range(4)]
+    rows += [Row(top_p=0.5, mode=mode, seed=mode) for mode in range(4)] + [Row(top_k=k) for k in (1, 256, 257, 5000)]
+    expect_that_of_one((rng.standard_normal((16, 103424)) * 0.01).astype(np.float32), rows, 2, top=20)
+
+
+def test_a_draw_at_every_place_of_the_running_sum() -> None:
+    """The ends of blocks and of parts included."""
+    logits = np.full((1, 4096), -200, np.float32)
+    logits[0, [0, 1023, 1024, 2047, 2048, 4095]] = [1, 2, 3, 3, 2, 1]
+    rows = [Row(seed=seed) for seed in range(200)]
+    tokens = expect_that_of_one(np.repeat(logits, 200, axis=0), rows, 4)[0]
+    assert set(tokens.tolist()) == {0, 1023, 1024, 2047, 2048, 4095}
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_rows_that_cannot_be_sampled(rank: int) -> None:
+    logits = np.zeros((5, 4096), np.float32)
+    logits[0, rank * 2048] = np.nan
+    logits[1, rank * 2048 + 5] = np.inf
+    logits[2] = -np.inf
+    rows = [Row(), Row(temperature=0.0), Row(), Row(allowed=[]), Row(bias={rank * 2048: float("nan")})]
+    tokens = expect_that_of_one(logits, rows, 2, top=3)[0]
+    assert tokens.tolist() == [-1, -1, -1, -2, -1]
+
+
+def test_more_rows_than_a_slot_holds() -> None:
+    rng = np.random.default_rng(2)
+    rows = [random_row(rng, 4096) for _ in range(50)]
+    logits = random_logits(rng, 50, 4096)
+    expect_that_of_one(logits, rows, 2, top=5, slot_bytes=3 * 8192)
+
+
+def test_parts_are_whole_blocks_where_there_are_enough() -> None:
+    assert vocabulary_starts(103424, 2) == [0, 51200, 103424]
+    assert vocabulary_starts(103424, 8)[-2:] == [90112, 103424]
+    assert vocabulary_starts(40, 8) == [0, 5, 10, 15, 20, 25, 30, 35, 40]
+    assert vocabulary_starts(10, 4) == [0, 2, 5, 7, 10]
+    assert vocabulary_starts(5000, 4) == [0, 1024, 2048, 3072, 5000]
