@@ -89,6 +89,8 @@ struct RowKernels {
   void (*rms_norm)(const void* x, const void* residual, const void* weight, float eps, int64_t size, void* out,
                    void* total);
   void (*swiglu)(const void* x, int64_t size, void* out);
+  // acc[rows][64], its first `width` columns, into rows `stride` bytes apart.
+  void (*put)(const float* acc, int64_t rows, int64_t width, void* out, int64_t stride);
   void (*add)(const float* total, const void* shared, int64_t size, void* out);
   // x[heads][head_dim] rotated by rope[head_dim] into out.
   void (*rotate)(const void* x, int64_t heads, int64_t head_dim, const float* rope, void* out);

@@ -1,8 +1,9 @@
 // Rows times a packed matrix, and the other operators that work a row at a time.
 //
-// Work is cut into (block of rows, run of panels) tasks. Within one, k is cut into slices of a panel that stay in cache
-// while the rows pass over it; the float sums are stored and loaded back exactly between slices, so every output element
-// is one chain over k whatever the cut. Which thread does what changes nothing.
+// Work is cut into (block of rows, panel) tasks, of which a thread takes consecutive ones: a long stream for the hardware
+// to fetch ahead. Within one, k is cut into slices of a panel that stay in cache while the rows pass over it; the float
+// sums are stored and loaded back exactly between slices, so every output element is one chain over k whatever the cut.
+// Which thread does what changes nothing.
 #include <algorithm>
 #include <cstring>
 
@@ -16,7 +17,7 @@ namespace {
 // Of a panel: short slices overlap memory and arithmetic best while memory is the bound, long ones spare stores after.
 constexpr int64_t FEW_ROWS = 18, FEW_SLICE_BYTES = 16 << 10, SLICE_BYTES = 64 << 10;
 constexpr int64_t ROW_BLOCK = 192;         // rows whose sums and inputs share L2 with a slice
-constexpr int64_t TASK_BYTES = 1 << 20;    // of panels a task streams: long runs suit the hardware's prefetch
+constexpr int64_t GEMM_PASS = 6;           // rows that a pass of the panel product takes
 constexpr int64_t BYTES_CHUNK = 32 << 10;  // of activations a task rounds
 
 int64_t slice_bytes(int64_t rows) { return rows <= FEW_ROWS ? FEW_SLICE_BYTES : SLICE_BYTES; }
@@ -83,21 +84,18 @@ void linear(const void* x, int64_t tokens, Dtype dtype, const Matrix& weight, vo
   const Rows rows = prepared_rows(x, tokens, k, dtype, weight.format, kScratchCall);
   const int64_t bytes = panel_bytes(weight.format, k), count = (n + PANEL - 1) / PANEL;
   const int64_t row_blocks = (tokens + ROW_BLOCK - 1) / ROW_BLOCK;
-  // Enough tasks to share out evenly, long enough to stream.
-  const int64_t share = std::max<int64_t>(1, count * row_blocks / (4 * num_threads()));
-  const int64_t run = std::min(share, std::max<int64_t>(1, TASK_BYTES / bytes));
-  const int64_t runs = (count + run - 1) / run;
   const int64_t out_size = size_of(out_dtype);
-  parallel(row_blocks * runs, [&](int64_t task) {
-    const int64_t first = task / runs * ROW_BLOCK, block = std::min(ROW_BLOCK, tokens - first);
-    float* acc = scratch<float>(kScratchTile, block * PANEL);
-    for (int64_t p = task % runs * run; p < std::min(count, (task % runs + 1) * run); ++p) {
-      panel_product(kernels, weight.format, rows.from(first), block, k,
-                    static_cast<const char*>(weight.panels) + p * bytes, acc);
-      const int64_t width = std::min(PANEL, n - p * PANEL);
-      char* to = static_cast<char*>(out) + (first * n + p * PANEL) * out_size;
-      for (int64_t r = 0; r < block; ++r) out_kernels.add(acc + r * PANEL, nullptr, width, to + r * n * out_size);
-    }
+  // Blocks as even as can be, in whole passes of the panel product.
+  const auto row_block = [&](int64_t block) {
+    return block == row_blocks ? tokens : block * tokens / row_blocks / GEMM_PASS * GEMM_PASS;
+  };
+  parallel(row_blocks * count, [&](int64_t task) {
+    const int64_t first = row_block(task / count), end = row_block(task / count + 1);
+    const int64_t p = task % count, width = std::min(PANEL, n - p * PANEL);
+    float* acc = scratch<float>(kScratchTile, (end - first) * PANEL);
+    panel_product(kernels, weight.format, rows.from(first), end - first, k,
+                  static_cast<const char*>(weight.panels) + p * bytes, acc);
+    out_kernels.put(acc, end - first, width, static_cast<char*>(out) + (first * n + p * PANEL) * out_size, n * out_size);
   });
 }
 

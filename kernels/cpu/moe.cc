@@ -127,7 +127,7 @@ class Moe {
         panel_product(kernels, experts.format, rows.from(first), count, k, panel, acc);
         const int64_t width = std::min(PANEL, n - p * PANEL);
         char* to = static_cast<char*>(out) + (first * n + p * PANEL) * out_size;
-        for (int64_t r = 0; r < count; ++r) out_kernels.add(acc + r * PANEL, nullptr, width, to + r * n * out_size);
+        out_kernels.put(acc, count, width, to, n * out_size);
       }
     });
   }

@@ -158,11 +158,23 @@ template <class E>
 void gather_integers(const Matrix& table, int64_t id, E* out) {
   const char* panel = static_cast<const char*>(table.panels) + id / PANEL * panel_bytes(table.format, table.k);
   const int64_t column = id % PANEL;
-  for (int64_t i = 0; i < table.k; ++i) {
-    const char* group = panel + i / GROUP * group_bytes(table.format);
+  const bool nibbles = table.format == Format::kWint4;
+  // A row is scattered over a panel: ask for all of it before waiting for any.
+  for (int64_t first = 0, at = 0; first < table.k; first += GROUP, at += group_bytes(table.format)) {
+    __builtin_prefetch(panel + at + column * 2);
+    for (int64_t i = 0; i < GROUP; i += nibbles ? 8 : 4)
+      __builtin_prefetch(panel + at + PANEL * 2 + (i / (nibbles ? 8 : 4) * 4 + column / 16) * 64);
+  }
+  for (int64_t first = 0; first < table.k; first += GROUP, panel += group_bytes(table.format)) {
     float scale;
-    convert(reinterpret_cast<const bf16*>(group)[column], scale);
-    convert(static_cast<float>(weight_at(group + PANEL * 2, table.format, i % GROUP, column)) * scale, out[i]);
+    convert(reinterpret_cast<const bf16*>(panel)[column], scale);
+    const char* packed = panel + PANEL * 2;
+    const int64_t count = std::min(GROUP, table.k - first);
+    // The format known where the loop is compiled: divisions become shifts.
+    for (int64_t i = 0; i < count; ++i) {
+      const int value = nibbles ? weight_at(packed, Format::kWint4, i, column) : weight_at(packed, Format::kWint8, i, column);
+      convert(static_cast<float>(value) * scale, out[first + i]);
+    }
   }
 }
 

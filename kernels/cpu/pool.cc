@@ -25,13 +25,19 @@ int available_cores() {
   return sched_getaffinity(0, sizeof(set), &set) == 0 && CPU_COUNT(&set) > 0 ? CPU_COUNT(&set) : 1;
 }
 
+// A thread's share of the tasks: consecutive, so that it streams through what they read. It takes them from the front, and
+// when none is left takes from the shares of others.
+struct alignas(64) Share {
+  std::atomic<int64_t> next{0};
+  int64_t end = 0;
+};
+
 // `state` is (epoch | open | number of workers inside). A worker may enter only while the epoch is open; the caller closes
 // it when no task is left, then waits for those inside. So a worker that is late or asleep is never waited for.
 struct Pool {
   void (*body)(void*, int64_t) = nullptr;
   void* arg = nullptr;
-  int64_t total = 0;
-  alignas(64) std::atomic<int64_t> next{0};
+  std::vector<Share> shares;
   alignas(64) std::atomic<uint64_t> state{0};
   alignas(64) std::atomic<int> sleepers{0};
   std::atomic<bool> stopping{false};
@@ -41,8 +47,11 @@ struct Pool {
   int threads = available_cores();
   bool started = false;
 
-  void run_tasks() {
-    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < total;) body(arg, i);
+  void run_tasks(size_t thread) {
+    for (size_t s = 0; s < shares.size(); ++s) {
+      Share& share = shares[(thread + s) % shares.size()];
+      for (int64_t i; (i = share.next.fetch_add(1, std::memory_order_relaxed)) < share.end;) body(arg, i);
+    }
   }
 
   bool fresh(uint64_t seen) const {
@@ -63,7 +72,7 @@ struct Pool {
     sleepers.fetch_sub(1, std::memory_order_seq_cst);
   }
 
-  void work() {
+  void work(size_t thread) {
     uint64_t seen = 0;
     while (true) {
       wait_past(seen);
@@ -72,7 +81,7 @@ struct Pool {
       seen = now / EPOCH;
       while ((now & OPEN) != 0 && now / EPOCH == seen) {
         if (!state.compare_exchange_weak(now, now + 1, std::memory_order_acq_rel)) continue;
-        run_tasks();
+        run_tasks(thread);
         state.fetch_sub(1, std::memory_order_release);
         break;
       }
@@ -81,7 +90,8 @@ struct Pool {
 
   void start() {
     started = true;
-    for (int i = 1; i < threads; ++i) workers.emplace_back([this] { work(); });
+    shares = std::vector<Share>(static_cast<size_t>(threads));
+    for (size_t i = 1; i < shares.size(); ++i) workers.emplace_back([this, i] { work(i); });
   }
 
   void stop() {
@@ -98,15 +108,19 @@ struct Pool {
 
   void call(int64_t n, void (*fn)(void*, int64_t), void* argument) {
     if (!started) start();
-    body = fn, arg = argument, total = n;
-    next.store(0, std::memory_order_relaxed);
+    body = fn, arg = argument;
+    const int64_t count = static_cast<int64_t>(shares.size());
+    for (int64_t s = 0; s < count; ++s) {
+      shares[static_cast<size_t>(s)].next.store(n * s / count, std::memory_order_relaxed);
+      shares[static_cast<size_t>(s)].end = n * (s + 1) / count;
+    }
     uint64_t epoch = (state.load(std::memory_order_relaxed) / EPOCH + 1) * EPOCH;
     state.store(epoch | OPEN, std::memory_order_seq_cst);
     if (sleepers.load(std::memory_order_seq_cst) > 0) {
       std::lock_guard<std::mutex> lock(sleep_mutex);
       wake.notify_all();
     }
-    run_tasks();
+    run_tasks(0);
     state.fetch_and(~OPEN, std::memory_order_acq_rel);
     for (int spins = 0; (state.load(std::memory_order_acquire) & ACTIVE) != 0; ++spins) {
       if (spins < 10000) pause(); else std::this_thread::yield();

@@ -43,7 +43,7 @@ void rms_norm_row(const void* x_, const void* residual_, const void* weight_, fl
 FD_INLINE vf silu_times(vf gate, vf up) {
   // silu(g) = g / (1 + e^-g) = g e^g / (1 + e^g): whichever has no positive exponent.
   const vf e = exp(gate < vf{} ? gate : -gate);
-  return gate * (gate < vf{} ? e : splat(1.0f)) / (splat(1.0f) + e) * up;
+  return gate * (gate < vf{} ? e : splat(1.0f)) * inverse(splat(1.0f) + e) * up;
 }
 
 template <class E>
@@ -64,6 +64,17 @@ inline void axpy_row(const float* x, float weight, int64_t size, float* total) {
   const int tail = static_cast<int>(size - whole);
   if (tail != 0)
     store_some(total + whole, fma(load_some(x + whole, tail), splat(weight), load_some(total + whole, tail)), tail);
+}
+
+template <class E>
+void put_rows(const float* acc, int64_t rows, int64_t width, void* out_, int64_t stride) {
+  char* out = static_cast<char*>(out_);
+  for (int64_t r = 0; r < rows; ++r, acc += PANEL, out += stride) {
+    E* to = reinterpret_cast<E*>(out);
+    int64_t i = 0;
+    for (; i + VL <= width; i += VL) store(to + i, load(acc + i));
+    if (i < width) store_some(to + i, load(acc + i), static_cast<int>(width - i));
+  }
 }
 
 // total (float32) + shared (when there is one), rounded to E.

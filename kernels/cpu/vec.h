@@ -117,6 +117,17 @@ FD_INLINE vf exp(vf x) {
   return x < splat(-87.3f) ? vf{} : y * (vf)power;
 }
 
+// 1 / x for x far from 0 and infinity, within 2 units in the last place.
+FD_INLINE vf inverse(vf x) {
+#if VL == 16
+  vf y = (vf)_mm512_rcp14_ps((__m512)x);
+  y = fma(y, fma(-x, y, splat(1.0f)), y);
+  return fma(y, fma(-x, y, splat(1.0f)), y);
+#else
+  return splat(1.0f) / x;
+#endif
+}
+
 FD_INLINE float exp1(float x) { return exp(splat(x))[0]; }
 
 }  // namespace FD_ISA
