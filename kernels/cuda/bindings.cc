@@ -135,19 +135,32 @@ std::vector<Tensor> attention(const Tensor& qkv, const Tensor& k_cache, const Te
 }
 
 std::vector<Tensor> moe(const Tensor& x, const Tensor& gate, const Tensor& correction_bias, const Tensor& up_gate,
-                        const Tensor& down, const paddle::optional<Tensor>& shared, int64_t inner, int64_t top_k,
-                        float norm_min) {
+                        const Tensor& down, const paddle::optional<Tensor>& up_gate_scales,
+                        const paddle::optional<Tensor>& down_scales, const paddle::optional<Tensor>& shared, int bits,
+                        int64_t inner, int64_t top_k, float norm_min) {
   const int64_t experts = gate.shape()[0], hidden = x.shape()[1];
   require(x.shape().size() == 2 && gate.shape().size() == 2 && gate.shape()[1] == hidden && correction_bias.numel() == experts,
           "moe: x must be [T, H], gate [E, H] and correction_bias [E]");
-  require(up_gate.numel() == experts * 2 * inner * hidden && down.numel() == experts * hidden * inner &&
-              up_gate.dtype() == x.dtype() && down.dtype() == x.dtype(),
-          "moe: up_gate must be [E, 2I, H] and down [E, H, I], of the dtype of x");
+  const int64_t bytes = bits == 16 ? 2 : 1, packed = bits == 4 ? 2 : 1;
+  require(up_gate.numel() * packed == experts * 2 * inner * hidden && down.numel() * packed == experts * hidden * inner &&
+              static_cast<int64_t>(phi::SizeOf(up_gate.dtype())) == bytes &&
+              static_cast<int64_t>(phi::SizeOf(down.dtype())) == bytes,
+          "moe: up_gate must be [E, 2I, H] and down [E, H, I], of that many bits");
+  int group = 0;
+  if (bits != 16) {
+    require(up_gate_scales && down_scales && up_gate_scales->shape().size() == 3 && down_scales->shape().size() == 3,
+            "moe: integers need scales");
+    group = static_cast<int>(hidden / up_gate_scales->shape()[2]);
+    require(group % 64 == 0 && hidden % group == 0 && down_scales->shape()[2] * group == inner,
+            "moe: the scales' groups must be the same multiple of 64");
+  }
   Tensor out = make(x.shape(), x.dtype(), x);
-  const FdserveMoe call = {x.data(), data_of<float>(gate, DataType::FLOAT32, "moe: gate must be float32"),
-                           data_of<float>(correction_bias, DataType::FLOAT32, "moe: correction_bias must be float32"),
-                           up_gate.data(), down.data(), shared ? shared->data() : nullptr, out.data(), x.shape()[0], hidden,
-                           inner, experts, top_k, norm_min};
+  constexpr const char* KIND = "moe: gate, correction_bias and scales must be float32";
+  const auto floats = [&](const Tensor& each) { return data_of<float>(each, DataType::FLOAT32, KIND); };
+  const FdserveMoe call = {x.data(), floats(gate), floats(correction_bias), up_gate.data(), down.data(),
+                           bits != 16 ? floats(*up_gate_scales) : nullptr, bits != 16 ? floats(*down_scales) : nullptr,
+                           shared ? shared->data() : nullptr, out.data(), x.shape()[0], hidden, inner, experts, top_k, bits,
+                           group, norm_min};
   Tensor workspace = make({fdserve_cuda_moe_workspace(&call)}, DataType::UINT8, x);
   check(fdserve_cuda_moe(&call, dtype_of(x), workspace.data(), stream_of(x)), "moe");
   return {out};
@@ -204,9 +217,10 @@ PD_BUILD_OP(fdserve_attention)
     .SetKernelFn(PD_KERNEL(attention));
 
 PD_BUILD_OP(fdserve_moe)
-    .Inputs({"x", "gate", "correction_bias", "up_gate", "down", paddle::Optional("shared")})
+    .Inputs({"x", "gate", "correction_bias", "up_gate", "down", paddle::Optional("up_gate_scales"),
+             paddle::Optional("down_scales"), paddle::Optional("shared")})
     .Outputs({"out"})
-    .Attrs({"inner: int64_t", "top_k: int64_t", "norm_min: float"})
+    .Attrs({"bits: int", "inner: int64_t", "top_k: int64_t", "norm_min: float"})
     .SetKernelFn(PD_KERNEL(moe));
 
 PD_BUILD_OP(fdserve_sample)

@@ -61,16 +61,20 @@ FDSERVE_EXPORT cudaError_t fdserve_cuda_quant_linear(const void* x, int64_t toke
                                                      int bits, int group, int64_t in_features, int64_t out_features,
                                                      int dtype, int to_float, void* out, cudaStream_t stream);
 
-// A mixture-of-experts layer; at most 256 experts and 16 choices. `hidden` and `inner` are multiples of 8.
+// A mixture-of-experts layer; at most 256 experts and 16 choices. `hidden` and `inner` are multiples of 8, and of `group`
+// where the experts are integers.
 struct FdserveMoe {
   const void* x;                 // [T][hidden]
   const float* gate;             // [experts][hidden]
   const float* correction_bias;  // [experts]
   const void* up_gate;           // [experts][2 inner][hidden], the gate's rows first
   const void* down;              // [experts][hidden][inner]
+  const float* up_gate_scales;   // of `bits` 8 or 4, as for quant_linear; null with 16
+  const float* down_scales;
   const void* shared;            // [T][hidden], added last; may be null
   void* out;                     // [T][hidden]
   int64_t tokens, hidden, inner, experts, top_k;
+  int bits, group;
   float norm_min;
 };
 FDSERVE_EXPORT int64_t fdserve_cuda_moe_workspace(const FdserveMoe* call);

@@ -121,11 +121,11 @@ __device__ inline bool find_tile(const int* first_slot, int experts, int tile, i
 }
 
 // inner[slot][I] = silu(gate) * up of the slot's token. A warp's 32 columns are 16 of the gate and the same 16 of up.
-template <class T, int BM>
+template <class T, int BM, int BITS>
 __global__ void __launch_bounds__(GEMM_THREADS)
-    up_gate_kernel(const T* x, const T* up_gate, const int* first_slot, const int* chosen_at, int experts, int top_k,
+    up_gate_kernel(const T* x, Weights up_gate, const int* first_slot, const int* chosen_at, int experts, int top_k,
                    int64_t hidden, int64_t inner, T* out) {
-  using Tile = GemmTile<T, BM, 16>;
+  using Tile = GemmTile<T, BM, BITS>;
   int expert, first, end;
   if (!find_tile(first_slot, experts, blockIdx.y, BM, expert, first, end)) return;
   const int64_t first_column = static_cast<int64_t>(blockIdx.x) * (GEMM_COLUMNS / 2);
@@ -136,7 +136,7 @@ __global__ void __launch_bounds__(GEMM_THREADS)
               const int64_t column = column_at(j);
               return column < inner ? (static_cast<int64_t>(expert) * 2 + j % 32 / 16) * inner + column : int64_t{-1};
             },
-            Weights{up_gate, nullptr, hidden, 0}, sums);
+            up_gate, sums);
   const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
 #pragma unroll
   for (int m = 0; m < BM / 16; ++m)
@@ -153,18 +153,18 @@ __global__ void __launch_bounds__(GEMM_THREADS)
 }
 
 // answers[slot][H] = the slot's expert on inner[slot], float32.
-template <class T, int BM>
+template <class T, int BM, int BITS>
 __global__ void __launch_bounds__(GEMM_THREADS)
-    down_kernel(const T* inner_rows, const T* down, const int* first_slot, int experts, int64_t hidden, int64_t inner,
+    down_kernel(const T* inner_rows, Weights down, const int* first_slot, int experts, int64_t hidden, int64_t inner,
                 float* answers) {
-  using Tile = GemmTile<T, BM, 16>;
+  using Tile = GemmTile<T, BM, BITS>;
   int expert, first, end;
   if (!find_tile(first_slot, experts, blockIdx.y, BM, expert, first, end)) return;
   const int64_t first_column = static_cast<int64_t>(blockIdx.x) * GEMM_COLUMNS;
   typename Tile::Sums sums = {};
   Tile::run([&](int i) { return first + i < end ? inner_rows + (first + i) * inner : nullptr; },
             [&](int j) { return first_column + j < hidden ? expert * hidden + first_column + j : int64_t{-1}; },
-            Weights{down, nullptr, inner, 0}, sums);
+            down, sums);
   const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
 #pragma unroll
   for (int m = 0; m < BM / 16; ++m)
@@ -212,20 +212,22 @@ struct Workspace {
   }
 };
 
-template <class T, int BM>
+template <class T, int BM, int BITS>
 void products(const FdserveMoe& call, const Workspace& at, char* base, cudaStream_t stream) {
   const int64_t slots = call.tokens * call.top_k;
   const int64_t tiles = slots / BM + (slots < call.experts ? slots : call.experts);
   const int experts = static_cast<int>(call.experts);
   const int* first_slot = reinterpret_cast<const int*>(base + at.first_slot);
   T* inner = reinterpret_cast<T*>(base + at.inner);
-  constexpr int HALF = GEMM_COLUMNS / 2, BYTES = GemmTile<T, BM, 16>::SHARED_BYTES;
-  launch(up_gate_kernel<T, BM>, dim3((call.inner + HALF - 1) / HALF, tiles), dim3(GEMM_THREADS), BYTES, stream,
-         static_cast<const T*>(call.x), static_cast<const T*>(call.up_gate), first_slot,
+  constexpr int HALF = GEMM_COLUMNS / 2, BYTES = GemmTile<T, BM, BITS>::SHARED_BYTES;
+  const Weights up_gate = {call.up_gate, call.up_gate_scales, call.hidden, call.group};
+  const Weights down = {call.down, call.down_scales, call.inner, call.group};
+  launch(up_gate_kernel<T, BM, BITS>, dim3((call.inner + HALF - 1) / HALF, tiles), dim3(GEMM_THREADS), BYTES, stream,
+         static_cast<const T*>(call.x), up_gate, first_slot,
          reinterpret_cast<const int*>(base + at.chosen_at), experts, static_cast<int>(call.top_k), call.hidden, call.inner,
          inner);
-  launch(down_kernel<T, BM>, dim3((call.hidden + GEMM_COLUMNS - 1) / GEMM_COLUMNS, tiles), dim3(GEMM_THREADS), BYTES, stream,
-         static_cast<const T*>(inner), static_cast<const T*>(call.down), first_slot, experts, call.hidden, call.inner,
+  launch(down_kernel<T, BM, BITS>, dim3((call.hidden + GEMM_COLUMNS - 1) / GEMM_COLUMNS, tiles), dim3(GEMM_THREADS), BYTES, stream,
+         static_cast<const T*>(inner), down, first_slot, experts, call.hidden, call.inner,
          reinterpret_cast<float*>(base + at.answers));
 }
 
@@ -241,7 +243,13 @@ void moe(const FdserveMoe& call, void* workspace, cudaStream_t stream) {
          call.correction_bias, static_cast<int>(call.hidden), experts, top_k, call.norm_min, chosen, weights);
   launch(group_kernel, dim3(experts), dim3(WARP), 0, stream, static_cast<const int*>(chosen), slots, experts,
          reinterpret_cast<int*>(base + at.first_slot), slot_of, reinterpret_cast<int*>(base + at.chosen_at));
-  (slots <= 16 * call.experts ? products<T, 16> : products<T, 64>)(call, at, base, stream);
+  const bool few = slots <= 16 * call.experts;
+  if (call.bits == 16)
+    (few ? products<T, 16, 16> : products<T, 64, 16>)(call, at, base, stream);
+  else if (call.bits == 8)
+    (few ? products<T, 16, 8> : products<T, 64, 8>)(call, at, base, stream);
+  else
+    (few ? products<T, 16, 4> : products<T, 64, 4>)(call, at, base, stream);
   launch(combine_kernel<T>, dim3(call.tokens), dim3(256), 0, stream, reinterpret_cast<const float*>(base + at.answers),
          static_cast<const int*>(slot_of), static_cast<const float*>(weights), static_cast<const T*>(call.shared), top_k,
          call.hidden, static_cast<T*>(call.out));

@@ -197,30 +197,64 @@ class CMoe(ctypes.Structure):
     """FdserveMoe of launchers.h."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("x", "gate", "correction_bias", "up_gate", "down", "shared", "out")),
+        *((name, ctypes.c_void_p) for name in ("x", "gate", "correction_bias", "up_gate", "down")),
+        *((name, ctypes.c_void_p) for name in ("up_gate_scales", "down_scales", "shared", "out")),
         *((name, ctypes.c_int64) for name in ("tokens", "hidden", "inner", "experts", "top_k")),
+        *((name, ctypes.c_int) for name in ("bits", "group")),
         ("norm_min", ctypes.c_float),
     ]
 
 
+GROUP = 64
+
+
+def quantized(rng: Generator, shape: tuple[int, ...], bits: int) -> tuple[Array, Array, Array]:
+    """Integers as they are stored, their scales, and what they stand for."""
+    high = 1 << bits - 1
+    integers = rng.integers(-high, high, size=shape)
+    scales = rng.uniform(0.5, 1.5, size=(*shape[:-1], shape[-1] // GROUP)) / high / np.sqrt(shape[-1])
+    scales = scales.astype(np.float32)
+    stored = integers.astype(np.int8)
+    if bits == 4:
+        stored = ((integers[..., ::2] + 8) | (integers[..., 1::2] + 8) << 4).astype(np.uint8)
+    return stored, scales, integers * np.repeat(scales.astype(np.float64), GROUP, axis=-1)
+
+
 def moe(
-    device: Device, rng: Generator, dtype: str, tokens: int, hidden: int, inner: int, experts: int, top_k: int
+    device: Device,
+    rng: Generator,
+    dtype: str,
+    tokens: int,
+    hidden: int,
+    inner: int,
+    experts: int,
+    top_k: int,
+    bits: int = 16,
 ) -> None:
     """Right, and a token alone has the same bits."""
     x = rounded(rng.normal(size=(tokens, hidden)), dtype)
     gate = (rng.normal(size=(experts, hidden)) / np.sqrt(hidden) * 3).astype(np.float32)
     bias = rng.normal(size=experts).astype(np.float32) * 0.1
-    up_gate = rounded(rng.normal(size=(experts, 2 * inner, hidden)) / np.sqrt(hidden), dtype)
-    down = rounded(rng.normal(size=(experts, hidden, inner)) / np.sqrt(inner), dtype)
+    shapes = (experts, 2 * inner, hidden), (experts, hidden, inner)
+    if bits == 16:
+        up_gate, down = (rounded(rng.normal(size=shape) / np.sqrt(shape[-1]), dtype) for shape in shapes)
+        weights = [device.put(to_bits(each, dtype)) for each in (up_gate, down)]
+        scales: list[Buffer] = []
+    else:
+        parts = [quantized(rng, shape, bits) for shape in shapes]
+        weights, scales = ([device.put(part[at]) for part in parts] for at in (0, 1))
+        up_gate, down = (part[2] for part in parts)
     shared = rounded(rng.normal(size=(tokens, hidden)), dtype)
-    weights = [device.put(gate), device.put(bias), *(device.put(to_bits(each, dtype)) for each in (up_gate, down))]
+    routing = [device.put(gate), device.put(bias)]
 
     def run(rows: slice) -> Array:
         count = len(x[rows])
         inputs = [device.put(to_bits(each[rows], dtype)) for each in (x, shared)]
         out = device.empty((count, hidden), np.uint16)
-        pointers = [buffer.pointer for buffer in (inputs[0], *weights, inputs[1], out)]
-        call = CMoe(*pointers, count, hidden, inner, experts, top_k, 1e-12)
+        pointers = [buffer.pointer for buffer in (inputs[0], *routing, *weights)]
+        pointers += [buffer.pointer for buffer in scales] or [None, None]
+        pointers += [inputs[1].pointer, out.pointer]
+        call = CMoe(*pointers, count, hidden, inner, experts, top_k, bits, GROUP, 1e-12)
         size = device.library.fdserve_cuda_moe_workspace(ctypes.byref(call))
         workspace = device.empty((max(size, 1),), np.uint8)
         device.call("fdserve_cuda_moe", ctypes.byref(call), code(dtype), workspace)
@@ -248,15 +282,8 @@ def quant_linear(
     device: Device, rng: Generator, dtype: str, bits: int, tokens: int, depth: int, columns: int, *, to_float: bool
 ) -> None:
     """Right, and a row alone has the same bits."""
-    group = 64
     x = rounded(rng.normal(size=(tokens, depth)), dtype)
-    high = 1 << bits - 1
-    integers = rng.integers(-high, high, size=(columns, depth))
-    scales = (rng.uniform(0.5, 1.5, size=(columns, depth // group)) / high / np.sqrt(depth)).astype(np.float32)
-    if bits == 8:
-        stored = integers.astype(np.int8)
-    else:
-        stored = ((integers[:, ::2] + 8) | (integers[:, 1::2] + 8) << 4).astype(np.uint8)
+    stored, scales, values = quantized(rng, (columns, depth), bits)
     weight, scale = device.put(stored), device.put(scales)
 
     def run(rows: slice) -> Array:
@@ -264,12 +291,12 @@ def quant_linear(
         out = device.empty((count, columns), np.float32 if to_float else np.uint16)
         device.call(
             "fdserve_cuda_quant_linear", device.put(to_bits(x[rows], dtype)), count, weight, scale, ctypes.c_int(bits),
-            ctypes.c_int(group), depth, columns, code(dtype), ctypes.c_int(to_float), out,
+            ctypes.c_int(GROUP), depth, columns, code(dtype), ctypes.c_int(to_float), out,
         )  # fmt: skip
         return device.get(out)
 
     together = run(slice(None))
-    expected = x.astype(np.float64) @ (integers * np.repeat(scales.astype(np.float64), group, axis=1)).T
+    expected = x.astype(np.float64) @ values.T
     if to_float:
         close(together, expected, 1e-4)
     else:

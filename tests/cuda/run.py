@@ -49,6 +49,8 @@ def cases() -> Iterator[tuple[str, Check]]:
         (33, 2560, 1536, 64, 6),
     ):
         yield f"moe {sizes}", lambda d, r, t, s=sizes: checks.moe(d, r, t, *s)  # type: ignore[misc]
+    for bits in (8, 4):
+        yield f"moe of wint{bits}", lambda d, r, t, b=bits: checks.moe(d, r, t, 70, 2560, 1536, 8, 2, b)  # type: ignore[misc]
     for rows in ((16, 1003, 1003, 5), (16, 9000, 8900, 20), (8, 40, 33, 0), (4, 64, 3, 64), (256, 103424, 103424, 20)):
         yield f"sample {rows}", lambda d, r, t, a=rows: sampling.sample(d, r, *a)  # type: ignore[misc]
     for bits in (8, 4):

@@ -78,6 +78,12 @@ def test_moe(
 
 @every_dtype
 @pytest.mark.parametrize("bits", [8, 4])
+def test_moe_of_integers(device: Emulated, rng: np.random.Generator, dtype: str, bits: int) -> None:
+    checks.moe(device, rng, dtype, 9, 128, 64, 4, 2, bits)
+
+
+@every_dtype
+@pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize(("tokens", "depth", "columns"), [(1, 192, 130), (16, 64, 128), (17, 128, 40), (70, 64, 8)])
 def test_quant_linear(
     device: Emulated, rng: np.random.Generator, dtype: str, bits: int, tokens: int, depth: int, columns: int

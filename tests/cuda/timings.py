@@ -200,7 +200,7 @@ def experts(gpu: Gpu, copy: float, matmul: float) -> Iterator[Figure]:
     for tokens in (1, 8, 64, 512, 4096):
         x, out = bf16(tokens, hidden), bf16(tokens, hidden)
         pointers = [tensor.data_ptr() for tensor in (x, gate, bias, up_gate, down)]
-        call = CMoe(*pointers, None, out.data_ptr(), tokens, hidden, inner, count, top_k, 1e-12)
+        call = CMoe(*pointers, None, None, None, out.data_ptr(), tokens, hidden, inner, count, top_k, 16, 0, 1e-12)
         size = gpu.library.fdserve_cuda_moe_workspace(ctypes.byref(call))
         workspace = torch.empty(size, dtype=torch.uint8, device="cuda")
         took = seconds(
