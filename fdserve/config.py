@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
+import msgspec
 import yaml
 
 import fdserve
@@ -89,6 +91,9 @@ class Config:
         "how weights are stored: none (as computed with), wint8, wint4 or w8a8 (8-bit activations, too)",
         choices=("none", "wint8", "wint4", "w8a8"),
     )
+    speculative_config: str = _setting(
+        "", "JSON", 'how to guess next tokens, such as {"method": "ngram", "num_speculative_tokens": 4}; empty for not'
+    )
     tokenizer_backend: str = _setting(
         "auto", "NAME", "what reads the tokenizer: auto, native or paddlenlp", choices=("auto", "native", "paddlenlp")
     )
@@ -115,6 +120,8 @@ class Config:
             raise StartupError("kv_cache_memory and num_gpu_blocks_override both size the KV cache: give only one.")
         if self.kv_cache_memory:
             parse_bytes("kv_cache_memory", self.kv_cache_memory)
+        if self.speculative_config:
+            parse_speculative(self.speculative_config)
         if self.max_model_len:
             self.check_prefill(self.max_model_len)
 
@@ -127,6 +134,11 @@ class Config:
     def kv_cache_bytes(self) -> int | None:
         """`kv_cache_memory` in bytes, or None where the memory decides. Raises StartupError when it is garbled."""
         return parse_bytes("kv_cache_memory", self.kv_cache_memory) if self.kv_cache_memory else None
+
+    @property
+    def speculation(self) -> SpeculativeConfig | None:
+        """`speculative_config`, or None where it is empty. Raises StartupError when it is garbled."""
+        return parse_speculative(self.speculative_config) if self.speculative_config else None
 
     def check_prefill(self, max_model_len: int) -> None:
         """Raise StartupError if whole prompts of `max_model_len` tokens must fit into a step and do not."""
@@ -160,6 +172,40 @@ def parse_bytes(name: str, text: str) -> int:
     return size
 
 
+class SpeculativeConfig(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """How the next tokens are guessed: see `engine.ngram`. The names are vLLM's."""
+
+    method: str
+    num_speculative_tokens: Annotated[int, msgspec.Meta(ge=1, le=32)]
+    prompt_lookup_min: Annotated[int, msgspec.Meta(ge=1, le=32)] = 2
+    """The fewest tokens that must have occurred before."""
+    prompt_lookup_max: Annotated[int, msgspec.Meta(ge=1, le=32)] = 4
+    """The most that are looked at."""
+
+
+def parse_speculative(text: str) -> SpeculativeConfig:
+    """The setting `speculative_config`. Raises StartupError for anything unknown or out of range.
+
+    Where only one of the two lengths is given and contradicts the other's default, it is both.
+    """
+    name = "speculative_config"
+    try:
+        config = msgspec.json.decode(text, type=SpeculativeConfig)
+    except msgspec.ValidationError as error:
+        raise StartupError(f"{name}: {error}.") from None
+    except msgspec.DecodeError as error:
+        raise StartupError(f"{name} is {text!r}: expected a JSON object ({error}).") from None
+    if config.method != "ngram":
+        raise StartupError(f"{name} has the method {config.method!r}: only ngram is supported.")
+    given = msgspec.json.decode(text, type=dict[str, Any])
+    if config.prompt_lookup_min > config.prompt_lookup_max:
+        if "prompt_lookup_min" in given and "prompt_lookup_max" in given:
+            raise StartupError(f"{name} has a prompt_lookup_min that is more than its prompt_lookup_max.")
+        both = given.get("prompt_lookup_min", config.prompt_lookup_max)
+        return msgspec.structs.replace(config, prompt_lookup_min=both, prompt_lookup_max=both)
+    return config
+
+
 def _check_value(field: dataclasses.Field[Any], value: Any) -> None:
     low, high, choices = (field.metadata[key] for key in ("low", "high", "choices"))
     if choices and value not in choices:
@@ -180,6 +226,8 @@ def _convert(field: dataclasses.Field[Any], value: object, origin: str) -> Any:
     kind = field.type
     if kind == "str" and isinstance(value, (str, int)) and not isinstance(value, bool):
         return str(value)
+    if isinstance(value, dict) and field.metadata["metavar"] == "JSON":
+        return json.dumps(value)
     if kind == "bool":
         if isinstance(value, bool):
             return value

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,7 @@ def test_every_setting_has_a_flag_a_variable_a_key_and_help(tmp_path: Path, caps
     special = {
         **{"dtype": "float32", "quantization": "wint4", "tokenizer_backend": "native", "log_level": "debug"},
         **{"max_request_bytes": "4096", "block_size": "16"},
+        "speculative_config": '{"method": "ngram", "num_speculative_tokens": 4}',
     }
     for field in dataclasses.fields(Config):
         flag = "--" + field.name.replace("_", "-")
@@ -102,6 +104,36 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["--kv-cache-memory", "lots"], {}, "kv_cache_memory is 'lots': expected a number of bytes"),
         (["--block-size", "40"], {}, "block_size is 40: it must be a multiple of 16."),
         (["--host", ""], {}, "host is empty"),
+        (["--speculative-config", "ngram"], {}, "speculative_config is 'ngram': expected a JSON object"),
+        (["--speculative-config", "[]"], {}, "speculative_config: Expected `object`, got `array`."),
+        (
+            ["--speculative-config", '{"method": "eagle", "num_speculative_tokens": 4}'],
+            {},
+            "speculative_config has the method 'eagle': only ngram is supported.",
+        ),
+        (
+            ["--speculative-config", '{"method": "ngram"}'],
+            {},
+            "speculative_config: Object missing required field `num_speculative_tokens`.",
+        ),
+        (
+            ["--speculative-config", '{"method": "ngram", "num_speculative_tokens": 4, "model": "x"}'],
+            {},
+            "speculative_config: Object contains unknown field `model`.",
+        ),
+        (
+            ["--speculative-config", '{"method": "ngram", "num_speculative_tokens": 99}'],
+            {},
+            "speculative_config: Expected `int` <= 32 - at `$.num_speculative_tokens`.",
+        ),
+        (
+            [
+                "--speculative-config",
+                '{"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_min": 5, "prompt_lookup_max": 3}',
+            ],
+            {},
+            "speculative_config has a prompt_lookup_min that is more than its prompt_lookup_max.",
+        ),
         (["--api-key", "a,,b"], {}, "api_key holds an empty key"),
         (["--config", "/nowhere.yaml"], {}, "/nowhere.yaml cannot be read"),
         ([], {"FDSERVE_PORTS": "1"}, "FDSERVE_PORTS is unknown: did you mean FDSERVE_PORT?"),
@@ -165,6 +197,24 @@ def test_sizes(text: str, size: int) -> None:
 
 def test_the_request_limit_takes_a_unit() -> None:
     assert Config.load(["--max-request-bytes", "2M"], {}).max_request_bytes == 2 << 20
+
+
+@pytest.mark.parametrize(
+    ("lengths", "expected"),
+    [
+        ({}, (2, 4)),
+        ({"prompt_lookup_max": 1}, (1, 1)),
+        ({"prompt_lookup_max": 3}, (2, 3)),
+        ({"prompt_lookup_min": 6}, (6, 6)),
+        ({"prompt_lookup_min": 3, "prompt_lookup_max": 8}, (3, 8)),
+    ],
+)
+def test_one_lookup_length_moves_the_other(lengths: dict[str, int], expected: tuple[int, int]) -> None:
+    text = json.dumps({"method": "ngram", "num_speculative_tokens": 4, **lengths})
+    speculation = Config(speculative_config=text).speculation
+    assert speculation is not None
+    assert (speculation.prompt_lookup_min, speculation.prompt_lookup_max) == expected
+    assert Config().speculation is None
 
 
 def test_keys_are_split_and_never_shown() -> None:

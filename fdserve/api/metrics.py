@@ -28,6 +28,8 @@ _COUNTERS = {
     "prompt_tokens": ("prompt_tokens", "Tokens of the prompts taken up."),
     "cached_tokens": ("cached_tokens", "Prompt tokens that the prefix cache held."),
     "generated_tokens": ("generated_tokens", "Tokens sampled."),
+    "drafted_tokens": ("drafted_tokens", "Guesses at next tokens that were computed."),
+    "accepted_tokens": ("accepted_tokens", "Guesses at next tokens that were right."),
     "preemptions": ("preemptions", "Sequences put back to wait for want of blocks."),
     "steps": ("steps", "Steps of the engine."),
     "rank_restarts": ("rank_restarts", "Restarts after a lost rank."),

@@ -12,6 +12,7 @@ from fdserve.config import Config
 from fdserve.engine.engine import Engine, Ranks
 from fdserve.engine.machine import available_cores, available_memory
 from fdserve.engine.scheduler import Scheduler
+from fdserve.engine.speculation import Speculation
 from fdserve.errors import StartupError
 from fdserve.executor.executor import open_executor
 from fdserve.executor.wire import Load, Loading, Ready
@@ -79,6 +80,7 @@ def create_engine(config: Config, directory: Path, model: ModelConfig) -> Engine
             max_model_len=max_model_len,
             enable_prefix_caching=config.enable_prefix_caching,
             enable_chunked_prefill=config.enable_chunked_prefill,
+            speculation=Speculation(config.speculation) if config.speculation else None,
         )
 
     return Engine(open_ranks, make_scheduler, max_requests=config.max_concurrency, step_timeout=config.step_timeout)

@@ -55,6 +55,8 @@ class EngineStats(msgspec.Struct, frozen=True):
     prompt_tokens: int = 0
     cached_tokens: int = 0
     generated_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
     preemptions: int = 0
     steps: int = 0
     rank_restarts: int = 0
@@ -148,6 +150,8 @@ class Engine:
             prompt_tokens=totals.prompt_tokens,
             cached_tokens=totals.cached_tokens,
             generated_tokens=totals.generated_tokens,
+            drafted_tokens=totals.drafted_tokens,
+            accepted_tokens=totals.accepted_tokens,
             preemptions=totals.preemptions,
             steps=totals.steps,
             rank_restarts=self._restarts,

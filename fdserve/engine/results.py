@@ -11,11 +11,14 @@ from fdserve.executor.wire import StepResult
 class Sampled:
     """The tokens that a step sampled, in the plan's order; logprobs become objects only when asked for."""
 
-    __slots__ = ("_prompt", "_sampled", "token_ids")
+    __slots__ = ("_prompt", "_sampled", "counts", "seconds", "token_ids")
 
     def __init__(self, result: StepResult) -> None:
         self.token_ids = array("i", result.token_ids)
         """Negative where there is no token: see `StepResult.token_ids`."""
+        self.counts = array("i", result.counts)
+        """Tokens of each row that sampled; empty where that is one each."""
+        self.seconds = result.seconds
         self._sampled = _Logprobs(result.num_top, result.logprobs, result.top_ids, result.top_logprobs)
         self._prompt = _Logprobs(
             result.prompt_num_top, result.prompt_logprobs, result.prompt_top_ids, result.prompt_top_logprobs

@@ -12,9 +12,12 @@ order of priority and arrival. A sequence enters with blocks for all the tokens 
 blocks; then the last running sequence is preempted: it gives up its row and blocks, waits at its old place and is
 computed again, mostly from the prefix cache.
 
+With speculation, decodes compute guesses at their next tokens, too, out of what the running sequences leave of budget
+and blocks; `update` then takes in as many tokens as the ranks found right, and one more.
+
 Full blocks are made findable when a plan computes them, before it is executed. That is sound because every plan is
 executed, in order, and within a step the ranks write all keys and values before they read any: even a sequence of the
-same step may share them.
+same step may share them. Blocks with guessed tokens get their names once those are known to be right.
 """
 
 from __future__ import annotations
@@ -23,11 +26,13 @@ import heapq
 from array import array
 from bisect import insort
 from dataclasses import dataclass
+from itertools import repeat
 
 from fdserve.engine.kv_cache import BlockPool
 from fdserve.engine.request import FinishReason, Request, TokenDelta
 from fdserve.engine.results import Sampled
 from fdserve.engine.sequence import Sequence
+from fdserve.engine.speculation import MAX_DRAFTED, Speculation
 from fdserve.errors import InternalError, InvalidRequest
 from fdserve.executor.wire import NewRow, Plan
 from fdserve.ops.sampling import NOTHING_ALLOWED
@@ -42,6 +47,8 @@ class SchedulerStats:
     cached_tokens: int = 0
     generated_tokens: int = 0
     preemptions: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 class Scheduler:
@@ -61,6 +68,7 @@ class Scheduler:
         max_model_len: int,
         enable_prefix_caching: bool = True,
         enable_chunked_prefill: bool = True,
+        speculation: Speculation | None = None,
     ) -> None:
         if max_model_len > num_blocks * block_size:
             raise ValueError(f"{num_blocks} blocks of {block_size} cannot hold {max_model_len} tokens")
@@ -70,6 +78,7 @@ class Scheduler:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_model_len = max_model_len
         self.enable_chunked_prefill = enable_chunked_prefill
+        self.speculation = speculation
         self.stats = SchedulerStats()
         self.pool = BlockPool(num_blocks, enable_caching=enable_prefix_caching)
         self.running: list[Sequence] = []
@@ -121,6 +130,8 @@ class Scheduler:
         self.plan = Plan(self.stats.steps + 1, [], [], [], [])
         budget = self.max_num_batched_tokens
         budget, preempted = self._schedule_decodes(budget)
+        if self.speculation is not None and not preempted:
+            budget = self._schedule_drafts(self.speculation, budget)
         budget = self._schedule_prefills(budget)
         if not preempted:
             self._admit_waiting(budget)
@@ -130,22 +141,25 @@ class Scheduler:
         return self.plan
 
     def update(self, sampled: Sampled) -> list[tuple[Sequence, TokenDelta]]:
-        """Take in what the last plan sampled, one entry for each sequence that sampled, in the plan's order.
+        """Take in what the last plan sampled, of each sequence that sampled, in the plan's order.
 
         Returns a delta for each of them that still lives, and for those that have nothing to generate and are done;
         those that end with it are finished.
         """
         outputs = []
         index = prompt_index = 0
+        counts = iter(sampled.counts or repeat(1))
+        self._note_cost(sampled)
         for sequence, samples, prompt_count in self._in_flight:
+            count = next(counts) if samples else 0
             if prompt_count > 0:
                 self._take_prompt(sequence, sampled, prompt_index, prompt_count)
                 prompt_index += prompt_count
             if sequence.finish_reason is None and sequence.remaining == 0:
                 outputs.append(
-                    (sequence, self._take(sequence, sampled, index) if samples else self._complete(sequence))
+                    (sequence, self._take(sequence, sampled, index, count) if samples else self._complete(sequence))
                 )
-            index += samples
+            index += count
         self._in_flight = []
         return outputs
 
@@ -191,6 +205,44 @@ class Scheduler:
             scheduled += 1
             budget -= 1
         return budget, preempted
+
+    def _schedule_drafts(self, speculation: Speculation, budget: int) -> int:
+        """Let the plan's decodes compute guesses, too, where they pay. Returns the budget left."""
+        room = min(budget, MAX_DRAFTED)
+        for index, (sequence, _, _) in enumerate(self._in_flight):
+            params = sequence.request.params
+            # The last token of all is sampled from the last guess at most.
+            left = min(params.max_tokens - sequence.num_generated, self.max_model_len - len(sequence.tokens)) - 1
+            if sequence.constrained or min(left, room) <= 0:
+                continue
+            draft = speculation.draft(sequence, min(left, room), len(self._in_flight))
+            del draft[self._room_for(sequence, len(draft)) :]
+            if draft:
+                self.plan.drafts.append((sequence.row, draft))
+                self.plan.num_tokens[index] += len(draft)
+                self.stats.drafted_tokens += len(draft)
+                budget -= len(draft)
+                room -= len(draft)
+        return budget
+
+    def _room_for(self, sequence: Sequence, count: int) -> int:
+        """How many of `count` tokens more the sequence's blocks hold, after it was given what can be spared."""
+        missing = -(-(len(sequence.tokens) + count) // self.block_size) - len(sequence.blocks)
+        # As at an admission: this must not cause the next preemption.
+        if missing > 0 and self.pool.num_free >= missing + len(self.running):
+            blocks = self.pool.allocate(missing)
+            assert blocks is not None
+            sequence.blocks += blocks
+            self.plan.new_blocks.extend((sequence.row, block) for block in blocks)
+        return min(count, len(sequence.blocks) * self.block_size - len(sequence.tokens))
+
+    def _note_cost(self, sampled: Sampled) -> None:
+        """Let the speculation know what a step took that computed decodes alone, with or without guesses."""
+        if self.speculation is None:
+            return
+        tokens = sum(self.plan.num_tokens)
+        if tokens - sum(len(draft) for _, draft in self.plan.drafts) == len(sampled.counts or sampled.token_ids):
+            self.speculation.cost.note(tokens, sampled.seconds)
 
     def _schedule_prefills(self, budget: int) -> int:
         """Returns the budget left."""
@@ -279,6 +331,10 @@ class Scheduler:
         if samples and sequence.constrained:
             self.plan.masked_rows.append(sequence.row)
             self.masked.append(sequence)
+        self._register(sequence)
+
+    def _register(self, sequence: Sequence) -> None:
+        """Name the blocks that the computed tokens fill."""
         if not self.pool.enable_caching:
             return
         num_full = sequence.num_computed // self.block_size
@@ -288,25 +344,34 @@ class Scheduler:
                 self.pool.register(sequence.blocks[index], hashes[index])
             sequence.num_registered = num_full
 
-    def _take(self, sequence: Sequence, sampled: Sampled, index: int) -> TokenDelta:
-        token = sampled.token_ids[index]
+    def _take(self, sequence: Sequence, sampled: Sampled, first: int, count: int) -> TokenDelta:
+        """Append `count` tokens to a sequence, or as many as it takes to end it."""
         delta = TokenDelta([], cached_tokens=sequence.cached_tokens)
-        if token < 0:
-            self.finish(sequence, "error")
-            delta.finish_reason = "error"
-            delta.error = no_token_error(token)
-            return delta
-        if sequence.prompt_logprobs is not None:
+        reason: FinishReason | None = None
+        for token in sampled.token_ids[first : first + count]:
+            if token < 0:
+                reason = "error"
+                delta.error = no_token_error(token)
+                break
+            delta.token_ids.append(token)
+            reason = sequence.ends_with(token, self.max_model_len)
+            if reason is not None:
+                delta.stop_token_id = token if reason == "stop" else None
+                break
+        taken = len(delta.token_ids)
+        self.stats.generated_tokens += taken
+        if taken > 0 and sequence.prompt_logprobs is not None:
             delta.prompt_logprobs, sequence.prompt_logprobs = sequence.prompt_logprobs, None
-        delta.token_ids.append(token)
-        if sequence.request.params.logprobs is not None:
-            delta.logprobs = [sampled.logprobs_at(index, sequence.request.params.logprobs)]
-        self.stats.generated_tokens += 1
-        reason = sequence.ends_with(token, self.max_model_len)
+        if taken > 0 and sequence.request.params.logprobs is not None:
+            num_top = sequence.request.params.logprobs
+            delta.logprobs = [sampled.logprobs_at(index, num_top) for index in range(first, first + taken)]
+        if taken > 1:  # what was guessed right is computed, too
+            self.stats.accepted_tokens += taken - 1
+            sequence.num_computed += taken - 1
+            self._register(sequence)
         if reason is not None:
-            self.finish(sequence, reason)
             delta.finish_reason = reason
-            delta.stop_token_id = token if reason == "stop" else None
+            self.finish(sequence, reason)
         return delta
 
     def _complete(self, sequence: Sequence) -> TokenDelta:

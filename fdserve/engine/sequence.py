@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence as SequenceOf
 
 from fdserve.engine.kv_cache import BlockHash, extend_hashes
+from fdserve.engine.ngram import Ngrams
 from fdserve.engine.request import FinishReason, Request, TokenLogprobs
 
 
@@ -17,8 +18,8 @@ class Sequence:
 
     __slots__ = (
         "answer_start", "arrival", "blocks", "cached_tokens", "constrained", "ending_ids", "finish_reason", "hashes",
-        "num_advanced", "num_computed", "num_prompt", "num_registered", "prompt_logprobs", "request", "row", "started",
-        "tokens",
+        "ngrams", "num_advanced", "num_computed", "num_prompt", "num_registered", "prompt_logprobs", "request", "row",
+        "started", "tokens",
     )  # fmt: skip
 
     def __init__(self, request: Request, arrival: int) -> None:
@@ -36,6 +37,8 @@ class Sequence:
         self.cached_tokens = 0
         self.started = False
         self.constrained = request.constraint is not None
+        self.ngrams: Ngrams | None = None
+        """What guesses at its next tokens, once something does."""
         self.num_advanced = 0
         """Output tokens that the constraint has seen."""
         self.prompt_logprobs: list[TokenLogprobs] | None = None if request.params.prompt_logprobs is None else []

@@ -129,6 +129,9 @@ class Plan(msgspec.Struct, frozen=True, tag="plan", omit_defaults=True):
     masked_rows: list[int] = []
     """The rows that sample and have a constraint. If there are any, a `Masks` frame follows, and the ranks wait for it
     before they sample."""
+    drafts: list[tuple[int, list[int]]] = []
+    """(row, guesses at its next tokens), which `num_tokens` counts. Such a row computes its last token and the guesses,
+    samples after each of them, and keeps what it samples as far as the guesses before were right."""
 
 
 class Masks(msgspec.Struct, frozen=True, tag="masks"):
@@ -158,7 +161,7 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
 
 
 class StepResult(msgspec.Struct, frozen=True, tag="result", omit_defaults=True):
-    """What a step sampled: one entry for each row that sampled, in the plan's order."""
+    """What a step sampled: R tokens, one of each row that sampled, or as many as `counts` says, in the plan's order."""
 
     step: int
     token_ids: bytes
@@ -180,6 +183,8 @@ class StepResult(msgspec.Struct, frozen=True, tag="result", omit_defaults=True):
     """float32 [P, prompt_num_top]"""
     seconds: float = 0.0
     """What the step took inside the rank, less what it waited for masks."""
+    counts: bytes = b""
+    """int32, tokens of each row that sampled; empty if the plan had no drafts: one each."""
 
 
 class Failed(msgspec.Struct, frozen=True, tag="failed"):

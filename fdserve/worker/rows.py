@@ -25,6 +25,8 @@ class Rows:
         self.num_tokens: Ints = np.zeros(max_num_seqs, np.int32)
         self.num_prompt: Ints = np.zeros(max_num_seqs, np.int32)
         self.num_computed: Ints = np.zeros(max_num_seqs, np.int32)
+        self.num_drafts: Ints = np.zeros(max_num_seqs, np.int32)
+        """Guessed tokens of this step, which stand behind the row's own in `tokens`."""
         self.blocks: Ints = np.zeros((max_num_seqs, -(-max_model_len // block_size)), np.int32)
         self.num_blocks: Ints = np.zeros(max_num_seqs, np.int32)
         self.float_params: npt.NDArray[np.float32] = np.zeros((max_num_seqs, 6), np.float32)
@@ -45,12 +47,16 @@ class Rows:
         self.limits: list[Limits | None] = [None] * max_num_seqs
 
     def take_changes(self, plan: Plan) -> None:
-        """Apply what a plan says of new rows and new blocks."""
+        """Apply what a plan says of new rows, new blocks and drafts."""
         for new in plan.new_rows:
             self._begin(new)
         for row, block in plan.new_blocks:
             self.blocks[row, self.num_blocks[row]] = block
             self.num_blocks[row] += 1
+        for row, draft in plan.drafts:
+            known = self.num_tokens[row]
+            self.tokens[row, known : known + len(draft)] = draft
+            self.num_drafts[row] = len(draft)
 
     def append(self, rows: Ints, tokens: Ints) -> None:
         """Append one sampled token to each of `rows`; a negative one stands for a row that is about to end."""

@@ -17,7 +17,7 @@ from fdserve.models.config import ModelConfig, read_config
 from fdserve.models.layers import ForwardBatch
 from fdserve.models.loader import load_model
 from fdserve.models.parallel import identity
-from fdserve.worker.batch import Batch, assemble
+from fdserve.worker.batch import Batch, accept, assemble
 from fdserve.worker.collectives import Collectives
 from fdserve.worker.prompt import PromptLogprobs, prompt_logprobs
 from fdserve.worker.rows import Rows
@@ -71,10 +71,16 @@ class Runner:
             received = receive_masks()
             masks = dict(zip(received.rows, received.masks, strict=True))
             waited = time.perf_counter() - waiting
-        sampled = None
-        if count:
-            sampled = sample(self.rows, batch.sample_rows, logits, self.config.vocab_size, masks, self._sample_op)
+        sampled = self._sample(batch, logits, masks) if count else None
         return _result(plan.step, sampled, prompt, time.perf_counter() - started - waited)
+
+    def _sample(self, batch: Batch, logits: Any, masks: dict[int, bytes]) -> Sampled:
+        vocab_size, sample_op = self.config.vocab_size, self._sample_op
+        sampled = sample(self.rows, batch.sample_rows, batch.sample_lens, logits, vocab_size, masks, sample_op)
+        if batch.sample_counts is None:
+            self.rows.append(batch.sample_rows, sampled.token_ids)
+            return sampled
+        return sampled.select(*accept(self.rows, batch, batch.sample_counts, sampled.token_ids))
 
     def _prompt_logprobs(self, batch: Batch, hidden: Any) -> PromptLogprobs:
         targets, num_top = batch.prompt_targets, batch.prompt_num_top
@@ -97,6 +103,8 @@ def _forward_batch(batch: Batch) -> ForwardBatch:
 
 def _result(step: int, sampled: Sampled | None, prompt: PromptLogprobs | None, seconds: float) -> StepResult:
     parts: dict[str, Any] = {}
+    if sampled is not None and sampled.counts is not None:
+        parts["counts"] = sampled.counts.tobytes()
     if sampled is not None and sampled.logprobs is not None:
         assert sampled.top_ids is not None
         assert sampled.top_logprobs is not None

@@ -28,28 +28,38 @@ class Sampled:
     """[R, K], K as many as the row that asked for most"""
     top_logprobs: npt.NDArray[np.float32] | None = None
     """[R, K]"""
+    counts: Ints | None = None
+    """Of each row that sampled; None for one each"""
+
+    def select(self, kept: npt.NDArray[np.bool_], counts: Ints) -> Sampled:
+        """Those that are `kept` [R], `counts` of each row."""
+        if self.logprobs is None or self.top_ids is None or self.top_logprobs is None:
+            return Sampled(self.token_ids[kept], counts=counts)
+        logprobs, top_ids, top_logprobs = self.logprobs[kept], self.top_ids[kept], self.top_logprobs[kept]
+        return Sampled(self.token_ids[kept], logprobs, top_ids, top_logprobs, counts)
 
 
 def sample(
     rows: Rows,
     row_ids: Ints,
+    lens: Ints,
     logits: Any,
     vocab_size: int,
     masks: Mapping[int, bytes] | None = None,
     sample_op: Callable[..., Any] = ops.sample,
 ) -> Sampled:
-    """Sample one token for each of `row_ids` from logits float32 [R, V], and append it to its row.
+    """Sample the token that follows the first `lens` [R] tokens of each of `row_ids` [R] from logits float32 [R, V].
 
     `masks` are the constraints' masks by row, where there are any. `sample_op` is `ops.sample`, or what does its work
-    together with other ranks, the logits then being this rank's part. Each row depends on its own logits, parameters,
-    mask and tokens alone.
+    together with other ranks, the logits then being this rank's part. Each sample depends on its own logits
+    and its row's parameters, mask and tokens alone.
     """
     int_params = np.empty((len(row_ids), 4), np.int64)
     int_params[:, :2] = rows.int_params[row_ids]
-    int_params[:, 2] = (rows.num_tokens - rows.num_prompt)[row_ids]
+    int_params[:, 2] = lens - rows.num_prompt[row_ids]
     int_params[:, 3] = NO_FORCED_ID
-    limits = _limits(rows, row_ids, masks or {}, vocab_size, int_params)
-    past, past_offsets = _history(rows, row_ids)
+    limits = _limits(rows, row_ids, lens, masks or {}, vocab_size, int_params)
+    past, past_offsets = _history(rows, row_ids, lens)
     num_top = int(rows.num_top[row_ids].max())
     token_ids, logprobs, top_ids, top_logprobs = sample_op(
         logits,
@@ -68,7 +78,6 @@ def sample(
         logprob_modes=paddle.to_tensor(rows.logprob_modes[row_ids]),
     )
     tokens = token_ids.numpy()
-    rows.append(row_ids, tokens)
     if num_top < 0:
         return Sampled(tokens)
     return Sampled(tokens, logprobs.numpy(), top_ids.numpy(), top_logprobs.numpy())
@@ -86,7 +95,12 @@ class _Limits:
 
 
 def _limits(
-    rows: Rows, row_ids: Ints, masks: Mapping[int, bytes], vocab_size: int, int_params: npt.NDArray[np.int64]
+    rows: Rows,
+    row_ids: Ints,
+    lens: Ints,
+    masks: Mapping[int, bytes],
+    vocab_size: int,
+    int_params: npt.NDArray[np.int64],
 ) -> _Limits:
     """What the rows' limits say now; forced ids are put into `int_params`."""
     limited = rows.is_limited[row_ids]
@@ -102,7 +116,7 @@ def _limits(
         mask = read_mask(masks[row], vocab_size) if row in masks else None
         limits = rows.limits[row]
         if limits is not None:
-            output = rows.tokens[row, rows.num_prompt[row] : rows.num_tokens[row]]
+            output = rows.tokens[row, rows.num_prompt[row] : lens[index]]
             mask = limits.mask(mask)
             bias_ids[index], values = limits.biases(output, mask)
             bias_values.append(values)
@@ -117,7 +131,7 @@ def _limits(
     return _Limits(ids, values, offsets, paddle.to_tensor(np.stack(words)), paddle.to_tensor(mask_rows))
 
 
-def _history(rows: Rows, row_ids: Ints) -> tuple[Any, Any]:
+def _history(rows: Rows, row_ids: Ints, lens: Ints) -> tuple[Any, Any]:
     """The tokens so far of the rows with penalties, and where each row's begin."""
     needed = rows.needs_history[row_ids]
     if not needed.any():
@@ -125,8 +139,8 @@ def _history(rows: Rows, row_ids: Ints) -> tuple[Any, Any]:
         return ids, offsets
     return _ragged(
         [
-            rows.tokens[row, : rows.num_tokens[row]] if wanted else _EMPTY
-            for row, wanted in zip(row_ids, needed, strict=True)
+            rows.tokens[row, :length] if wanted else _EMPTY
+            for row, length, wanted in zip(row_ids, lens, needed, strict=True)
         ]
     )
 

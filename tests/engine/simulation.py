@@ -81,10 +81,15 @@ class SimulatedRank:
         assert sum(plan.num_tokens) <= self.scheduler.max_num_batched_tokens
         assert len(plan.rows) == len(set(plan.rows)) > 0
         self._take_changes(plan)
+        drafts = dict(plan.drafts)
+        for row, draft in drafts.items():
+            assert self.rows[row].num_computed == len(self.rows[row].tokens) - 1
+            self.rows[row].tokens += draft
         for row, count in zip(plan.rows, plan.num_tokens, strict=True):
             assert count > 0
             self._write(self.rows[row], count)
         sampled = array("i")
+        counts = array("i")
         prompt = array("f")
         for row, count in zip(plan.rows, plan.num_tokens, strict=True):
             state = self.rows[row]
@@ -94,12 +99,9 @@ class SimulatedRank:
                 ends = range(first + 2, min(state.num_computed + 1, state.num_prompt) + 1)
                 prompt.extend(prompt_logprob(state.tokens[:end]) for end in ends)
             if state.num_computed == len(state.tokens) and state.generates:
-                token = next_token(tuple(state.tokens))
-                if row in allowed:
-                    ids = allowed_ids(allowed[row])
-                    token = ids[token % len(ids)]
-                state.tokens.append(token)
-                sampled.append(token)
+                new = self._sample(state, drafts.get(row, []), allowed.get(row))
+                sampled.extend(new)
+                counts.append(len(new))
         self.steps += 1
         self.computed_tokens += sum(plan.num_tokens)
         tops = [0] * (len(prompt) * 3)
@@ -110,7 +112,22 @@ class SimulatedRank:
             prompt_logprobs=prompt.tobytes(),
             prompt_top_ids=array("i", tops).tobytes(),
             prompt_top_logprobs=array("f", tops).tobytes(),
+            counts=counts.tobytes() if drafts else b"",
         )
+
+    def _sample(self, state: Row, draft: list[int], mask: bytes | None) -> list[int]:
+        """Check the draft at the end of the row's tokens, and leave what holds of it and one token more."""
+        del state.tokens[len(state.tokens) - len(draft) :]
+        new: list[int] = []
+        while new == draft[: len(new)] and len(new) <= len(draft):
+            token = next_token(tuple(state.tokens))
+            if mask is not None:
+                ids = allowed_ids(mask)
+                token = ids[token % len(ids)]
+            state.tokens.append(token)
+            new.append(token)
+        state.num_computed = len(state.tokens) - 1
+        return new
 
     def _take_changes(self, plan: Plan) -> None:
         for new in plan.new_rows:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fdserve.executor.wire import NewRow, Plan, SamplingParams
-from fdserve.worker.batch import assemble
+from fdserve.worker.batch import accept, assemble
 from fdserve.worker.rows import Rows
 
 
@@ -44,6 +44,49 @@ def test_a_prefill_chunk_and_a_decode_share_a_batch() -> None:
     assert batch.sample_indices.tolist() == [0]
     assert batch.sample_rows.tolist() == [2]
     assert rows.num_blocks[2] == 3
+
+
+def test_drafts_are_computed_and_kept_as_far_as_they_are_right() -> None:
+    rows = Rows(4, 64, block_size=4, vocab_size=100)
+    news = [new_row(0, [5, 6, 7], computed=2, blocks=(1, 2)), new_row(1, [8], blocks=(3,))]
+    news += [new_row(3, [1, 2], computed=1, blocks=(4, 5)), new_row(2, [3] * 6, blocks=(6, 7))]
+    drafts = [(0, [70, 71, 72]), (3, [80, 81])]
+    plan = Plan(1, news, [], [0, 1, 3, 2], [4, 1, 3, 2], drafts=drafts)
+    rows.take_changes(plan)
+    batch = assemble(rows, plan)
+    assert batch.token_ids.tolist() == [7, 70, 71, 72, 8, 2, 80, 81, 3, 3]
+    assert batch.positions.tolist() == [2, 3, 4, 5, 0, 1, 2, 3, 0, 1]
+    assert batch.sample_rows.tolist() == [0, 0, 0, 0, 1, 3, 3, 3]
+    assert batch.sample_indices.tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
+    assert batch.sample_lens.tolist() == [3, 4, 5, 6, 1, 2, 3, 4]
+    assert batch.sample_counts is not None
+    assert batch.sample_counts.tolist() == [4, 1, 3]
+
+    sampled = np.array([70, 71, 99, 98, 50, 80, 81, 82], np.int32)
+    kept, counts = accept(rows, batch, batch.sample_counts, sampled)
+    assert sampled[kept].tolist() == [70, 71, 99, 50, 80, 81, 82]
+    assert counts.tolist() == [3, 1, 3]
+    assert rows.num_tokens.tolist() == [6, 2, 6, 5]
+    assert rows.num_computed.tolist() == [5, 1, 2, 4]
+    assert rows.tokens[0, :6].tolist() == [5, 6, 7, 70, 71, 99]
+    assert rows.tokens[3, :5].tolist() == [1, 2, 80, 81, 82]
+
+    after = Plan(2, [], [], [0, 1, 3], [1, 1, 1])
+    rows.take_changes(after)
+    batch = assemble(rows, after)
+    assert batch.token_ids.tolist() == [99, 50, 82]
+    assert batch.sample_counts is None
+    assert batch.sample_lens.tolist() == [6, 2, 5]
+
+
+def test_a_sample_that_is_none_ends_what_is_kept() -> None:
+    rows = Rows(1, 64, block_size=4, vocab_size=100)
+    plan = Plan(1, [new_row(0, [5], blocks=(1,))], [], [0], [3], drafts=[(0, [0, 0])])
+    rows.take_changes(plan)
+    batch = assemble(rows, plan)
+    assert batch.sample_counts is not None
+    kept, counts = accept(rows, batch, batch.sample_counts, np.array([0, -1, 0], np.int32))
+    assert (kept.tolist(), counts.tolist()) == ([True, True, False], [2])
 
 
 def test_a_row_that_is_taken_again_starts_anew() -> None:

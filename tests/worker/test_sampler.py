@@ -30,7 +30,9 @@ def params(**changes: object) -> SamplingParams:
 
 def run(rows: Rows, logits: np.ndarray, masks: dict[int, bytes] | None = None) -> Sampled:
     row_ids = np.arange(len(logits), dtype=np.int32)
-    return sample(rows, row_ids, paddle.to_tensor(logits.astype(np.float32)), VOCAB, masks)
+    sampled = sample(rows, row_ids, rows.num_tokens[row_ids], paddle.to_tensor(logits.astype(np.float32)), VOCAB, masks)
+    rows.append(row_ids, sampled.token_ids)
+    return sampled
 
 
 def logits_favouring(*ids: int) -> np.ndarray:
