@@ -42,6 +42,8 @@ class Ernie4_5:
 
     def _whole_decoder(self, norm: Tensor) -> ops.Decoder | None:
         """All blocks as one operator, where they are dense and nothing is summed over ranks between them."""
+        if ops.on_gpu():
+            return None
         blocks = []
         for layer in self._layers:
             attention, mlp = layer.attention, layer.mlp

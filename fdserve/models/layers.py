@@ -34,6 +34,8 @@ class ForwardBatch:
     context_lens: Tensor  # [S], tokens of each sequence that are in the cache already
     block_tables: Tensor  # [S, B]
     sample_rows: Tensor  # [R], indices into the T tokens; may be empty
+    max_query_len: int  # the most tokens that the step computes of a sequence
+    longest: int  # the most tokens of a sequence, the step's included
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,8 @@ class Attention:
             num_kv_heads=self.num_kv_heads,
             head_dim=self.head_dim,
             block_size=caches.block_size,
+            max_query_len=batch.max_query_len,
+            longest=batch.longest,
         )
         return self.all_reduce(ops.linear(heads, self.o))
 

@@ -1,8 +1,8 @@
 """The operators the models are made of: one function an op over paddle tensors, computed by `kernels/`.
 
 "D" is the compute dtype, bfloat16 or float32: every D argument of a call has the same one. Tensors must be
-dense and on the CPU; a wrong shape or dtype raises ValueError. T (tokens), R (rows) and S (sequences) may be
-0.
+dense and on the CPU, or after `use_gpu` on the GPU; a wrong shape or dtype raises ValueError. T (tokens), R (rows) and
+S (sequences) may be 0.
 
 Every output row is bit-identical whatever other rows are in the call, however a prefill is cut into chunks
 and whatever the number of threads. A call releases the interpreter's lock while it computes.
@@ -17,7 +17,15 @@ from fdserve.ops.collectives import SharedMemory, sampling_slot_bytes, vocabular
 from fdserve.ops.decoder import Block, Decoder
 from fdserve.ops.experts import moe
 from fdserve.ops.layers import add_rms_norm, embedding, linear, rms_norm, swiglu
-from fdserve.ops.library import KernelsMissing, compute_dtype, kernels_path, num_threads, set_num_threads
+from fdserve.ops.library import (
+    KernelsMissing,
+    compute_dtype,
+    kernels_path,
+    num_threads,
+    on_gpu,
+    set_num_threads,
+    use_gpu,
+)
 from fdserve.ops.paged_attention import attention, kv_bytes_per_token, kv_cache_shape, new_kv_cache
 from fdserve.ops.sampling import sample
 from fdserve.ops.weights import PackedExperts, PackedWeight, pack_experts, pack_weight
@@ -40,6 +48,7 @@ __all__ = [
     "moe",
     "new_kv_cache",
     "num_threads",
+    "on_gpu",
     "pack_experts",
     "pack_weight",
     "rms_norm",
@@ -47,5 +56,6 @@ __all__ = [
     "sampling_slot_bytes",
     "set_num_threads",
     "swiglu",
+    "use_gpu",
     "vocabulary_starts",
 ]

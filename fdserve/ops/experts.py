@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fdserve.ops.library import run
+from fdserve.ops import gpu
+from fdserve.ops.library import on_gpu, run
 from fdserve.ops.weights import FORMATS, PackedExperts
 
 if TYPE_CHECKING:
@@ -39,6 +40,10 @@ def moe(
     Returns:
         [T, H] D.
     """
+    if on_gpu():
+        bits, scales = gpu.BITS[down.format], (up_gate.scales, down.scales)
+        weights = gate, correction_bias, up_gate.data, down.data, *scales, shared
+        return run("moe", x, *weights, bits, down.in_features, top_k, norm_min)[0]
     format = FORMATS.index(down.format)
     return run(
         "moe", x, gate, correction_bias, up_gate.data, down.data, shared, format, down.in_features, top_k, norm_min

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fdserve.ops.library import run
+from fdserve.ops import gpu
+from fdserve.ops.library import on_gpu, run
 from fdserve.ops.weights import PackedWeight
 
 if TYPE_CHECKING:
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
 
 def linear(x: Tensor, w: PackedWeight, *, out_dtype: str | None = None) -> Tensor:
     """x [T, K] D times the matrix -> [T, N], D or `out_dtype` ("float32"). Accumulates in float32."""
+    if on_gpu():
+        return gpu.linear(x, w.data, w.scales, w.format, out_dtype == "float32")
     return run("linear", x, w.data, w.code, w.out_features, w.in_features, out_dtype == "float32")[0]
 
 
@@ -21,6 +24,8 @@ def embedding(ids: Tensor, w: PackedWeight) -> Tensor:
 
     The table is packed like a linear layer's matrix, so an output head tied to it needs no memory of its own.
     """
+    if on_gpu():
+        return gpu.embedding(ids, w.data, w.scales, w.format)
     return run("embedding", ids, w.data, w.code, w.out_features, w.in_features, w.dtype == "bfloat16")[0]
 
 

@@ -25,12 +25,10 @@ def kernels_path() -> Path | None:
 
 
 class _Library:
-    """`run(op, *inputs, *attributes)` calls a custom op; `c` holds the plain C functions."""
+    """`run(op, *inputs, *attributes)` calls a custom op; `c` holds the plain C functions, which the CPU alone has."""
 
-    def __init__(self) -> None:
-        path = kernels_path()
-        if path is None:
-            raise KernelsMissing(KERNELS_MISSING)
+    def __init__(self, path: Path, *, gpu: bool) -> None:
+        self.gpu = gpu
         import paddle
         from paddle.utils.cpp_extension.extension_utils import load_op_meta_info_and_register_op
 
@@ -38,7 +36,8 @@ class _Library:
         # Straight to Paddle's entry: the Python wrappers it generates cost several microseconds a call.
         self.run: Any = paddle._C_ops._run_custom_op
         self.c = ctypes.CDLL(str(path))
-        self.c.fdserve_keep_freed_memory()
+        if not gpu:
+            self.c.fdserve_keep_freed_memory()
 
 
 _library: _Library | None = None
@@ -52,8 +51,34 @@ def library() -> _Library:
     """
     global _library
     if _library is None:
-        _library = _Library()
+        path = kernels_path()
+        if path is None:
+            raise KernelsMissing(KERNELS_MISSING)
+        _library = _Library(path, gpu=False)
     return _library
+
+
+def use_gpu(path: Path | None = None) -> None:
+    """Compute on the GPU that is Paddle's current device, in this process from now on; before any other call.
+
+    `path` is another library than the one that kernels/cuda/build.py makes.
+
+    Raises:
+        KernelsMissing: it was never built.
+        RuntimeError: the CPU's kernels are in use already.
+    """
+    global _library
+    path = path or Path(__file__).with_name("_kernels_cuda.so")
+    if not path.exists():
+        raise KernelsMissing("fdserve's CUDA kernels are not compiled: run `make kernels-cuda` in a checkout.")
+    if _library is not None:
+        raise RuntimeError("the kernels of another device are in use already")
+    _library = _Library(path, gpu=True)
+
+
+def on_gpu() -> bool:
+    """Whether `use_gpu` was called."""
+    return _library is not None and _library.gpu
 
 
 def run(op: str, *args: Any) -> Any:
@@ -62,7 +87,9 @@ def run(op: str, *args: Any) -> Any:
 
 
 def compute_dtype() -> str:
-    """The dtype to compute in on this CPU: "bfloat16" with AVX512-BF16, otherwise "float32"."""
+    """The dtype to compute in: "bfloat16" on a GPU or a CPU with AVX512-BF16, otherwise "float32"."""
+    if on_gpu():
+        return "bfloat16"
     return "bfloat16" if library().c.fdserve_isa() >= ISAS.index("avx512bf16") else "float32"
 
 

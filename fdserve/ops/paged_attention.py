@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fdserve.ops.library import run
+from fdserve.ops import gpu
+from fdserve.ops.library import on_gpu, run
 
 if TYPE_CHECKING:
     from paddle import Tensor
@@ -29,6 +30,8 @@ def new_kv_cache(
     import paddle
 
     shape = kv_cache_shape(num_blocks, num_kv_heads, block_size, head_dim)
+    if on_gpu():
+        return gpu.new_kv_cache(shape)
     # paddle.zeros would write gigabytes of zeros, which takes seconds; NumPy leaves them to the kernel. A view of
     # int16 as bfloat16, because NumPy has no such dtype.
     storage = {"bfloat16": np.int16, "float32": np.float32}[dtype]
@@ -54,6 +57,8 @@ def attention(
     num_kv_heads: int,
     head_dim: int,
     block_size: int,
+    max_query_len: int = 0,
+    longest: int = 0,
 ) -> Tensor:
     """Rotate queries and keys, store keys and values, attend causally: any mix of prefill chunks and decodes.
 
@@ -73,12 +78,15 @@ def attention(
         query_starts: int32 [S + 1]; the new tokens of sequence s are rows query_starts[s] to query_starts[s +
         1].
         context_lens: int32 [S], how many tokens of the sequence were in the cache before.
+        max_query_len, longest: the most new tokens of a sequence, and the most tokens of one. Of use on a GPU only,
+            whose host has to know them without looking at the tensors.
 
     Returns:
         [T, num_heads * head_dim] D.
     """
+    sizes = (max_query_len, longest) if on_gpu() else ()
     return run(
         "attention",
         qkv, k_cache, v_cache, rope, block_tables, query_starts, context_lens,
-        num_heads, num_kv_heads, head_dim, block_size,
+        num_heads, num_kv_heads, head_dim, block_size, *sizes,
     )[0]  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from fdserve.ops.collectives import SharedMemory, vocabulary_starts
-from fdserve.ops.library import run
+from fdserve.ops.library import on_gpu, run
 
 if TYPE_CHECKING:
     from paddle import Tensor
@@ -73,11 +73,12 @@ def sample(
         log-softmax of the logits as given, over ids below `vocab_size`, unless the mode says otherwise; the top K
         by (logit descending, id ascending).
     """
+    ranks = () if on_gpu() and shared is None else _ranks(shared, vocab_size)
     tokens, logprobs, top_ids, top_logprobs = run(
         "sample",
         logits, float_params, int_params, history, history_offsets, prompt_lens,
         bias_ids, bias_values, bias_offsets, masks, mask_rows, logprob_modes,
-        vocab_size, num_top, *_ranks(shared, vocab_size),
+        vocab_size, num_top, *ranks,
     )  # fmt: skip
     return tokens, logprobs, top_ids, top_logprobs
 

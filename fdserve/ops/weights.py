@@ -1,4 +1,4 @@
-"""Weights in the layout the kernels stream: panels of 64 output features (see kernels/cpu/gemm.h)."""
+"""Weights in the layout the kernels stream: panels of 64 output features (see kernels/cpu/gemm.h); on a GPU rows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from fdserve.ops.library import library
+from fdserve.ops import gpu
+from fdserve.ops.library import library, on_gpu
 
 if TYPE_CHECKING:
     from paddle import Tensor
@@ -37,6 +38,8 @@ class PackedWeight:
     in_features: int
     dtype: str
     format: str
+    scales: Tensor | None = None
+    """Of integers on a GPU; on a CPU they are in `data`."""
 
     @property
     def code(self) -> int:
@@ -54,6 +57,7 @@ class PackedExperts:
     in_features: int
     dtype: str
     format: str
+    scales: Tensor | None = None
 
 
 def pack_weight(weight: npt.NDArray[Any], *, dtype: str, in_out: bool, quantization: str | None = None) -> PackedWeight:
@@ -71,6 +75,9 @@ def pack_weight(weight: npt.NDArray[Any], *, dtype: str, in_out: bool, quantizat
     """
     out_features, in_features = _features(weight, in_out)
     format = _format(dtype, quantization)
+    if on_gpu():
+        rows, scales = gpu.pack(weight, format, in_out)
+        return PackedWeight(rows, out_features, in_features, dtype, format, scales)
     data = _empty_panels(1, out_features, in_features, format)
     _pack_into(data, 0, weight, format, in_out)
     return PackedWeight(data[0], out_features, in_features, dtype, format)
@@ -86,6 +93,8 @@ def pack_experts(
 ) -> PackedExperts:
     """Pack `num_experts` equal-shaped matrices, one at a time; otherwise as `pack_weight`."""
     format = _format(dtype, quantization)
+    if on_gpu():
+        return _pack_experts_on_gpu(list(weights), num_experts, dtype, format, in_out)
     data: Any = None
     shape: tuple[int, ...] = ()
     count = 0
@@ -100,6 +109,21 @@ def pack_experts(
         raise ValueError(f"expected {num_experts} experts, got {count}")
     out_features, in_features = shape[::-1] if in_out else shape
     return PackedExperts(data, num_experts, out_features, in_features, dtype, format)
+
+
+def _pack_experts_on_gpu(
+    weights: list[npt.NDArray[Any]], num_experts: int, dtype: str, format: str, in_out: bool
+) -> PackedExperts:
+    import paddle
+
+    if len(weights) != num_experts or len({weight.shape for weight in weights}) != 1:
+        raise ValueError(f"expected {num_experts} experts of one shape, got {[weight.shape for weight in weights]}")
+    packed = [gpu.pack(weight, format, in_out) for weight in weights]
+    scales = [each for _, each in packed if each is not None]
+    out_features, in_features = _features(weights[0], in_out)
+    data = paddle.stack([each for each, _ in packed])
+    stacked = paddle.stack(scales) if scales else None
+    return PackedExperts(data, num_experts, out_features, in_features, dtype, format, stacked)
 
 
 def _format(dtype: str, quantization: str | None) -> str:

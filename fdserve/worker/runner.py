@@ -91,6 +91,7 @@ def _forward_batch(batch: Batch) -> ForwardBatch:
     wanted = batch.sample_indices
     if len(batch.prompt_indices):
         wanted = np.concatenate([wanted, batch.prompt_indices])
+    query_lens = np.diff(batch.query_starts)
     return ForwardBatch(
         token_ids=paddle.to_tensor(batch.token_ids),
         positions=batch.positions,
@@ -98,6 +99,8 @@ def _forward_batch(batch: Batch) -> ForwardBatch:
         context_lens=paddle.to_tensor(batch.context_lens),
         block_tables=paddle.to_tensor(batch.block_tables),
         sample_rows=paddle.to_tensor(wanted),
+        max_query_len=int(query_lens.max()),
+        longest=int((batch.context_lens + query_lens).max()),
     )
 
 

@@ -32,12 +32,17 @@ def code_flags(architectures: list[str]) -> list[str]:
 
 def include_flags(nvcc: str) -> list[str]:
     """Where Paddle's and CUDA's headers are. CUDA 13 keeps thrust, which Paddle includes, in a folder of its own."""
+    headers = _paddle() / "include"
+    cuda = _cuda_include(nvcc)
+    return [f"-I{folder}" for folder in (HERE, headers, headers / "third_party", cuda, cuda / "cccl")]
+
+
+def _paddle() -> Path:
+    """Where the package is. Imports nothing of it."""
     paddle = find_spec("paddle")
     if paddle is None or paddle.origin is None:
         sys.exit("Paddle is not installed for this Python: its headers are needed.")
-    headers = Path(paddle.origin).parent / "include"
-    cuda = _cuda_include(nvcc)
-    return [f"-I{folder}" for folder in (HERE, headers, headers / "third_party", cuda, cuda / "cccl")]
+    return Path(paddle.origin).parent
 
 
 def _cuda_include(nvcc: str) -> Path:
@@ -74,7 +79,10 @@ def main() -> None:
         if any(statuses):
             sys.exit("a kernel does not compile")
         objects = [command[-1] for command in commands]
-        subprocess.run([nvcc, "-shared", "-o", str(arguments.out), *objects], check=True)
+        libraries = _paddle() / "base"
+        paddle = [f"-L{libraries}", "-l:libpaddle.so", f"-L{_paddle() / 'libs'}"]
+        linker = ["-Xlinker", "--allow-shlib-undefined,--no-as-needed"]
+        subprocess.run([nvcc, "-shared", *linker, "-o", str(arguments.out), *objects, *paddle], check=True)
     print(f"compiled {arguments.out} for {' '.join(architectures)}")
 
 

@@ -41,8 +41,6 @@ def build_for_gpu(directory: Path) -> ctypes.CDLL:
     objects = []
     processes = []
     for source in LAUNCHERS:
-        if source.name.startswith("bindings"):
-            continue
         objects.append(directory / f"{source.stem}.o")
         flags = [
             "-std=c++17",

@@ -129,14 +129,12 @@ class Emulated(Device):
         return memory.copy()
 
 
-def build_emulated(directory: Path) -> ctypes.CDLL:
-    """Compile the launchers for the CPU. Floats do not contract: the sources say what is to be fused."""
+def compile_emulated(directory: Path) -> list[Path]:
+    """The launchers' objects. Floats do not contract: the sources say what is to be fused."""
     objects = []
     compiler = ["g++", "-std=c++17", "-O2", "-ffp-contract=off", "-fPIC", "-Wno-unknown-pragmas", "-DFDSERVE_EMULATED"]
     commands = []
     for source in LAUNCHERS:
-        if source.name.startswith("bindings"):
-            continue
         objects.append(directory / f"{source.stem}.o")
         commands.append(
             [*compiler, f"-I{HERE}", f"-I{SOURCES}", "-x", "c++", "-c", str(source), "-o", str(objects[-1])]
@@ -144,9 +142,13 @@ def build_emulated(directory: Path) -> ctypes.CDLL:
     processes = [subprocess.Popen(command) for command in commands]
     for process in processes:
         assert process.wait(240) == 0, process.args
-    library = directory / "emulated.so"
-    subprocess.run(["g++", "-shared", "-o", str(library), *map(str, objects)], check=True)
-    return ctypes.CDLL(str(library))
+    return objects
+
+
+def link_emulated(objects: list[Path], library: Path, *flags: str) -> Path:
+    """The objects as a shared library."""
+    subprocess.run(["g++", "-shared", "-o", str(library), *map(str, objects), *flags], check=True)
+    return library
 
 
 def has_nvcc() -> bool:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import ctypes
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from tests.cuda import checks, sampling
-from tests.cuda.harness import DTYPES, Emulated, build_emulated
+from tests.cuda.harness import DTYPES, Emulated, link_emulated
 
 
 @pytest.fixture(scope="module")
-def device(tmp_path_factory: pytest.TempPathFactory) -> Emulated:
-    return Emulated(build_emulated(tmp_path_factory.mktemp("emulated")))
+def device(objects: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Emulated:
+    library = link_emulated(objects, tmp_path_factory.mktemp("library") / "emulated.so")
+    return Emulated(ctypes.CDLL(str(library)))
 
 
 @pytest.fixture

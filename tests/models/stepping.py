@@ -49,6 +49,8 @@ class Stepper:
             context_lens=int32(contexts),
             block_tables=int32(self.tables[[chunk.sequence for chunk in chunks]]),
             sample_rows=int32(range(sum(counts)) if rows is None else rows),
+            max_query_len=max(counts),
+            longest=max(start + count for start, count in zip(contexts, counts, strict=True)),
         )
         for chunk, count in zip(chunks, counts, strict=True):
             self.lengths[chunk.sequence] += count

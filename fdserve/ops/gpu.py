@@ -1,0 +1,108 @@
+"""The operators that a GPU has otherwise than the CPU: Paddle's own for plain products and lookups.
+
+Weights are [out_features, in_features], row-major, on the GPU: bfloat16, or integers of 8 or 4 bits (two in a byte, the
+lower half first, 8 for zero) with a float32 scale for every `GROUP` inputs of an output.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fdserve.ops.library import run
+
+if TYPE_CHECKING:
+    from paddle import Tensor
+
+GROUP = 64
+BITS = {"bfloat16": 16, "wint8": 8, "wint4": 4}
+Array = npt.NDArray[Any]
+
+
+def pack(weight: Array, format: str, in_out: bool) -> tuple[Tensor, Tensor | None]:
+    """A matrix [N, K] ([K, N] when `in_out`) of float32, or bfloat16 as uint16, as (data, scales).
+
+    Raises ValueError for a format that the GPU has no kernel for, or inputs that groups do not divide.
+    """
+    if format not in BITS:
+        raise ValueError(f"a GPU computes with {', '.join(BITS)}, not with {format}")
+    matrix = np.ascontiguousarray(weight.T if in_out else weight)
+    if format == "bfloat16":
+        return _to_device(_as_bfloat16(matrix)).view("bfloat16"), None
+    if matrix.shape[1] % GROUP:
+        raise ValueError(f"{format} needs inputs in groups of {GROUP}, not {matrix.shape[1]}")
+    stored, scales = quantize(_as_float32(matrix), BITS[format])
+    return _to_device(stored), _to_device(scales)
+
+
+def quantize(matrix: npt.NDArray[np.float32], bits: int) -> tuple[Array, npt.NDArray[np.float32]]:
+    """[N, K] float32 as integers of `bits` bits and their scales [N, K / GROUP], to the nearest."""
+    rows, columns = matrix.shape
+    groups = matrix.reshape(rows, columns // GROUP, GROUP)
+    high = (1 << bits - 1) - 1
+    scales = np.abs(groups).max(axis=2) / high
+    divisors = np.where(scales == 0, 1, scales)[:, :, None]
+    integers = np.clip(np.rint(groups / divisors), -high, high).astype(np.int8).reshape(rows, columns)
+    if bits == 4:
+        halves = (integers + 8).astype(np.uint8)
+        return halves[:, ::2] | halves[:, 1::2] << 4, scales.astype(np.float32)
+    return integers, scales.astype(np.float32)
+
+
+def linear(x: Tensor, data: Tensor, scales: Tensor | None, format: str, to_float: bool) -> Tensor:
+    """x [T, K] bfloat16 -> [T, N], bfloat16 or float32."""
+    import paddle
+
+    if scales is None:
+        out = paddle.matmul(x, data, transpose_y=True)
+        return out.cast("float32") if to_float else out
+    return run("quant_linear", x, data, scales, BITS[format], to_float)[0]
+
+
+def embedding(ids: Tensor, data: Tensor, scales: Tensor | None, format: str) -> Tensor:
+    """ids int32 [T] -> [T, H] bfloat16."""
+    import paddle
+
+    rows = paddle.gather(data, ids)
+    if scales is None:
+        return rows
+    if format == "wint4":
+        rows = paddle.stack([rows.bitwise_and(_like(rows, 15)), rows.floor_divide(_like(rows, 16))], axis=-1)
+        rows = rows.flatten(1).cast("float32") - 8
+    wide = rows.cast("float32").reshape([rows.shape[0], -1, GROUP]) * paddle.gather(scales, ids).unsqueeze(-1)
+    return wide.flatten(1).cast("bfloat16")
+
+
+def new_kv_cache(shape: list[int]) -> tuple[Tensor, Tensor]:
+    """Zeroed (keys, values) of one layer, bfloat16."""
+    import paddle
+
+    return paddle.zeros(shape, "bfloat16"), paddle.zeros(shape, "bfloat16")
+
+
+def _like(x: Tensor, value: int) -> Tensor:
+    import paddle
+
+    return paddle.full([1], value, x.dtype)
+
+
+def _to_device(values: Array) -> Any:
+    import paddle
+
+    return paddle.to_tensor(values)
+
+
+def _as_bfloat16(values: Array) -> npt.NDArray[np.int16]:
+    """bfloat16 bits, which NumPy has no type for."""
+    if values.dtype == np.uint16:
+        return values.view(np.int16)
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16).view(np.int16)
+
+
+def _as_float32(values: Array) -> npt.NDArray[np.float32]:
+    if values.dtype == np.uint16:
+        return (values.astype(np.uint32) << 16).view(np.float32)
+    return values

@@ -1,0 +1,62 @@
+"""`python -m tests.cuda.emulated_model LIBRARY CHECKPOINT QUANTIZATION OUT`: a model on the CUDA ops, emulated.
+
+A process of its own, because the CPU's ops have the same names.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import paddle
+
+from fdserve import ops
+from fdserve.models.config import read_config
+from fdserve.models.loader import load_model
+from tests.models.stepping import Chunk, Stepper
+
+# Two sequences: a prefill, a chunked one beside it, decodes together, one more prefill beside decodes.
+STEPS = [
+    [Chunk(0, [3, 9, 4, 1, 5, 9, 2, 6])],
+    [Chunk(0, [5]), Chunk(1, list(range(1, 30)))],
+    [Chunk(1, [7, 7, 7]), Chunk(0, [11])],
+    [Chunk(0, [1]), Chunk(1, [2]), Chunk(2, [30] * 18)],
+]
+
+
+def logits_of(checkpoint: Path, dtype: str, quantization: str | None = None) -> np.ndarray[Any, Any]:
+    """The logits of every token of STEPS."""
+    model = load_model(checkpoint, read_config(checkpoint), dtype=dtype, quantization=quantization)
+    stepper = Stepper(model)
+    return np.concatenate([stepper.step(step) for step in STEPS])
+
+
+def _matmul_in_float32(x: Any, y: Any, transpose_y: bool = False) -> Any:
+    """Paddle has no bfloat16 product on a CPU."""
+    return _matmul(x.cast("float32"), y.cast("float32"), transpose_y=transpose_y).cast(x.dtype)
+
+
+_matmul = paddle.matmul
+
+
+def main() -> None:
+    """Write the logits, and the greedy tokens that the sampler takes from them."""
+    library, checkpoint, quantization, out = sys.argv[1:]
+    ops.use_gpu(Path(library))
+    paddle.matmul = _matmul_in_float32
+    logits = logits_of(Path(checkpoint), "bfloat16", None if quantization == "none" else quantization)
+    rows, vocab = logits.shape
+    zeros = paddle.zeros([rows + 1], "int32")
+    empty, floats = paddle.zeros([0], "int32"), np.tile(np.float32([0, 1, 0, 1, 0, 0]), (rows, 1))
+    ints = np.tile(np.int64([0, 1, 0, -1]), (rows, 1))
+    tokens, logprobs, top_ids, _ = ops.sample(
+        paddle.to_tensor(logits), paddle.to_tensor(floats), paddle.to_tensor(ints), empty, zeros, zeros[:-1], empty,
+        empty.cast("float32"), zeros, vocab_size=vocab, num_top=3,
+    )  # fmt: skip
+    np.savez(out, logits=logits, tokens=tokens.numpy(), logprobs=logprobs.numpy(), top_ids=top_ids.numpy())
+
+
+if __name__ == "__main__":
+    main()
