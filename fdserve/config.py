@@ -91,6 +91,12 @@ class Config:
         "how weights are stored: none (as computed with), wint8, wint4 or w8a8 (8-bit activations, too)",
         choices=("none", "wint8", "wint4", "w8a8"),
     )
+    kv_cache_dtype: str = _setting(
+        "auto",
+        "NAME",
+        "what keys and values are kept in: auto (as computed with), bfloat16 or int8",
+        choices=("auto", "bfloat16", "int8"),
+    )
     speculative_config: str = _setting(
         "", "JSON", 'how to guess next tokens, such as {"method": "ngram", "num_speculative_tokens": 4}; empty for not'
     )

@@ -65,7 +65,13 @@ def test_every_setting_has_a_flag_a_variable_a_key_and_help(tmp_path: Path, caps
     help = capsys.readouterr().out
     samples = {"int": "8", "float": "8", "bool": "true", "str": "8"}
     special = {
-        **{"dtype": "float32", "quantization": "wint4", "tokenizer_backend": "native", "log_level": "debug"},
+        **{
+            "dtype": "float32",
+            "quantization": "wint4",
+            "kv_cache_dtype": "int8",
+            "tokenizer_backend": "native",
+            "log_level": "debug",
+        },
         **{"max_request_bytes": "4096", "block_size": "16"},
         "speculative_config": '{"method": "ngram", "num_speculative_tokens": 4}',
     }

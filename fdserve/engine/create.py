@@ -46,6 +46,7 @@ def create_engine(config: Config, directory: Path, model: ModelConfig) -> Engine
         world_size=ranks,
         dtype=config.dtype,
         quantization=config.quantization,
+        kv_cache_dtype=config.kv_cache_dtype,
         block_size=config.block_size,
         num_blocks=config.num_gpu_blocks_override,
         kv_cache_bytes=config.kv_cache_bytes or min(available_memory() // 4, MAX_DEFAULT_CACHE_BYTES) // ranks,

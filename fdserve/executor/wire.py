@@ -93,6 +93,8 @@ class Load(msgspec.Struct, frozen=True, tag="load"):
     """The API process: a rank whose parent is another one has lost it already."""
     quantization: str = "none"
     """How weights are stored: "wint8", "wint4", "w8a8" or "none"."""
+    kv_cache_dtype: str = "auto"
+    """"bfloat16", "int8", or "auto" for what is computed in."""
     peers: tuple[int, ...] = ()
     """Descriptors of the socket pairs between the ranks: to each other rank on rank 0, to rank 0 on the others."""
     shared_memory: int = -1

@@ -60,15 +60,15 @@ class Ernie4_5:
             eps=self.config.rms_norm_eps,
         )
 
-    def new_caches(self, num_blocks: int, block_size: int) -> KvCaches:
-        """Zeroed key/value caches of `num_blocks` blocks of `block_size` tokens."""
+    def new_caches(self, num_blocks: int, block_size: int, dtype: str | None = None) -> KvCaches:
+        """Zeroed key/value caches of `num_blocks` blocks of `block_size` tokens, of `dtype` (None: D) or "int8"."""
         heads, head_dim = self._num_kv_heads, self.config.head_dim
-        layers = [ops.new_kv_cache(num_blocks, heads, block_size, head_dim, self.dtype) for _ in self._layers]
+        layers = [ops.new_kv_cache(num_blocks, heads, block_size, head_dim, dtype or self.dtype) for _ in self._layers]
         return KvCaches(layers, block_size)
 
-    def kv_bytes_per_block(self, block_size: int) -> int:
-        """Bytes that one block takes on this rank, in all layers together."""
-        token = ops.kv_bytes_per_token(self._num_kv_heads, self.config.head_dim, self.dtype)
+    def kv_bytes_per_block(self, block_size: int, dtype: str | None = None) -> int:
+        """Bytes that one block of such caches takes on this rank, in all layers together."""
+        token = ops.kv_bytes_per_token(self._num_kv_heads, self.config.head_dim, dtype or self.dtype)
         return token * block_size * len(self._layers)
 
     def forward(self, batch: ForwardBatch, caches: KvCaches) -> Tensor:

@@ -16,32 +16,45 @@ BLOCK_MULTIPLE = 16
 """A block holds a multiple of this many tokens."""
 
 
-def kv_cache_shape(num_blocks: int, num_kv_heads: int, block_size: int, head_dim: int) -> list[int]:
-    """The shape of a layer's key cache and of its value cache; the order within a block is opaque."""
+def kv_cache_shape(
+    num_blocks: int, num_kv_heads: int, block_size: int, head_dim: int, dtype: str = "float32"
+) -> list[int]:
+    """The shape of a layer's key cache and of its value cache; the order within a block is opaque.
+
+    An "int8" cache holds bytes: head_dim rounded up to a multiple of 16, and a float32 scale, for each token and head.
+    """
     if block_size <= 0 or block_size % BLOCK_MULTIPLE:
         raise ValueError(f"block_size must be a multiple of {BLOCK_MULTIPLE}, not {block_size}")
-    return [num_blocks, num_kv_heads, block_size, head_dim]
+    return [num_blocks, num_kv_heads, block_size, _elements(head_dim, dtype)]
+
+
+def _elements(head_dim: int, dtype: str) -> int:
+    return -(-head_dim // 16) * 16 + 4 if dtype == "int8" else head_dim
 
 
 def new_kv_cache(
     num_blocks: int, num_kv_heads: int, block_size: int, head_dim: int, dtype: str
 ) -> tuple[Tensor, Tensor]:
-    """Zeroed (keys, values) of one layer. Takes no memory until it is written: pages come as they are touched."""
+    """Zeroed (keys, values) of one layer; `dtype` is D, or "int8" for bytes with a scale for each token and head.
+
+    Takes no memory until it is written: pages come as they are touched.
+    """
     import paddle
 
-    shape = kv_cache_shape(num_blocks, num_kv_heads, block_size, head_dim)
+    shape = kv_cache_shape(num_blocks, num_kv_heads, block_size, head_dim, dtype)
     if on_gpu():
         return gpu.new_kv_cache(shape)
     # paddle.zeros would write gigabytes of zeros, which takes seconds; NumPy leaves them to the kernel. A view of
     # int16 as bfloat16, because NumPy has no such dtype.
-    storage = {"bfloat16": np.int16, "float32": np.float32}[dtype]
-    keys, values = (paddle.from_dlpack(np.zeros(shape, storage)).view(dtype) for _ in range(2))
+    storage = {"bfloat16": np.int16, "float32": np.float32, "int8": np.uint8}[dtype]
+    view = "uint8" if dtype == "int8" else dtype
+    keys, values = (paddle.from_dlpack(np.zeros(shape, storage)).view(view) for _ in range(2))
     return keys, values
 
 
 def kv_bytes_per_token(num_kv_heads: int, head_dim: int, dtype: str) -> int:
     """Bytes one token takes in the two caches of one layer."""
-    return 2 * num_kv_heads * head_dim * (2 if dtype == "bfloat16" else 4)
+    return 2 * num_kv_heads * _elements(head_dim, dtype) * {"bfloat16": 2, "float32": 4, "int8": 1}[dtype]
 
 
 def attention(
@@ -69,7 +82,7 @@ def attention(
     Args:
         qkv: [T, (num_heads + 2 * num_kv_heads) * head_dim] D, columns [all Q | all K | all V]; head_dim even,
         at most 256.
-        k_cache, v_cache: one layer's cache from `new_kv_cache`, changed in place.
+        k_cache, v_cache: one layer's cache from `new_kv_cache`, of D or bytes, changed in place.
         rope: [T, head_dim] float32, the cosines of each token's position in the first half of the columns,
         the sines
             in the second; the pairs rotated are adjacent, (x[2i], x[2i+1]).

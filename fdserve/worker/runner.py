@@ -48,11 +48,12 @@ class Runner:
             all_reduce=collectives.all_reduce if collectives else identity,
             progress=lambda done, total: progress("weights", done, total),
         )
-        bytes_per_block = self.model.kv_bytes_per_block(load.block_size)
+        kv_dtype = _resolve_kv_dtype(load.kv_cache_dtype, self.dtype)
+        bytes_per_block = self.model.kv_bytes_per_block(load.block_size, kv_dtype)
         num_blocks = _num_blocks(load, self.config, bytes_per_block)
-        self.ready = Ready(num_blocks, self.dtype, num_blocks * bytes_per_block)
+        self.ready = Ready(num_blocks, kv_dtype, num_blocks * bytes_per_block)
         max_model_len = min(load.max_model_len or self.config.max_position_embeddings, num_blocks * load.block_size)
-        self.caches = self.model.new_caches(num_blocks, load.block_size)
+        self.caches = self.model.new_caches(num_blocks, load.block_size, kv_dtype)
         self.rows = Rows(load.max_num_seqs, max_model_len, load.block_size, self.config.vocab_size)
 
     def step(self, plan: Plan, receive_masks: Callable[[], Masks]) -> StepResult:
@@ -133,6 +134,14 @@ def _resolve_dtype(asked: str, config: ModelConfig) -> str:
     if asked == "bfloat16" and ops.compute_dtype() != "bfloat16":
         raise StartupError("--dtype bfloat16 needs a processor with AVX512-BF16; use float32 or auto here.")
     return asked
+
+
+def _resolve_kv_dtype(asked: str, dtype: str) -> str:
+    if asked == "bfloat16" and dtype != asked:
+        raise StartupError(f"--kv-cache-dtype bfloat16 needs computation in bfloat16, and here it is in {dtype}.")
+    if asked == "int8" and ops.on_gpu():
+        raise StartupError("--kv-cache-dtype int8 is for the CPU; use auto on a GPU.")
+    return dtype if asked == "auto" else asked
 
 
 def _num_blocks(load: Load, config: ModelConfig, bytes_per_block: int) -> int:

@@ -67,7 +67,7 @@ struct Fetch {
   FD_MEMBER void step() {
     prefetch<4>(at);
     at += step_bytes;
-    if (at == end && step_bytes != 0) turn();
+    if (at >= end && step_bytes != 0) turn();
   }
   FD_MEMBER void turn() {
     if (--left == 0) return void(step_bytes = 0);

@@ -32,6 +32,7 @@ class Attention {
         element(size_of(call.dtype)),
         group(call.heads / call.kv_heads),
         stride((call.head_dim + 63) / 64 * 64),
+        group_bytes(call.byte_cache ? byte_group(call.head_dim) : KEY_GROUP * call.head_dim * size_of(call.dtype)),
         row_elements((call.heads + 2 * call.kv_heads) * call.head_dim) {}
 
   void run() {
@@ -48,7 +49,7 @@ class Attention {
   const AttentionCall& c;
   const RowKernels& kernels;
   const FloatKernels& floats;
-  const int64_t element, group, stride, row_elements;
+  const int64_t element, group, stride, group_bytes, row_elements;
   std::vector<Item> items;
 
   int64_t rows_of(const Item& item) const { return item.tokens * group; }
@@ -64,13 +65,15 @@ class Attention {
   char* cache_group(void* cache, int64_t sequence, int64_t position, int64_t kv_head) const {
     const int64_t block = c.block_tables[sequence * c.blocks_per_sequence + position / c.block_size];
     const int64_t slot = (block * c.kv_heads + kv_head) * c.block_size + position % c.block_size;
-    return static_cast<char*>(cache) + slot / KEY_GROUP * KEY_GROUP * c.head_dim * element;
+    return static_cast<char*>(cache) + slot / KEY_GROUP * group_bytes;
   }
 
   void store_new() {
     std::vector<std::pair<int64_t, int64_t>> chunks;  // (sequence, first row of the call)
     for (int64_t s = 0; s < c.sequences; ++s)
       for (int64_t t = c.query_starts[s]; t < c.query_starts[s + 1]; t += STORE_TOKENS) chunks.emplace_back(s, t);
+    const auto store_key = c.byte_cache ? kernels.store_key_bytes : kernels.store_key;
+    const auto store_value = c.byte_cache ? kernels.store_value_bytes : kernels.store_value;
     parallel(static_cast<int64_t>(chunks.size()), [&](int64_t i) {
       const auto [sequence, first] = chunks[static_cast<size_t>(i)];
       const int64_t start = c.query_starts[sequence], end = c.query_starts[sequence + 1];
@@ -79,9 +82,9 @@ class Attention {
         const int64_t position = c.context_lens[sequence] + t - start, lane = position % KEY_GROUP;
         kernels.rotate(token(t, c.heads), c.kv_heads, c.head_dim, c.rope + t * c.head_dim, rotated);
         for (int64_t h = 0; h < c.kv_heads; ++h) {
-          kernels.store_key(rotated + h * c.head_dim * element, c.head_dim, lane,
+          store_key(rotated + h * c.head_dim * element, c.head_dim, lane,
                             cache_group(c.k_cache, sequence, position, h));
-          kernels.store_value(token(t, c.heads + c.kv_heads + h), c.head_dim, lane,
+          store_value(token(t, c.heads + c.kv_heads + h), c.head_dim, lane,
                               cache_group(c.v_cache, sequence, position, h));
         }
       }
@@ -118,8 +121,22 @@ class Attention {
       tile.next_keys[g] = more ? cache_group(c.k_cache, item.sequence, next, item.kv_head) : tile.keys[g];
       tile.next_values[g] = more ? cache_group(c.v_cache, item.sequence, next, item.kv_head) : tile.values[g];
     }
-    tile.next_lines = KEY_GROUP * c.head_dim * element / 64;
+    tile.next_lines = group_bytes / 64;
+    if (c.byte_cache) unfold(tile);
     return tile;
+  }
+
+  // A tile of bytes as one of dtype with scales.
+  void unfold(KeyTile& tile) const {
+    const int64_t size = KEY_GROUP * padded_head(c.head_dim) * element, scales = KEY_GROUP * padded_head(c.head_dim);
+    char* out = scratch<char>(kScratchUnfold, 2 * KEY_TILE / KEY_GROUP * size);
+    for (int64_t g = 0; g < KEY_TILE / KEY_GROUP && tile.keys[g] != nullptr; ++g, out += 2 * size) {
+      tile.key_scales[g] = reinterpret_cast<const float*>(static_cast<const char*>(tile.keys[g]) + scales);
+      tile.value_scales[g] = reinterpret_cast<const float*>(static_cast<const char*>(tile.values[g]) + scales);
+      kernels.unfold_keys(tile.keys[g], c.head_dim, out);
+      kernels.unfold_values(tile.values[g], c.head_dim, out + size);
+      tile.keys[g] = out, tile.values[g] = out + size;
+    }
   }
 
   // The state of the item's rows over the keys of one part alone.

@@ -30,19 +30,21 @@ AttentionCall attention_call(DataType dtype, int64_t tokens, const Tensor& k_cac
                              const Tensor& context_lens, int64_t heads, int64_t kv_heads, int64_t head_dim,
                              int64_t block_size) {
   const int64_t sequences = context_lens.numel();
+  const bool bytes = k_cache.dtype() == DataType::UINT8;
   require(head_dim > 0 && head_dim % 2 == 0 && head_dim <= fdserve::MAX_HEAD_DIM,
           "attention: head_dim must be even and at most 256");
   require(kv_heads > 0 && heads % kv_heads == 0, "attention: num_heads must be a multiple of num_kv_heads");
   require(block_size > 0 && block_size % fdserve::KEY_GROUP == 0, "attention: block_size must be a multiple of 16");
   require(k_cache.dims() == v_cache.dims() && k_cache.dims().size() == 4 && k_cache.dims()[1] == kv_heads &&
-              k_cache.dims()[2] == block_size && k_cache.dims()[3] == head_dim,
+              k_cache.dims()[2] == block_size && k_cache.dims()[3] == (bytes ? fdserve::padded_head(head_dim) + 4 : head_dim),
           "attention: the caches are not of this shape");
-  require(k_cache.dtype() == dtype && v_cache.dtype() == dtype, "attention: the caches and qkv must have the same dtype");
+  require((bytes || k_cache.dtype() == dtype) && v_cache.dtype() == k_cache.dtype(),
+          "attention: the caches and qkv must have the same dtype");
   require(rope.numel() == tokens * head_dim, "attention: rope must be [T, head_dim]");
   require(block_tables.dims().size() == 2 && block_tables.dims()[0] == sequences && query_starts.numel() == sequences + 1,
           "attention: block_tables must be [S, B], query_starts [S + 1] and context_lens [S]");
   const AttentionCall call = {
-      dtype == DataType::BFLOAT16 ? Dtype::kBfloat16 : Dtype::kFloat32, tokens, sequences, block_tables.dims()[1], heads,
+      dtype == DataType::BFLOAT16 ? Dtype::kBfloat16 : Dtype::kFloat32, bytes, tokens, sequences, block_tables.dims()[1], heads,
       kv_heads, head_dim, block_size, nullptr,
       const_cast<void*>(data_of(k_cache)), const_cast<void*>(data_of(v_cache)),
       data_of<float>(rope, DataType::FLOAT32, "attention: rope must be float32"),
@@ -94,7 +96,8 @@ std::vector<Tensor> decoder(const Tensor& x, const Tensor& rope, const Tensor& b
   std::vector<fdserve::DecoderLayer> layers;
   for (size_t l = 0; l < count; ++l) {
     for (const Tensor* cache : {&k_caches[l], &v_caches[l]})
-      require(cache->dims() == k_caches[0].dims() && cache->dtype() == x.dtype(), "decoder: the caches must be alike");
+      require(cache->dims() == k_caches[0].dims() && cache->dtype() == k_caches[0].dtype(),
+              "decoder: the caches must be alike");
     layers.push_back({norm_of(input_norms[l], x),
                       matrix_of(qkv[l], format, (heads + 2 * kv_heads) * head_dim, hidden, x.dtype()),
                       matrix_of(o[l], format, hidden, heads * head_dim, x.dtype()),

@@ -14,4 +14,5 @@
 #include "quantize.h"
 #include "rows.h"
 #include "attend.h"
+#include "cache_bytes.h"
 #include "isa_kernels.h"

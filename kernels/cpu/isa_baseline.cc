@@ -12,5 +12,6 @@
 #include "quantize.h"
 #include "rows.h"
 #include "attend.h"
+#include "cache_bytes.h"
 #include "scan.h"
 #include "isa_kernels.h"

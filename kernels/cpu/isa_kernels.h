@@ -7,7 +7,7 @@ template <class E>
 constexpr RowKernels make_row_kernels() {
   return {gemm<E>,       gemm_groups<E>, gemm_bytes, scale_sums, to_bytes<E>,  rms_norm_row<E>,
           swiglu_row<E>, put_rows<E>,    add_row<E>, rotate<E>,  store_key<E>, store_value<E>,
-          attend<E>};
+          store_bytes_of<E, false>, store_bytes_of<E, true>, unfold_keys, unfold_values, attend<E>};
 }
 
 #ifdef FD_BF16

@@ -56,6 +56,10 @@ struct Matrix {
   Format format;
 };
 
+// Of a cache of bytes: dimensions as stored, and the bytes of 16 keys or values of a head.
+inline int64_t padded_head(int64_t head_dim) { return (head_dim + 15) / 16 * 16; }
+inline int64_t byte_group(int64_t head_dim) { return KEY_GROUP * (padded_head(head_dim) + 4); }
+
 struct KeyTile {
   const void* keys[KEY_TILE / KEY_GROUP];  // each 16 keys of one head, see attend.h; null past the last key
   const void* values[KEY_TILE / KEY_GROUP];
@@ -97,6 +101,11 @@ struct RowKernels {
   // One token's key and value of one head, into lane position % 16 of its group.
   void (*store_key)(const void* key, int64_t head_dim, int64_t lane, void* group);
   void (*store_value)(const void* value, int64_t head_dim, int64_t lane, void* group);
+  // The same into a cache of bytes, and 16 of them out of it, as the other cache holds them but for the scales.
+  void (*store_key_bytes)(const void* key, int64_t head_dim, int64_t lane, void* group);
+  void (*store_value_bytes)(const void* value, int64_t head_dim, int64_t lane, void* group);
+  void (*unfold_keys)(const void* group, int64_t head_dim, void* out);
+  void (*unfold_values)(const void* group, int64_t head_dim, void* out);
   // Fold one tile into the state of rows whose query is q[rows][head_dim]; row r sees the first `seen[r]` keys of it
   // (at least 1, at most 64).
   void (*attend)(const void* q, int64_t rows, int64_t head_dim, const KeyTile& tile, const int* seen, float scale,
@@ -162,6 +171,7 @@ void swiglu(const void* x, int64_t tokens, int64_t size, Dtype dtype, void* out)
 
 struct AttentionCall {
   Dtype dtype;
+  bool byte_cache;  // the caches are of bytes, see cache_bytes.h, and not of dtype
   int64_t tokens, sequences, blocks_per_sequence;
   int64_t heads, kv_heads, head_dim, block_size;
   const void* qkv;

@@ -133,11 +133,13 @@ async def test_a_seed_reproduces_a_sampled_text_in_any_company() -> None:
     assert other[0] != alone[0]
 
 
-@pytest.mark.parametrize("quantization", ["wint8", "wint4", "w8a8"])
-async def test_quantized(quantization: str) -> None:
-    async with serving(quantization=quantization) as engine:
+@pytest.mark.parametrize(("quantization", "kv_cache_dtype"), [("wint8", "auto"), ("wint4", "int8"), ("w8a8", "int8")])
+async def test_quantized(quantization: str, kv_cache_dtype: str) -> None:
+    async with serving(quantization=quantization, kv_cache_dtype=kv_cache_dtype) as engine:
         alone = await generate(engine, prompt())
-    async with serving(quantization=quantization, max_num_batched_tokens=64, num_threads=1) as engine:
+    async with serving(
+        quantization=quantization, kv_cache_dtype=kv_cache_dtype, max_num_batched_tokens=64, num_threads=1
+    ) as engine:
         outputs = await generate_many(engine, [*others(8), prompt(), *others(15)[8:]])
         assert outputs[8][:2] == alone[:2]
         assert (await generate(engine, prompt()))[:2] == alone[:2]
