@@ -79,6 +79,12 @@ class Config:
     max_concurrency: int = _setting(
         1024, "N", "generation requests in the server at once, waiting ones included; more get a 429", low=1
     )
+    device: str = _setting(
+        "auto",
+        "NAME",
+        "where to compute: auto (a GPU that is ready to use), cpu or gpu",
+        choices=("auto", "cpu", "gpu"),
+    )
     dtype: str = _setting(
         "auto",
         "NAME",

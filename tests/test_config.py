@@ -66,6 +66,7 @@ def test_every_setting_has_a_flag_a_variable_a_key_and_help(tmp_path: Path, caps
     samples = {"int": "8", "float": "8", "bool": "true", "str": "8"}
     special = {
         **{
+            "device": "cpu",
             "dtype": "float32",
             "quantization": "wint4",
             "kv_cache_dtype": "int8",

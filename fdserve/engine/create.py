@@ -23,7 +23,7 @@ from fdserve.ops.library import KERNELS_MISSING, kernels_path
 logger = logging.getLogger("fdserve")
 
 MAX_DEFAULT_CACHE_BYTES = 4 << 30
-"""The KV cache takes a quarter of the memory that is available unless told otherwise, and no more than this."""
+"""On a CPU the cache takes a quarter of the memory that is available unless told otherwise, and no more than this."""
 
 MIN_LOAD_TIMEOUT = 60.0
 """Seconds without progress after which a loading rank is lost, where a step may not take that long."""
@@ -42,6 +42,7 @@ def create_engine(config: Config, directory: Path, model: ModelConfig) -> Engine
         )
     load = Load(
         directory=str(directory.resolve()),
+        device=config.device,
         rank=0,
         world_size=ranks,
         dtype=config.dtype,
@@ -49,7 +50,8 @@ def create_engine(config: Config, directory: Path, model: ModelConfig) -> Engine
         kv_cache_dtype=config.kv_cache_dtype,
         block_size=config.block_size,
         num_blocks=config.num_gpu_blocks_override,
-        kv_cache_bytes=config.kv_cache_bytes or min(available_memory() // 4, MAX_DEFAULT_CACHE_BYTES) // ranks,
+        kv_cache_bytes=config.kv_cache_bytes or 0,
+        host_cache_bytes=min(available_memory() // 4, MAX_DEFAULT_CACHE_BYTES) // ranks,
         max_num_seqs=config.max_num_seqs,
         max_model_len=config.max_model_len,
         num_threads=config.num_threads or max(1, available_cores() // ranks),

@@ -208,6 +208,8 @@ class Scheduler:
 
     def _schedule_drafts(self, speculation: Speculation, budget: int) -> int:
         """Let the plan's decodes compute guesses, too, where they pay. Returns the budget left."""
+        if len(self._in_flight) > MAX_DRAFTED:
+            return budget  # guesses for a few of so many save nothing worth looking for them
         room = min(budget, MAX_DRAFTED)
         for index, (sequence, _, _) in enumerate(self._in_flight):
             params = sequence.request.params

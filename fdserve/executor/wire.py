@@ -77,6 +77,8 @@ class Load(msgspec.Struct, frozen=True, tag="load"):
     """The first frame to a rank: what to load, and how large."""
 
     directory: str
+    device: str
+    """"auto", "cpu" or "gpu"."""
     rank: int
     world_size: int
     dtype: str
@@ -85,6 +87,8 @@ class Load(msgspec.Struct, frozen=True, tag="load"):
     num_blocks: int
     """0: as many as `kv_cache_bytes` hold."""
     kv_cache_bytes: int
+    """0: what is left of a GPU's memory, or `host_cache_bytes` on a CPU."""
+    host_cache_bytes: int
     max_num_seqs: int
     max_model_len: int
     num_threads: int

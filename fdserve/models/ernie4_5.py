@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+import numpy.typing as npt
+
 from fdserve import ops
 from fdserve.models.config import ModelConfig
 from fdserve.models.ernie4_5_moe import MoeMlp
@@ -60,6 +63,10 @@ class Ernie4_5:
             eps=self.config.rms_norm_eps,
         )
 
+    def rope_table(self, positions: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
+        """`ForwardBatch.rope` of tokens that stand at these positions [T] of their sequences: [T, head_dim]."""
+        return self._rope.table(positions)
+
     def new_caches(self, num_blocks: int, block_size: int, dtype: str | None = None) -> KvCaches:
         """Zeroed key/value caches of `num_blocks` blocks of `block_size` tokens, of `dtype` (None: D) or "int8"."""
         heads, head_dim = self._num_kv_heads, self.config.head_dim
@@ -96,21 +103,20 @@ class Ernie4_5:
         import paddle
 
         with paddle.no_grad():
-            rope = paddle.to_tensor(self._rope.table(batch.positions))
             x = self._vocabulary.embed(batch.token_ids)
             if self._decoder is None:
-                return self._blocks(x, rope, batch, caches)
+                return self._blocks(x, batch, caches)
             sequences = batch.block_tables, batch.query_starts, batch.context_lens
-            return self._decoder(x, rope, *sequences, batch.sample_rows, caches.layers, caches.block_size)
+            return self._decoder(x, batch.rope, *sequences, batch.sample_rows, caches.layers, caches.block_size)
 
-    def _blocks(self, residual: Tensor, rope: Tensor, batch: ForwardBatch, caches: KvCaches) -> Tensor:
+    def _blocks(self, residual: Tensor, batch: ForwardBatch, caches: KvCaches) -> Tensor:
         """The blocks operator by operator, and the final norm."""
         import paddle
 
         eps = self.config.rms_norm_eps
         x = ops.rms_norm(residual, self._layers[0].input_norm, eps)
         for number, (layer, next_norm) in enumerate(zip(self._layers, self._next_norms, strict=True)):
-            x = layer.attention(x, rope, batch, caches, number)
+            x = layer.attention(x, batch, caches, number)
             if number == len(self._layers) - 1:
                 # No token looks at another after the last attention: only the rows asked for go on.
                 if batch.sample_rows.shape[0] == 0:

@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 class ForwardBatch:
     """What one step computes: T new tokens of S sequences, and the R of them whose logits are wanted.
 
-    `positions` is a NumPy array, all else are Paddle tensors; all are int32.
+    The tensors are int32, but for `rope`.
     """
 
     token_ids: Tensor  # [T], in [0, vocab_size)
-    positions: npt.NDArray[np.int32]  # [T], where in its sequence each token stands
+    rope: Tensor  # [T, head_dim] float32: see `Rope.table`
     query_starts: Tensor  # [S + 1], the tokens of sequence s are query_starts[s] to query_starts[s + 1]
     context_lens: Tensor  # [S], tokens of each sequence that are in the cache already
     block_tables: Tensor  # [S, B]
@@ -78,14 +78,14 @@ class Attention:
     head_dim: int
     all_reduce: Collective
 
-    def __call__(self, x: Tensor, rope: Tensor, batch: ForwardBatch, caches: KvCaches, layer: int) -> Tensor:
+    def __call__(self, x: Tensor, batch: ForwardBatch, caches: KvCaches, layer: int) -> Tensor:
         """x [T, H] -> [T, H]; stores the tokens' keys and values in the layer's cache."""
         keys, values = caches.layers[layer]
         heads = ops.attention(
             ops.linear(x, self.qkv),
             keys,
             values,
-            rope,
+            batch.rope,
             batch.block_tables,
             batch.query_starts,
             batch.context_lens,

@@ -14,11 +14,14 @@ from fdserve import ops
 from fdserve.errors import StartupError
 from fdserve.executor.wire import Load, Masks, Plan, Ready, StepResult
 from fdserve.models.config import ModelConfig, read_config
+from fdserve.models.ernie4_5 import Ernie4_5
 from fdserve.models.layers import ForwardBatch
 from fdserve.models.loader import load_model
 from fdserve.models.parallel import identity
 from fdserve.worker.batch import Batch, accept, assemble
 from fdserve.worker.collectives import Collectives
+from fdserve.worker.device import check_formats, free_gpu_bytes, select_device
+from fdserve.worker.graphs import DecodeGraphs, record_cuda_graph
 from fdserve.worker.prompt import PromptLogprobs, prompt_logprobs
 from fdserve.worker.rows import Rows
 from fdserve.worker.sampler import Sampled, sample
@@ -32,9 +35,12 @@ class Runner:
     def __init__(self, load: Load, progress: Progress) -> None:
         directory = Path(load.directory)
         self.config = read_config(directory)
-        paddle.set_device("cpu")  # where the kernels are, also under Paddle's GPU build
+        select_device(load.device, load.rank, load.world_size)
         self.dtype = _resolve_dtype(load.dtype, self.config)
-        if load.num_threads > 0:
+        kv_dtype = _resolve_kv_dtype(load.kv_cache_dtype, self.dtype)
+        if ops.on_gpu():
+            check_formats(self.dtype, load.quantization, kv_dtype)
+        elif load.num_threads > 0:
             ops.set_num_threads(load.num_threads)
         collectives = Collectives(load) if load.world_size > 1 else None
         self._sample_op = collectives.sample if collectives else ops.sample
@@ -48,12 +54,16 @@ class Runner:
             all_reduce=collectives.all_reduce if collectives else identity,
             progress=lambda done, total: progress("weights", done, total),
         )
-        kv_dtype = _resolve_kv_dtype(load.kv_cache_dtype, self.dtype)
         bytes_per_block = self.model.kv_bytes_per_block(load.block_size, kv_dtype)
         num_blocks = _num_blocks(load, self.config, bytes_per_block)
         self.ready = Ready(num_blocks, kv_dtype, num_blocks * bytes_per_block)
         max_model_len = min(load.max_model_len or self.config.max_position_embeddings, num_blocks * load.block_size)
-        self.caches = self.model.new_caches(num_blocks, load.block_size, kv_dtype)
+        spare = 1 if ops.on_gpu() else 0
+        self.caches = self.model.new_caches(num_blocks + spare, load.block_size, kv_dtype)
+        self._graphs: DecodeGraphs | None = None
+        if ops.on_gpu():
+            sizes = {"max_model_len": max_model_len, "spare_block": num_blocks}
+            self._graphs = DecodeGraphs(self.model, self.caches, record=record_cuda_graph, **sizes)
         self.rows = Rows(load.max_num_seqs, max_model_len, load.block_size, self.config.vocab_size)
 
     def step(self, plan: Plan, receive_masks: Callable[[], Masks]) -> StepResult:
@@ -62,18 +72,26 @@ class Runner:
         waited = 0.0
         self.rows.take_changes(plan)
         batch = assemble(self.rows, plan)
-        count = len(batch.sample_rows)
-        hidden = self.model.hidden(_forward_batch(batch), self.caches)
-        logits = self.model.logits(hidden if len(hidden) == count else hidden[:count]) if count else None
-        prompt = self._prompt_logprobs(batch, hidden[count:]) if len(batch.prompt_indices) else None
+        logits, prompt = self._forward(batch)
         masks: dict[int, bytes] = {}
         if plan.masked_rows:
             waiting = time.perf_counter()
             received = receive_masks()
             masks = dict(zip(received.rows, received.masks, strict=True))
             waited = time.perf_counter() - waiting
-        sampled = self._sample(batch, logits, masks) if count else None
+        sampled = self._sample(batch, logits, masks) if logits is not None else None
         return _result(plan.step, sampled, prompt, time.perf_counter() - started - waited)
+
+    def _forward(self, batch: Batch) -> tuple[Any | None, PromptLogprobs | None]:
+        """The logits of what samples, and what a prompt asks for; None where there is nothing of it."""
+        logits = None if self._graphs is None else self._graphs.logits(batch)
+        if logits is not None:
+            return logits, None
+        count = len(batch.sample_rows)
+        hidden = self.model.hidden(_forward_batch(self.model, batch), self.caches)
+        if count:
+            logits = self.model.logits(hidden if len(hidden) == count else hidden[:count])
+        return logits, self._prompt_logprobs(batch, hidden[count:]) if len(batch.prompt_indices) else None
 
     def _sample(self, batch: Batch, logits: Any, masks: dict[int, bytes]) -> Sampled:
         vocab_size, sample_op = self.config.vocab_size, self._sample_op
@@ -88,14 +106,14 @@ class Runner:
         return prompt_logprobs(hidden, self.model.logits, targets, num_top, self.config.vocab_size, self._sample_op)
 
 
-def _forward_batch(batch: Batch) -> ForwardBatch:
+def _forward_batch(model: Ernie4_5, batch: Batch) -> ForwardBatch:
     wanted = batch.sample_indices
     if len(batch.prompt_indices):
         wanted = np.concatenate([wanted, batch.prompt_indices])
     query_lens = np.diff(batch.query_starts)
     return ForwardBatch(
         token_ids=paddle.to_tensor(batch.token_ids),
-        positions=batch.positions,
+        rope=paddle.to_tensor(model.rope_table(batch.positions)),
         query_starts=paddle.to_tensor(batch.query_starts),
         context_lens=paddle.to_tensor(batch.context_lens),
         block_tables=paddle.to_tensor(batch.block_tables),
@@ -139,8 +157,6 @@ def _resolve_dtype(asked: str, config: ModelConfig) -> str:
 def _resolve_kv_dtype(asked: str, dtype: str) -> str:
     if asked == "bfloat16" and dtype != asked:
         raise StartupError(f"--kv-cache-dtype bfloat16 needs computation in bfloat16, and here it is in {dtype}.")
-    if asked == "int8" and ops.on_gpu():
-        raise StartupError("--kv-cache-dtype int8 is for the CPU; use auto on a GPU.")
     return dtype if asked == "auto" else asked
 
 
@@ -148,7 +164,8 @@ def _num_blocks(load: Load, config: ModelConfig, bytes_per_block: int) -> int:
     """As asked, or as many as the memory holds, but no more than all rows at full length could use."""
     longest = load.max_model_len or config.max_position_embeddings
     blocks_per_row = -(-longest // load.block_size)
-    num_blocks = load.num_blocks or min(load.kv_cache_bytes // bytes_per_block, load.max_num_seqs * blocks_per_row)
+    room = load.kv_cache_bytes or (free_gpu_bytes() if ops.on_gpu() else load.host_cache_bytes)
+    num_blocks = load.num_blocks or min(room // bytes_per_block, load.max_num_seqs * blocks_per_row)
     if load.max_model_len > num_blocks * load.block_size:
         raise StartupError(
             f"The KV cache holds {num_blocks * load.block_size} tokens, fewer than --max-model-len "

@@ -30,8 +30,8 @@ def checkpoint(tmp_path: Path) -> Path:
 
 def make_load(directory: Path, **changes: int) -> Load:
     values = {"rank": 0, "world_size": 1, "block_size": 16, "num_blocks": 8, "kv_cache_bytes": 0, "max_num_seqs": 4}
-    values |= {"max_model_len": 64, "num_threads": 1, "parent": os.getpid(), **changes}
-    return Load(directory=str(directory), dtype="float32", **values)
+    values |= {"host_cache_bytes": 0, "max_model_len": 64, "num_threads": 1, "parent": os.getpid(), **changes}
+    return Load(directory=str(directory), device="cpu", dtype="float32", **values)
 
 
 def is_alive(pid: int) -> bool:

@@ -30,7 +30,7 @@ PARAMS = SamplingParams(
 @pytest.mark.parametrize(
     "message",
     [
-        Load("dir", 0, 1, "auto", 64, 0, 1 << 40, 256, 0, 2, 1),
+        Load("dir", "cpu", 0, 1, "auto", 64, 0, 1 << 40, 1 << 30, 256, 0, 2, 1),
         Plan(7, [NewRow(3, b"\x01\x00\x00\x00", 1, 0, (5, 6), PARAMS, 4)], [(1, 9)], [3, 1], [1, 1], [3]),
         Plan(8, [], [], [3], [3], drafts=[(3, [7, 8])]),
         Masks(7, [3], [b"\xff\x00\x00\x00"]),

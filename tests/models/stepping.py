@@ -44,7 +44,7 @@ class Stepper:
         positions = [np.arange(start, start + count) for start, count in zip(contexts, counts, strict=True)]
         batch = ForwardBatch(
             token_ids=int32([token for chunk in chunks for token in chunk.tokens]),
-            positions=np.concatenate(positions).astype(np.int32),
+            rope=paddle.to_tensor(self.model.rope_table(np.concatenate(positions).astype(np.int32))),
             query_starts=int32(np.cumsum([0, *counts])),
             context_lens=int32(contexts),
             block_tables=int32(self.tables[[chunk.sequence for chunk in chunks]]),

@@ -1,0 +1,51 @@
+"""Where a rank computes: the CPU, or a GPU of its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import paddle
+
+from fdserve import ops
+from fdserve.errors import StartupError
+from fdserve.ops import KernelsMissing
+
+MEMORY_SHARE = 0.9
+"""Of a GPU's memory, what weights and cache may take together; the rest is for activations and for Paddle itself."""
+
+
+def select_device(asked: str, rank: int, world_size: int) -> None:
+    """Have Paddle and the operators compute on the CPU ("cpu"), on GPU number `rank` ("gpu"), or on that GPU where
+    there is one ("auto"). Before any other use of them. Raises StartupError.
+    """
+    gpus = paddle.device.cuda.device_count() if paddle.is_compiled_with_cuda() else 0
+    if asked == "cpu" or (asked == "auto" and gpus == 0):
+        paddle.set_device("cpu")
+        return
+    if not paddle.is_compiled_with_cuda():
+        raise StartupError("--device gpu needs Paddle's GPU build: see docs/gpu.md.")
+    if world_size > 1:
+        raise StartupError("Several ranks compute on CPUs only: give --device cpu, or --tensor-parallel-size 1.")
+    if gpus <= rank:
+        raise StartupError(f"--device gpu finds {gpus} GPUs, and rank {rank} needs one of its own.")
+    paddle.set_device(f"gpu:{rank}")
+    try:
+        ops.use_gpu()
+    except KernelsMissing as error:
+        raise StartupError(str(error)) from None
+
+
+def check_formats(dtype: str, quantization: str, kv_dtype: str) -> None:
+    """Raise StartupError for formats that the kernels of a GPU do not have."""
+    if dtype != "bfloat16":
+        raise StartupError(f"A GPU computes in bfloat16, not in {dtype}: give --device cpu, or --dtype bfloat16.")
+    if kv_dtype != "bfloat16":
+        raise StartupError(f"A GPU keeps keys and values in bfloat16, not in {kv_dtype}.")
+    if quantization not in ("none", "wint8", "wint4"):
+        raise StartupError(f"A GPU has no kernels for --quantization {quantization}: it has them for wint8 and wint4.")
+
+
+def free_gpu_bytes(cuda: Any = paddle.device.cuda) -> int:
+    """What the KV cache can have of the current GPU once the weights are loaded."""
+    total = int(cuda.get_device_properties().total_memory)
+    return max(0, int(total * MEMORY_SHARE) - int(cuda.memory_reserved()))

@@ -1,0 +1,75 @@
+"""Choosing a device, on a machine that has none but its CPU."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import paddle
+import pytest
+
+from fdserve.errors import StartupError
+from fdserve.worker.device import check_formats, free_gpu_bytes, select_device
+
+
+def with_gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> list[str]:
+    """Make Paddle claim to have so many GPUs; returns what it is told to use."""
+    used: list[str] = []
+    monkeypatch.setattr(paddle, "is_compiled_with_cuda", lambda: True)
+    monkeypatch.setattr(paddle.device.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(paddle, "set_device", used.append)
+    return used
+
+
+@pytest.mark.parametrize("asked", ["auto", "cpu"])
+def test_the_cpu_is_used_where_there_is_nothing_else(asked: str) -> None:
+    select_device(asked, 0, 1)
+    assert paddle.device.get_device() == "cpu"
+
+
+def test_auto_takes_the_cpu_where_the_build_for_gpus_finds_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    used = with_gpus(monkeypatch, 0)
+    select_device("auto", 0, 1)
+    assert used == ["cpu"]
+
+
+def test_a_gpu_needs_the_build_for_it() -> None:
+    with pytest.raises(StartupError, match="GPU build"):
+        select_device("gpu", 0, 1)
+
+
+def test_a_gpu_must_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_gpus(monkeypatch, 0)
+    with pytest.raises(StartupError, match="finds 0 GPUs"):
+        select_device("gpu", 0, 1)
+
+
+@pytest.mark.parametrize("asked", ["auto", "gpu"])
+def test_several_ranks_stay_on_cpus(monkeypatch: pytest.MonkeyPatch, asked: str) -> None:
+    with_gpus(monkeypatch, 8)
+    with pytest.raises(StartupError, match="--device cpu"):
+        select_device(asked, 0, 2)
+
+
+def test_the_kernels_must_be_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    used = with_gpus(monkeypatch, 1)
+    with pytest.raises(StartupError, match="make kernels-cuda"):
+        select_device("auto", 0, 1)
+    assert used == ["gpu:0"]
+
+
+def test_formats_of_a_gpu() -> None:
+    for quantization in ("none", "wint8", "wint4"):
+        check_formats("bfloat16", quantization, "bfloat16")
+    for wrong in (("float32", "none", "bfloat16"), ("bfloat16", "w8a8", "bfloat16"), ("bfloat16", "none", "int8")):
+        with pytest.raises(StartupError, match="GPU"):
+            check_formats(*wrong)
+
+
+def test_the_cache_has_what_the_weights_leave() -> None:
+    cuda: Any = SimpleNamespace(
+        get_device_properties=lambda: SimpleNamespace(total_memory=1000), memory_reserved=lambda: 300
+    )
+    assert free_gpu_bytes(cuda) == 600
+    cuda.memory_reserved = lambda: 2000
+    assert free_gpu_bytes(cuda) == 0

@@ -1,0 +1,104 @@
+"""Recorded decode steps: filled up, replayed on other inputs, the same bits as computed afresh."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import paddle
+import pytest
+
+from fdserve.models.config import read_config
+from fdserve.models.loader import load_model
+from fdserve.worker.batch import Batch
+from fdserve.worker.graphs import SIZES, DecodeGraphs
+from tests.e2e.test_tensor_parallel import random_checkpoint
+from tests.models.checkpoints import DENSE
+from tests.models.stepping import BLOCK_SIZE, BLOCKS_PER_SEQUENCE, Chunk, Stepper
+
+NOTHING = np.zeros(0, np.int32)
+
+
+class Recorder:
+    """Replays by running the work again, as a graph does with the inputs' memory; counts both."""
+
+    def __init__(self) -> None:
+        self.recorded = 0
+        self.replayed = 0
+
+    def __call__(self, work: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+        self.recorded += 1
+        result = work()
+
+        def replay() -> None:
+            self.replayed += 1
+            paddle.assign(work(), result)
+
+        return result, replay
+
+
+def decode(stepper: Stepper, tokens: dict[int, int]) -> Batch:
+    """A step of one token for each of these sequences."""
+    sequences = list(tokens)
+    count = len(sequences)
+    positions = np.array([stepper.lengths[sequence] for sequence in sequences], np.int32)
+    width = -(-int(positions.max() + 1) // BLOCK_SIZE)
+    return Batch(
+        token_ids=np.array(list(tokens.values()), np.int32),
+        positions=positions,
+        query_starts=np.arange(count + 1, dtype=np.int32),
+        context_lens=positions,
+        block_tables=stepper.tables[sequences, :width],
+        sample_indices=np.arange(count, dtype=np.int32),
+        sample_rows=np.arange(count, dtype=np.int32),
+        sample_lens=positions + 1,
+        sample_counts=None,
+        prompt_indices=NOTHING,
+        prompt_targets=NOTHING,
+        prompt_num_top=0,
+    )
+
+
+@pytest.fixture
+def stepper(tmp_path: Path) -> Stepper:
+    """Sequences that have begun, and one block more than they use."""
+    checkpoint = random_checkpoint(tmp_path / "model", DENSE)
+    model = load_model(checkpoint, read_config(checkpoint), dtype="float32")
+    stepper = Stepper(model)
+    stepper.caches = model.new_caches(4 * BLOCKS_PER_SEQUENCE + 1, BLOCK_SIZE, "float32")
+    for sequence in range(3):
+        stepper.step([Chunk(sequence, range(1, 5 + 7 * sequence))])
+    return stepper
+
+
+def test_replays_give_what_a_step_gives(stepper: Stepper) -> None:
+    recorder = Recorder()
+    longest = BLOCK_SIZE * BLOCKS_PER_SEQUENCE
+    graphs = DecodeGraphs(
+        stepper.model,
+        stepper.caches,
+        max_model_len=longest,
+        spare_block=4 * BLOCKS_PER_SEQUENCE,
+        record=recorder,
+    )
+    for tokens in ({0: 3, 1: 4, 2: 5}, {2: 7}, {0: 9, 2: 1, 1: 30}, {1: 8, 0: 2}):
+        logits = graphs.logits(decode(stepper, tokens))
+        assert logits is not None
+        # The same step once more: it writes the same keys and values to the same places.
+        expected = stepper.step([Chunk(sequence, [token]) for sequence, token in tokens.items()])
+        assert (logits.numpy() == expected).all()
+    # Sizes 4, 1 and 2; every step is a replay.
+    assert (recorder.recorded, recorder.replayed) == (3, 4)
+
+
+def test_other_steps_are_left_to_others(stepper: Stepper) -> None:
+    graphs = DecodeGraphs(stepper.model, stepper.caches, max_model_len=64, spare_block=0, record=Recorder())
+    one = decode(stepper, {0: 3})
+    two_tokens = {**vars(one), "token_ids": np.array([3, 4], np.int32)}
+    nothing_sampled = {**vars(one), "sample_rows": NOTHING}
+    asks_for_prompt = {**vars(one), "prompt_indices": np.zeros(1, np.int32)}
+    too_many = {**vars(one), "context_lens": np.zeros(max(SIZES) + 1, np.int32)}
+    for fields in (two_tokens, nothing_sampled, asks_for_prompt, too_many):
+        assert graphs.logits(Batch(**fields)) is None
