@@ -156,7 +156,9 @@ def test_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("name", ["/no/where", "./here", "~/x", "one", "a/b/c", "../x", "owner/", "~nobody/x"])
-def test_no_such_directory(name: str) -> None:
+def test_no_such_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
     with pytest.raises(StartupError) as error:
         resolve_model(name)
     assert str(error.value) == f"--model {name}: there is no such directory."
