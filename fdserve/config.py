@@ -112,6 +112,9 @@ class Config:
     num_threads: int = _setting(0, "N", "threads of each rank; 0 shares the cores out", low=0, high=1024)
     max_request_bytes: int = _setting(16 << 20, "BYTES", "largest request body", low=1024)
     graceful_timeout: float = _setting(30.0, "SECONDS", "how long a stop waits for running requests", low=0, high=86400)
+    cluster_secret: str = _setting(
+        "", "SECRET", "what ranks on several hosts know each other by; better given as a variable", secret=True
+    )
     step_timeout: float = _setting(
         300.0, "SECONDS", "a step that takes longer counts as a hung rank", low=0.1, high=86400
     )

@@ -20,8 +20,12 @@ import trio
 import fdserve
 from fdserve.app import App, Build, configure_logging, create_app
 from fdserve.config import Config
+from fdserve.engine.machine import available_cores
 from fdserve.errors import StartupError
+from fdserve.executor.cluster import Cluster, check_secret, read_cluster
+from fdserve.executor.follower import follow
 from fdserve.http import hypercorn_fixes
+from fdserve.hub import resolve_model
 from fdserve.server import build
 
 log = logging.getLogger("fdserve")
@@ -34,10 +38,14 @@ FORCE_AFTER_SECONDS = 5.0
 def main(argv: Sequence[str] | None = None, build: Build = build) -> int:
     """Serve until a signal says otherwise; return the exit status.
 
-    SIGTERM and SIGINT let running requests finish, for `graceful_timeout` seconds; a second one ends at once.
+    SIGTERM and SIGINT let running requests finish, for `graceful_timeout` seconds; a second one ends at once. Where a
+    launcher started several processes, those but the first run a rank for the first.
     """
     try:
         config = Config.load(sys.argv[1:] if argv is None else argv, os.environ)
+        cluster = read_cluster(os.environ)
+        if cluster is not None and cluster.rank > 0:
+            return _follow(config, cluster)
         sock = listen(config.host, config.port)
     except StartupError as error:
         print(f"fdserve: {error}", file=sys.stderr)
@@ -47,6 +55,16 @@ def main(argv: Sequence[str] | None = None, build: Build = build) -> int:
     hypercorn_fixes.apply()
     _raise_descriptor_limit()
     return trio.run(_Launcher(config, create_app(config, build), sock).run)
+
+
+def _follow(config: Config, cluster: Cluster) -> int:
+    """Run a rank for the server on rank 0's host until a signal ends it. Raises StartupError."""
+    check_secret(config.cluster_secret)
+    configure_logging(config)
+    directory = resolve_model(config.model)
+    num_threads = config.num_threads or max(1, available_cores() // cluster.local_size)
+    trio.run(follow, cluster, config.cluster_secret, directory, num_threads)
+    return 0
 
 
 def _raise_descriptor_limit() -> None:

@@ -6,6 +6,7 @@ import logging
 import os
 import time
 from contextlib import AbstractAsyncContextManager
+from functools import partial
 from pathlib import Path
 
 from fdserve.config import Config
@@ -14,7 +15,9 @@ from fdserve.engine.machine import available_cores, available_memory
 from fdserve.engine.scheduler import Scheduler
 from fdserve.engine.speculation import Speculation
 from fdserve.errors import StartupError
+from fdserve.executor.cluster import Cluster, check_secret, read_cluster
 from fdserve.executor.executor import open_executor
+from fdserve.executor.remote import accept_ranks
 from fdserve.executor.wire import Load, Loading, Ready
 from fdserve.models.config import ModelConfig, check_world_size
 from fdserve.ops.collectives import sampling_slot_bytes
@@ -33,7 +36,9 @@ def create_engine(config: Config, directory: Path, model: ModelConfig) -> Engine
     """An engine for the checkpoint in `directory`; `Engine.run` starts it. Raises StartupError for what cannot work."""
     if kernels_path() is None:
         raise StartupError(KERNELS_MISSING)
-    ranks = config.tensor_parallel_size
+    cluster = read_cluster(os.environ)
+    ranks = _number_of_ranks(config, cluster)
+    local_ranks = cluster.local_size if cluster else ranks
     check_world_size(model, ranks)
     if config.max_model_len > model.max_position_embeddings:
         raise StartupError(
@@ -51,10 +56,10 @@ def create_engine(config: Config, directory: Path, model: ModelConfig) -> Engine
         block_size=config.block_size,
         num_blocks=config.num_gpu_blocks_override,
         kv_cache_bytes=config.kv_cache_bytes or 0,
-        host_cache_bytes=min(available_memory() // 4, MAX_DEFAULT_CACHE_BYTES) // ranks,
+        host_cache_bytes=min(available_memory() // 4, MAX_DEFAULT_CACHE_BYTES) // local_ranks,
         max_num_seqs=config.max_num_seqs,
         max_model_len=config.max_model_len,
-        num_threads=config.num_threads or max(1, available_cores() // ranks),
+        num_threads=config.num_threads or max(1, available_cores() // local_ranks),
         parent=os.getpid(),
     )
 
@@ -64,7 +69,8 @@ def create_engine(config: Config, directory: Path, model: ModelConfig) -> Engine
 
     def open_ranks() -> AbstractAsyncContextManager[Ranks]:
         timeout = max(config.step_timeout, MIN_LOAD_TIMEOUT)
-        return open_executor(load, LoadingLog(), slot_bytes=slot_bytes, load_timeout=timeout)
+        accept = partial(accept_ranks, cluster, config.cluster_secret, timeout) if cluster else None
+        return open_executor(load, LoadingLog(), slot_bytes=slot_bytes, load_timeout=timeout, accept=accept)
 
     def make_scheduler(ready: Ready) -> Scheduler:
         capacity = ready.num_blocks * config.block_size
@@ -87,6 +93,18 @@ def create_engine(config: Config, directory: Path, model: ModelConfig) -> Engine
         )
 
     return Engine(open_ranks, make_scheduler, max_requests=config.max_concurrency, step_timeout=config.step_timeout)
+
+
+def _number_of_ranks(config: Config, cluster: Cluster | None) -> int:
+    if cluster is None:
+        return config.tensor_parallel_size
+    check_secret(config.cluster_secret)
+    if config.tensor_parallel_size not in (1, cluster.world_size):
+        raise StartupError(
+            f"--tensor-parallel-size is {config.tensor_parallel_size}, but {cluster.world_size} processes were "
+            "launched: a rank is a process."
+        )
+    return cluster.world_size
 
 
 class LoadingLog:

@@ -41,7 +41,7 @@ class Ranks(Protocol):
     def ready(self) -> Ready: ...
     async def send(self, message: Plan | Masks) -> None: ...
     async def receive(self) -> StepResult: ...
-    def check(self) -> None: ...
+    async def check(self) -> None: ...
 
 
 class EngineStats(msgspec.Struct, frozen=True):
@@ -269,7 +269,7 @@ class Engine:
         while not self._work.is_set():
             with anyio.move_on_after(IDLE_CHECK_SECONDS):
                 await self._work.wait()
-            ranks.check()
+            await ranks.check()
 
     def _mark_started(self, scheduler: Scheduler) -> None:
         now = time.monotonic()

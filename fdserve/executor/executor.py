@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 
 import anyio
@@ -13,8 +13,11 @@ from msgspec.structs import replace
 from fdserve.errors import RankError
 from fdserve.executor.frames import LostPeer
 from fdserve.executor.process import RankProcess
+from fdserve.executor.remote import RemoteRank
 from fdserve.executor.wire import Load, Loading, Masks, Plan, Ready, StepResult, encode_frame
 from fdserve.ops.collectives import shared_bytes
+
+Rank = RankProcess | RemoteRank
 
 LOOK_SECONDS = 0.1
 """How often a wait for rank 0 looks after the other ranks."""
@@ -25,7 +28,7 @@ CAUSE_SECONDS = 1.0
 class Executor:
     """Ranks that are ready. `ready` is what rank 0 said of itself."""
 
-    def __init__(self, ranks: list[RankProcess], ready: Ready) -> None:
+    def __init__(self, ranks: list[Rank], ready: Ready) -> None:
         self.ready = ready
         self._ranks = ranks
 
@@ -52,37 +55,56 @@ class Executor:
         while True:
             with anyio.move_on_after(LOOK_SECONDS):
                 return await self._ranks[0].receive()
-            self.check()
+            self._check()
 
-    def check(self) -> None:
-        """Raise RankError if a rank's process has ended, also while nothing is asked of it."""
+    async def check(self) -> None:
+        """Raise RankError if a rank is gone, also while nothing is asked of it."""
+        try:
+            self._check()
+        except RankError as error:
+            raise await _cause(self._ranks, error) from None
+
+    def _check(self) -> None:
         for rank in self._ranks:
             rank.check()
 
     @property
     def pids(self) -> list[int]:
-        """The ranks' process ids."""
-        return [rank.pid for rank in self._ranks]
+        """The process ids of the ranks on this host."""
+        return [rank.pid for rank in self._ranks if isinstance(rank, RankProcess)]
 
 
 @asynccontextmanager
 async def open_executor(
-    load: Load, on_loading: Callable[[Loading], None], *, slot_bytes: int = 0, load_timeout: float = 300.0
+    load: Load,
+    on_loading: Callable[[Loading], None],
+    *,
+    slot_bytes: int = 0,
+    load_timeout: float = 300.0,
+    accept: Callable[[], Awaitable[list[RemoteRank]]] | None = None,
 ) -> AsyncIterator[Executor]:
     """Start `load.world_size` ranks and wait until all are ready; kill them on leaving, however it is left.
 
-    `load` is rank 0's; `slot_bytes` is what their largest collective needs of shared memory for each of them;
-    `load_timeout` is how many seconds a rank may load without telling of any progress. Raises RankError if one cannot
-    start.
+    `load` is rank 0's; `slot_bytes` is what their largest exchange needs of memory for each of them; `load_timeout` is
+    how many seconds a rank may load without telling of any progress. `accept` gives the ranks but 0 where those are on
+    other hosts. Raises RankError if one cannot start.
     """
-    ranks: list[RankProcess] = []
+    slot_bytes = -(-slot_bytes // 64) * 64
+    ranks: list[Rank] = []
     try:
         try:
-            with connected(load, slot_bytes) as loads:
-                for each in loads:
-                    ranks.append(await RankProcess.start(each))
-        except OSError as error:  # no descriptors, processes or memory left: that may pass
-            raise RankError(f"the ranks cannot be started: {error.strerror}") from error
+            if accept is None:
+                with connected(load, slot_bytes) as loads:
+                    for each in loads:
+                        ranks.append(await RankProcess.start(each))
+            else:
+                load = replace(load, slot_bytes=slot_bytes)
+                ranks += await accept()
+                for remote in ranks:
+                    await remote.send(encode_frame(replace(load, rank=remote.rank)))
+                ranks.insert(0, await RankProcess.start(load))
+        except OSError as error:  # no descriptors, processes, memory or address left: that may pass
+            raise RankError(f"the ranks cannot be started: {error.strerror or error}") from error
         yield Executor(ranks, await _all_loaded(ranks, on_loading, load_timeout))
     finally:
         async with anyio.create_task_group() as group:
@@ -102,7 +124,6 @@ def connected(load: Load, slot_bytes: int) -> Iterator[list[Load]]:
     with ExitStack() as stack:
         memory = os.memfd_create("fdserve-ranks")
         stack.callback(os.close, memory)
-        slot_bytes = -(-slot_bytes // 64) * 64
         os.ftruncate(memory, shared_bytes(load.world_size, slot_bytes))
         load = replace(load, shared_memory=memory, slot_bytes=slot_bytes)
         loads = []
@@ -116,12 +137,12 @@ def connected(load: Load, slot_bytes: int) -> Iterator[list[Load]]:
         yield [replace(load, peers=tuple(ends)), *loads]
 
 
-async def _all_loaded(ranks: list[RankProcess], on_loading: Callable[[Loading], None], timeout: float) -> Ready:
+async def _all_loaded(ranks: list[Rank], on_loading: Callable[[Loading], None], timeout: float) -> Ready:
     """What rank 0 says once all are ready; the first to fail ends it for all."""
     ready: dict[int, Ready] = {}
     errors: list[RankError] = []
 
-    async def watch(rank: RankProcess) -> None:
+    async def watch(rank: Rank) -> None:
         try:
             ready[rank.rank] = await _loaded(rank, on_loading, timeout)
         except RankError as error:
@@ -136,27 +157,27 @@ async def _all_loaded(ranks: list[RankProcess], on_loading: Callable[[Loading], 
     return ready[0]
 
 
-async def _loaded(rank: RankProcess, on_loading: Callable[[Loading], None], timeout: float) -> Ready:
+async def _loaded(rank: Rank, on_loading: Callable[[Loading], None], timeout: float) -> Ready:
     while True:
         try:
             with anyio.fail_after(timeout):
                 message = await rank.receive()
         except TimeoutError:
-            raise RankError(f"rank {rank.rank} (pid {rank.pid}) made no progress for {timeout:g} s") from None
+            raise RankError(f"rank {rank.rank} made no progress for {timeout:g} s") from None
         if isinstance(message, Ready):
             return message
         if isinstance(message, Loading) and rank.rank == 0:
             on_loading(message)
 
 
-async def _cause(ranks: list[RankProcess], error: RankError) -> RankError:
+async def _cause(ranks: list[Rank], error: RankError) -> RankError:
     """Why the ranks are lost, given what was seen of it first: what a rank said last tells more than how it ended.
 
     The ranks that wait for a lost one end, too, so it may take a moment until that one is known.
     """
     causes: list[RankError] = []
 
-    async def listen(rank: RankProcess) -> None:
+    async def listen(rank: Rank) -> None:
         own = await rank.failure()
         if not isinstance(own, LostPeer):
             causes.append(own)

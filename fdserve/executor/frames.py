@@ -46,6 +46,11 @@ class FrameStream:
         del self._buffer[:end]
         return body
 
+    @property
+    def rest(self) -> bytes:
+        """What was received behind the last frame."""
+        return bytes(self._buffer)
+
     async def aclose(self) -> None:
         """Close the stream."""
         await self._stream.aclose()

@@ -1,19 +1,25 @@
-"""What the ranks of one host share: memory, by which they add tensors up and sample together."""
+"""What ranks share: memory, by which they add tensors up and sample together."""
 
 from __future__ import annotations
 
+import ctypes
+import logging
 import mmap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from fdserve.ops.library import run
 
 if TYPE_CHECKING:
     from paddle import Tensor
 
+logger = logging.getLogger("fdserve.ops")
+
+Bytes = npt.NDArray[np.uint8]
 _LINE_BYTES = 64
 _SUM_BLOCK = 1024  # ids in a block of the sampler's sums, as in kernels.h
 
@@ -49,17 +55,52 @@ class SharedMemory:
     than any rank's part of a sum and `sampling_slot_bytes`. `peers` are descriptors that hang up when a peer is gone:
     whoever waits for it then gets a RuntimeError. A call waits without the interpreter's lock and, if it takes long,
     asleep.
+
+    Ranks of several hosts have no `descriptor` but `gather`, which exchanges what would be shared: it takes this rank's
+    bytes, uint8 [N], and returns those of all, [world_size, N]; an exception means that a peer is gone.
     """
 
     def __init__(
-        self, descriptor: int, *, slot_bytes: int, rank: int, world_size: int, peers: Sequence[int] = ()
+        self,
+        descriptor: int,
+        *,
+        slot_bytes: int,
+        rank: int,
+        world_size: int,
+        peers: Sequence[int] = (),
+        gather: Callable[[Bytes], Bytes] | None = None,
     ) -> None:
         self.world_size = world_size
-        self._memory = mmap.mmap(descriptor, shared_bytes(world_size, slot_bytes))
+        self._memory = mmap.mmap(-1 if gather else descriptor, shared_bytes(world_size, slot_bytes))
         address = int(np.frombuffer(self._memory, np.uint8).ctypes.data)
-        self.attributes: tuple[Any, ...] = (address, slot_bytes, rank, world_size, list(peers))
+        self._exchange = _EXCHANGE()
+        if gather is not None:
+            self._exchange = _EXCHANGE(_exchange(gather, slot_bytes, rank, world_size))
+        exchange = ctypes.cast(self._exchange, ctypes.c_void_p).value or 0
+        self.attributes: tuple[Any, ...] = (address, slot_bytes, rank, world_size, list(peers), exchange)
         """As the ops take it."""
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum of the ranks' x (bfloat16 or float32), added in float32 in rank order and rounded once."""
         return run("all_reduce", x, *self.attributes)[0]
+
+
+_EXCHANGE = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p, ctypes.c_int64)
+
+
+def _exchange(
+    gather: Callable[[Bytes], Bytes], slot_bytes: int, rank: int, world_size: int
+) -> Callable[[int, int], bool]:
+    """What the ops call, with the address of a set of slots, to fill the others' slots from theirs."""
+
+    def exchange(address: int, count: int) -> bool:
+        slots = np.ctypeslib.as_array((ctypes.c_uint8 * (world_size * slot_bytes)).from_address(address))
+        slots = slots.reshape(world_size, slot_bytes)
+        try:
+            slots[:, :count] = gather(slots[rank, :count])
+        except Exception as error:
+            logger.warning("an exchange with the other ranks failed: %s", error)
+            return False
+        return True
+
+    return exchange

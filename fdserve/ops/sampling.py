@@ -83,7 +83,7 @@ def sample(
     return tokens, logprobs, top_ids, top_logprobs
 
 
-_ALONE: tuple[Any, ...] = (0, 0, 0, 1, [], [])
+_ALONE: tuple[Any, ...] = (0, 0, 0, 1, [], 0, [])
 
 
 def _ranks(shared: SharedMemory | None, vocab_size: int) -> tuple[Any, ...]:

@@ -18,7 +18,7 @@ std::vector<Tensor> sample(const Tensor& logits, const Tensor& float_params, con
                            const paddle::optional<Tensor>& masks, const paddle::optional<Tensor>& mask_rows,
                            const paddle::optional<Tensor>& logprob_modes, int64_t vocab_size, int64_t num_top,
                            int64_t memory, int64_t slot_bytes, int rank, int ranks, const std::vector<int>& peers,
-                           const std::vector<int64_t>& starts) {
+                           int64_t exchange, const std::vector<int64_t>& starts) {
   const bool alone = ranks == 1;
   require(logits.dims().size() == 2 && vocab_size > 0 && (!alone || vocab_size <= logits.dims()[1]),
           "sample: logits must be [R, V] with V at least vocab_size");
@@ -63,7 +63,7 @@ std::vector<Tensor> sample(const Tensor& logits, const Tensor& float_params, con
     fdserve::sample(call);
     return out;
   }
-  const Shared shared = shared_of(memory, slot_bytes, rank, ranks, peers);
+  const Shared shared = shared_of(memory, slot_bytes, rank, ranks, peers, exchange);
   require(static_cast<int>(starts.size()) == ranks + 1 && starts[0] == 0 && starts.back() == vocab_size,
           "sample: starts must run from 0 to vocab_size");
   for (int each = 0; each < ranks; ++each) require(starts[each] <= starts[each + 1], "sample: starts must ascend");

@@ -99,7 +99,7 @@ uint32_t turn_of(const Shared& shared) { return line(shared, shared.rank).turn.l
 bool put(const Shared& shared, const void* x, int64_t bytes) {
   if (bytes > shared.slot_bytes) throw std::invalid_argument("a collective's data does not fit its slot");
   std::memcpy(room(shared), x, bytes);
-  return meet(shared);
+  return meet(shared, bytes);
 }
 
 // Plain loops, compiled for each instruction set: additions alone, so all of them give the same bits.
@@ -141,9 +141,14 @@ char* room(const Shared& shared) { return slot(shared, turn_of(shared) + 1, shar
 
 const char* part(const Shared& shared, int rank) { return slot(shared, turn_of(shared), rank); }
 
-bool meet(const Shared& shared) {
+bool meet(const Shared& shared, int64_t bytes) {
+  if (bytes > shared.slot_bytes) throw std::invalid_argument("what is exchanged does not fit its slot");
   const uint32_t turn = turn_of(shared) + 1;
   Line& mine = line(shared, shared.rank);
+  if (shared.exchange != nullptr) {
+    mine.turn.store(turn);
+    return shared.exchange(slot(shared, turn, 0), bytes);
+  }
   // Sequentially consistent with the sleeper's count and its look at the turn: one of the two sees the other.
   mine.turn.store(turn);
   if (mine.sleepers.load() > 0) futex(mine.turn, FUTEX_WAKE, INT32_MAX, nullptr);

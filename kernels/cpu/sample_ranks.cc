@@ -114,7 +114,7 @@ class Sampling {
       peaks.first = first + static_cast<int32_t>(part_call.first_id);
       mine[i] = peaks;
     });
-    if (!meet(shared)) return false;
+    if (!meet(shared, rows * static_cast<int64_t>(sizeof(Peaks)))) return false;
     for (int rank = 0; rank < shared.ranks; ++rank) {
       const Peaks* theirs = reinterpret_cast<const Peaks*>(part(shared, rank));
       for (int64_t i = 0; i < rows; ++i) {
@@ -185,7 +185,7 @@ class Sampling {
       if (!work[i].whole) fill_part(i, reinterpret_cast<double*>(sums_in(mine, i)),
                                     reinterpret_cast<Entry*>(entries_in(mine, i)));
     });
-    if (!meet(shared)) return false;
+    if (!meet(shared, rows * part_bytes())) return false;
     parallel(rows, [&](int64_t i) {
       if (!work[i].whole) merge(i);
     });
@@ -356,7 +356,7 @@ class Sampling {
       for (int64_t k = from; k < to; ++k)
         std::memcpy(room(shared) + (k - from) * widest * 4, Row(part_call, begin + gathered[k]).logits(),
                     static_cast<size_t>(part_call.vocab_size) * 4);
-      if (!meet(shared)) return false;
+      if (!meet(shared, (to - from) * widest * 4)) return false;
       parallel(to - from, [&](int64_t k) {
         if (work[gathered[from + k]].owner == shared.rank) sample_whole(gathered[from + k], k);
       });
@@ -382,7 +382,7 @@ class Sampling {
     if (needed) {
       for (int64_t i = 0; i < rows; ++i)
         if (work[i].owner == shared.rank) give_answer(i, room(shared) + i * answer_bytes());
-      if (!meet(shared)) return false;
+      if (!meet(shared, rows * answer_bytes())) return false;
     }
     for (int64_t i = 0; i < rows; ++i) {
       if (work[i].owner >= 0) {

@@ -55,7 +55,7 @@ class FakeRanks:
         self.rank = SimulatedRank(self.scheduler)
         return self.scheduler
 
-    def check(self) -> None:
+    async def check(self) -> None:
         if self.dead_while_idle:
             self.dead_while_idle = False
             raise RankError("rank 0 was killed by SIGKILL")

@@ -82,7 +82,7 @@ async def test_a_killed_rank_is_noticed_in_the_middle_of_a_wait(checkpoint: Path
             with pytest.raises(RankError, match="killed by SIGKILL"):
                 await ranks.receive()
             with pytest.raises(RankError, match="killed by SIGKILL"):
-                ranks.check()
+                await ranks.check()
 
 
 async def test_a_rank_that_cannot_load_says_why(tmp_path: Path) -> None:
