@@ -84,6 +84,30 @@ def test_the_same_seed_and_position_give_the_same_token_whatever_the_row() -> No
     assert run(rows, np.stack([logits] * 3)).token_ids[1] == alone
 
 
+def test_each_place_of_a_draft_has_its_own_past() -> None:
+    """Penalties, bans, forced ids and random numbers are those of a row that came there token by token."""
+    output = [5, 6, 6, 7, 8]
+    kinds = [
+        params(presence_penalty=1.5),
+        params(frequency_penalty=0.8),
+        params(repetition_penalty=1.3),
+        params(min_tokens=3, eos_token_ids=(5,)),
+        params(bad_words=((6, 5), (7, 5), (9,))),
+        params(thinking_budget=2, think_end_ids=(8, END), think_end_id=END),
+        params(temperature=1.0, top_p=0.9),
+    ]
+    logits = np.zeros((len(output) + 1, VOCAB))
+    logits[:, [5, 6, 7, 8]] = (3.0, 2.7, 2.4, 2.1)
+    for asks in kinds:
+        one_by_one = [int(run(make_rows(([1], output[:end], asks)), logits[:1]).token_ids[0]) for end in range(6)]
+        rows = make_rows(([1], [], asks))
+        rows.tokens[0, 1:6] = output
+        lens = np.arange(1, 7, dtype=np.int32)
+        sampled = sample(rows, np.zeros(6, np.int32), lens, paddle.to_tensor(logits.astype(np.float32)), VOCAB)
+        assert sampled.token_ids.tolist() == one_by_one
+        assert len(set(one_by_one)) > 1, asks
+
+
 def test_a_row_of_nan_gives_no_token_and_leaves_the_others_alone() -> None:
     rows = make_rows(([1], [], params()), ([1], [], params()))
     logits = np.stack([np.full(VOCAB, np.nan), logits_favouring(5)])
