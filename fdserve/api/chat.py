@@ -13,10 +13,12 @@ from fdserve.api.params import (
     check_request,
     for_choice,
     sampling_params,
+    stop_table,
     unsupported,
 )
 from fdserve.api.prompt import check_prompt, max_tokens_of, prompt_field, render_prompt
 from fdserve.api.structured import compile_form
+from fdserve.api.token_rules import token_rules
 from fdserve.api.tool_use import check_tools, tool_use
 from fdserve.engine.request import SamplingParams
 from fdserve.errors import InvalidRequest
@@ -25,6 +27,7 @@ from fdserve.http.response import Reply
 from fdserve.protocol.chat import ChatRequest
 from fdserve.server import Server
 from fdserve.text.reasoning import starts_in_thinking
+from fdserve.text.stop import StopTable
 
 __all__ = ["chat_completions", "check_chat", "prepare_chat", "render_prompt", "rendered"]
 
@@ -57,9 +60,10 @@ async def prepare_chat(request: ChatRequest, server: Server, http: Request) -> l
     params = _params(request, server, len(prompt), thinking)
     tools = tool_use(request)
     form = await compile_form(request, server, tools)
-    if form is not None and form.whole:
+    whole = form is not None and form.whole
+    if whole:
         params = msgspec.structs.replace(params, stop_token_ids=())
-        request = msgspec.structs.replace(request, stop=None)
+    stop = StopTable() if whole else stop_table(request)
     return [
         new_choice(
             request,
@@ -69,6 +73,7 @@ async def prepare_chat(request: ChatRequest, server: Server, http: Request) -> l
             prompt=prompt,
             # The prompt is the same for all of them: its logprobs are asked for once.
             params=for_choice(params if not index else msgspec.structs.replace(params, prompt_logprobs=None), index),
+            stop=stop,
             format=server.reasoning,
             thinking=thinking,
             continued=continued,
@@ -103,6 +108,7 @@ def _params(request: ChatRequest, server: Server, prompt_tokens: int, thinking: 
     params = sampling_params(
         request,
         server,
+        token_rules(request, server),
         prompt_tokens=prompt_tokens,
         max_tokens=max_tokens_of(request),
         logprobs=(request.top_logprobs or 0) if request.logprobs else None,

@@ -7,7 +7,6 @@ import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
-from fdserve.api.params import stop_strings
 from fdserve.engine.output import Generation
 from fdserve.engine.request import Constraint, SamplingParams, TokenDelta, TokenLogprobs
 from fdserve.engine.request import Request as EngineRequest
@@ -16,6 +15,7 @@ from fdserve.http.request import Request
 from fdserve.protocol.generation import FinishReason, GenerationRequest
 from fdserve.server import Server
 from fdserve.text.reasoning import ReasoningFormat
+from fdserve.text.stop import StopTable
 from fdserve.text.stream import TextStream
 from fdserve.text.tools import ToolCallDelta, ToolFormat
 
@@ -198,6 +198,7 @@ def new_choice(
     index: int,
     prompt: list[int],
     params: SamplingParams,
+    stop: StopTable,
     format: ReasoningFormat | None = None,
     thinking: bool = False,
     continued: bool = False,
@@ -211,7 +212,7 @@ def new_choice(
         thinking=thinking,
         continued=continued,
         tools=tools,
-        stop=stop_strings(request),
+        stop=stop,
         skip_special_tokens=request.skip_special_tokens is not False,
         include_stop_str_in_output=bool(request.include_stop_str_in_output),
         min_tokens=params.min_tokens,

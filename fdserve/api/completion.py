@@ -14,14 +14,17 @@ from fdserve.api.params import (
     checked_prompt,
     for_choice,
     sampling_params,
+    stop_table,
     truncated,
 )
 from fdserve.api.structured import compile_form
+from fdserve.api.token_rules import token_rules
 from fdserve.errors import InvalidRequest
 from fdserve.http.request import Request
 from fdserve.http.response import Reply
 from fdserve.protocol.completion import CompletionRequest
 from fdserve.server import Server
+from fdserve.text.stop import StopTable
 
 DEFAULT_MAX_TOKENS = 16
 
@@ -34,7 +37,7 @@ async def completions(server: Server, http: Request, reply: Reply) -> None:
     check_logprobs(request.logprobs is not None, server)
     _check_best_of(request)
     prompts = await off_loop_if_long(server, len(http.body), lambda: _prompts(request, server))
-    check_choices(len(prompts) * candidates(request), server, "prompt")
+    check_choices(len(prompts) * candidates(request), server, "prompt" if len(prompts) > 1 else "n")
     choices = await _choices(request, server, http, prompts)
     id = response_id("cmpl-", request)
     with running(server, http, (id, request.request_id), choices):
@@ -88,12 +91,15 @@ def max_tokens_of(request: CompletionRequest) -> int:
 
 async def _choices(request: CompletionRequest, server: Server, http: Request, prompts: list[list[int]]) -> list[Choice]:
     form = await compile_form(request, server)
+    whole = form is not None and form.whole
     count = candidates(request)
+    rules, stop = token_rules(request, server), StopTable() if whole else stop_table(request)
     choices: list[Choice] = []
     for prompt in prompts:
         params = sampling_params(
             request,
             server,
+            rules,
             prompt_tokens=len(prompt),
             max_tokens=max_tokens_of(request),
             logprobs=request.logprobs,
@@ -104,9 +110,8 @@ async def _choices(request: CompletionRequest, server: Server, http: Request, pr
             params = msgspec.structs.replace(params, prompt_logprobs=most)
         if count > (request.n or 1) and request.logprobs is None:
             params = msgspec.structs.replace(params, logprobs=0)  # what the best are told by
-        if form is not None and form.whole:
+        if whole:
             params = msgspec.structs.replace(params, stop_token_ids=())
-            request = msgspec.structs.replace(request, stop=None)
         for index in range(count):
             choices.append(
                 new_choice(
@@ -116,6 +121,7 @@ async def _choices(request: CompletionRequest, server: Server, http: Request, pr
                     index=len(choices),
                     prompt=prompt,
                     params=for_choice(params, index),
+                    stop=stop,
                     constraint=form.grammar.constraint(None) if form else None,
                 )
             )

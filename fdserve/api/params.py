@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable
 
 import msgspec
 
 from fdserve.api.models import check_model
-from fdserve.api.token_rules import check_token_ids, token_rules
+from fdserve.api.token_rules import TokenRules, check_token_ids
 from fdserve.engine.request import SamplingParams
 from fdserve.errors import InvalidRequest
 from fdserve.protocol.generation import GenerationRequest
 from fdserve.server import Server
+from fdserve.text.stop import StopTable
 
 MIN_TEMPERATURE = 1e-5  # below it sampling is greedy, as in FastDeploy
 MIN_TOP_P = 1e-5
-MAX_STOP_CHARACTERS = 16_384
+MAX_WORDS_CHARACTERS = 16_384
 
 _UNSUPPORTED = ("logits_processors_args", "suffix", "audio")
 
@@ -28,10 +30,18 @@ def check_request(request: GenerationRequest, server: Server) -> None:
     if request.truncate_prompt_tokens == 0:
         raise InvalidRequest("truncate_prompt_tokens cannot be 0.", param="truncate_prompt_tokens")
     check_logprobs(request.prompt_logprobs is not None, server, "prompt_logprobs")
-    stop_strings(request)
+    _check_length(_stop_strings(request), "stop")
+    _check_length(request.bad_words or (), "bad_words")
     for name in _UNSUPPORTED:
         if getattr(request, name, None):
             raise unsupported(name)
+
+
+def _check_length(words: Iterable[str], param: str) -> None:
+    """Raise InvalidRequest for more text than can be prepared without holding up other requests."""
+    if sum(map(len, words)) > MAX_WORDS_CHARACTERS:
+        message = f"The strings of {param} have more than {MAX_WORDS_CHARACTERS} characters together."
+        raise InvalidRequest(message, param=param)
 
 
 def unsupported(name: str, which: str = "") -> InvalidRequest:
@@ -75,18 +85,19 @@ def truncated(prompt: list[int], request: GenerationRequest, server: Server, max
     return prompt[-limit:]
 
 
-def stop_strings(request: GenerationRequest) -> list[str]:
-    """The stop strings as a list. Raises InvalidRequest if matching them would hold up other requests."""
-    stops = [request.stop] if isinstance(request.stop, str) else list(request.stop or ())
-    if sum(map(len, stops)) > MAX_STOP_CHARACTERS:
-        message = f"The stop strings have more than {MAX_STOP_CHARACTERS} characters together."
-        raise InvalidRequest(message, param="stop")
-    return stops
+def stop_table(request: GenerationRequest) -> StopTable:
+    """The stop strings, for all choices of the request."""
+    return StopTable(_stop_strings(request))
+
+
+def _stop_strings(request: GenerationRequest) -> list[str]:
+    return [request.stop] if isinstance(request.stop, str) else list(request.stop or ())
 
 
 def sampling_params(
     request: GenerationRequest,
     server: Server,
+    rules: TokenRules,
     *,
     prompt_tokens: int,
     max_tokens: int | None,
@@ -95,8 +106,8 @@ def sampling_params(
 ) -> SamplingParams:
     """The parameters of a request's first choice; see `for_choice` for the others.
 
-    `max_tokens` of None fills the context. `param` is the field that the prompt came in. Raises InvalidRequest
-    when the prompt leaves no room for a token.
+    `rules` are those of the request, whatever the prompt. `max_tokens` of None fills the context. `param` is the
+    field that the prompt came in. Raises InvalidRequest when the prompt leaves no room for a token.
     """
     limit = _limit(server, prompt_tokens, max_tokens, param)
     min_tokens = request.min_tokens or 0
@@ -104,7 +115,6 @@ def sampling_params(
         raise InvalidRequest(f"min_tokens is {min_tokens}, more than max_tokens ({max_tokens}).", param="min_tokens")
     stop_token_ids = tuple(request.stop_token_ids or ())
     check_token_ids(stop_token_ids, server, "stop_token_ids")
-    rules = token_rules(request, server)
     defaults = server.defaults
     temperature = _first(request.temperature, defaults.temperature, 1.0)
     return SamplingParams(

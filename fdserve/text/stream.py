@@ -7,10 +7,12 @@ from typing import NamedTuple
 
 from fdserve.text.detokenizer import Detokenizer
 from fdserve.text.reasoning import ReasoningFormat, ReasoningSplitter
-from fdserve.text.stop import StopStrings
+from fdserve.text.stop import StopStrings, StopTable
 from fdserve.text.tokenizer import Tokenizer
 from fdserve.text.tools import ToolCallDelta, ToolFormat
 from fdserve.text.tools_parser import ToolCallParser
+
+NO_STOPS = StopTable()
 
 
 class TextDelta(NamedTuple):
@@ -46,7 +48,7 @@ class TextStream:
         format: ReasoningFormat | None = None,
         thinking: bool = False,
         continued: bool = False,
-        stop: Sequence[str] = (),
+        stop: StopTable = NO_STOPS,
         skip_special_tokens: bool = True,
         include_stop_str_in_output: bool = False,
         min_tokens: int = 0,

@@ -219,6 +219,7 @@ async def test_fields_that_cannot_be_honoured() -> None:
             ({"best_of": 2, "stream": True}, "best_of"),
             ({"n": 3, "best_of": 2}, "best_of"),
             ({"prompt": ["x"] * 33, "best_of": 2}, "prompt"),
+            ({"prompt": ["x"], "n": 65}, "n"),
             ({"prompt_token_ids": [1000]}, "prompt_token_ids"),
             ({"prompt": ["x"] * 33, "n": 2}, "prompt"),
         ]:

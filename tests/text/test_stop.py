@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fdserve.text.stop import StopStrings
+from fdserve.text.stop import StopStrings, StopTable
 
 LETTERS = "abc\n"
 STOPS = st.lists(st.text(LETTERS, min_size=1, max_size=5), max_size=4)
@@ -34,7 +34,7 @@ def cut(text: str, sizes: list[int]) -> list[str]:
 def test_any_split_gives_what_the_definition_gives(
     text: str, stops: list[str], include: bool, sizes: list[int]
 ) -> None:
-    stop_strings = StopStrings(stops, include)
+    stop_strings = StopStrings(StopTable(stops), include)
     emitted, matches = "", []
     for piece in cut(text, sizes):
         emit, match = stop_strings.push(piece)
@@ -49,7 +49,7 @@ def test_any_split_gives_what_the_definition_gives(
 
 @given(text=TEXT, stops=STOPS)
 def test_holds_back_no_more_than_could_still_match(text: str, stops: list[str]) -> None:
-    stop_strings = StopStrings(stops)
+    stop_strings = StopStrings(StopTable(stops))
     emitted, match = stop_strings.push(text)
     if match is None:
         held = text[len(emitted) :]
@@ -72,11 +72,11 @@ def test_holds_back_no_more_than_could_still_match(text: str, stops: list[str]) 
     ],
 )
 def test_examples(stops: list[str], text: str, emit: str, matched: str | None) -> None:
-    assert StopStrings(stops).push(text) == (emit, matched)
+    assert StopStrings(StopTable(stops)).push(text) == (emit, matched)
 
 
 def test_nothing_follows_a_match() -> None:
-    stop_strings = StopStrings(["END"])
+    stop_strings = StopStrings(StopTable(["END"]))
     assert stop_strings.push("xEN") == ("x", None)
     assert stop_strings.push("Dy") == ("", "END")
     assert stop_strings.push("z") == ("", None)
@@ -84,14 +84,14 @@ def test_nothing_follows_a_match() -> None:
 
 
 def test_held_text_with_the_stop_string_included() -> None:
-    stop_strings = StopStrings(["END"], include_in_output=True)
+    stop_strings = StopStrings(StopTable(["END"]), include_in_output=True)
     assert stop_strings.push("xEN") == ("x", None)
     assert stop_strings.push("Dy") == ("END", "END")
 
 
 def test_long_stop_strings_cost_no_more() -> None:
     started = time.process_time()
-    stop_strings = StopStrings(["a" * 20_000 + "b"] + [f"{'ab' * 1000}{i}" for i in range(16)])
+    stop_strings = StopStrings(StopTable(["a" * 20_000 + "b"] + [f"{'ab' * 1000}{i}" for i in range(16)]))
     emitted = "".join(stop_strings.push("a")[0] for _ in range(100_000)) + stop_strings.flush()
     assert emitted == "a" * 100_000
     assert time.process_time() - started < 5

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from fdserve.text.detokenizer import decode
 from fdserve.text.reasoning import ReasoningFormat, resolve_reasoning
+from fdserve.text.stop import StopTable
 from fdserve.text.stream import TextDelta, TextStream
 from fdserve.text.tokenizer import Tokenizer
 from fdserve.text.tools import ToolFormat
@@ -107,7 +108,7 @@ def test_the_split_over_pushes_makes_no_difference(
             TOY,
             format=format,
             thinking=thinking,
-            stop=stop,
+            stop=StopTable(stop),
             skip_special_tokens=skip,
             include_stop_str_in_output=include,
             hidden={EOS},
@@ -128,7 +129,7 @@ def test_the_split_over_pushes_makes_no_difference(
 
 
 def test_stop_string_over_several_tokens_counts_the_tokens_up_to_it() -> None:
-    stream = TextStream(TOY, stop=["ba"])
+    stream = TextStream(TOY, stop=StopTable(["ba"]))
     assert stream.push(TOY.encode("a")) == TextDelta("", "a", None, 1)
     assert stream.push(TOY.encode("b")) == TextDelta("", "", None, 1)
     ids = TOY.encode("a\nb")
@@ -138,25 +139,25 @@ def test_stop_string_over_several_tokens_counts_the_tokens_up_to_it() -> None:
 
 
 def test_stop_string_included() -> None:
-    stream = TextStream(TOY, stop=["b\n"], include_stop_str_in_output=True)
+    stream = TextStream(TOY, stop=StopTable(["b\n"]), include_stop_str_in_output=True)
     assert stream.push(TOY.encode("ab\na")) == TextDelta("", "ab\n", "b\n", 2)
 
 
 def test_held_back_text_comes_at_the_end() -> None:
-    stream = TextStream(TOY, stop=["ab\n\na"])
+    stream = TextStream(TOY, stop=StopTable(["ab\n\na"]))
     assert stream.push([TOKENS.index(b"ab"), TOKENS.index(EMOJI[:2])]).content == ""
     assert stream.finish() == TextDelta("", "ab\ufffd", None, 0)
 
 
 def test_stop_strings_are_looked_for_in_the_content_only() -> None:
-    stream = TextStream(TOY, format=ERNIE_X1, thinking=True, stop=["b"])
+    stream = TextStream(TOY, format=ERNIE_X1, thinking=True, stop=StopTable(["b"]))
     ids = TOY.encode("ab</think>\n<response>\nab\n</response>")
     assert stream.push(ids) == TextDelta("ab", "a", "b", 6)
     assert stream.reasoning_tokens == 1
 
 
 def test_a_stop_string_can_be_completed_by_the_last_newline() -> None:
-    stream = TextStream(TOY, format=ERNIE_X1, thinking=True, stop=["a\n"])
+    stream = TextStream(TOY, format=ERNIE_X1, thinking=True, stop=StopTable(["a\n"]))
     assert stream.push(TOY.encode("</think><response>a\n")).content == ""
     assert stream.finish() == TextDelta("", "", "a\n", 0)
 
@@ -181,7 +182,7 @@ def test_thinking_model_end_to_end(ernie: Tokenizer) -> None:
 
 @pytest.mark.parametrize("format", FORMATS, ids=["none", "ernie_x1", "think"])
 def test_long_outputs_take_linear_time(format: ReasoningFormat | None) -> None:
-    stream = TextStream(TOY, format=format, thinking=True, stop=["aaab", "b" * 50])
+    stream = TextStream(TOY, format=format, thinking=True, stop=StopTable(["aaab", "b" * 50]))
     ids = TOY.encode("a\na b")
     started = time.process_time()
     for _ in range(20_000):
@@ -196,7 +197,7 @@ def test_no_stop_string_ends_the_text_before_min_tokens(tokenizer: Tokenizer) ->
     assert len(stops_at) == 2
     for minimum, expected in ((0, stops_at[0]), (stops_at[0], stops_at[0]), (stops_at[0] + 1, stops_at[1])):
         for step in (1, len(ids)):
-            stream = TextStream(tokenizer, stop=["stop"], min_tokens=minimum)
+            stream = TextStream(tokenizer, stop=StopTable(["stop"]), min_tokens=minimum)
             deltas = [stream.push(ids[at : at + step]) for at in range(0, len(ids), step)]
             assert sum(delta.tokens_used for delta in deltas) == expected
 
@@ -249,22 +250,22 @@ def test_calls_are_text_without_a_format() -> None:
 def test_stop_strings_are_not_looked_for_in_calls() -> None:
     ids = [*TOY.encode("a"), *in_tags(CALL_IDS), *TOY.encode("b")]
     for stop in ('"', "}", "\n", "name", "ab", "call"):
-        seen = run(TextStream(TOY, tools=HERMES, stop=[stop]), [[token] for token in ids])
+        seen = run(TextStream(TOY, tools=HERMES, stop=StopTable([stop])), [[token] for token in ids])
         assert (seen.content, seen.stop, seen.complete) == ("ab", None, 1)
     # What could have become one comes out before the call does.
-    stream = TextStream(TOY, tools=HERMES, stop=["ab"])
+    stream = TextStream(TOY, tools=HERMES, stop=StopTable(["ab"]))
     deltas = [stream.push([token]) for token in ids]
     begun = next(at for at, delta in enumerate(deltas) if delta.tool_calls)
     assert deltas[begun].content == "a"
     # What is no call is content like any other.
     bad = TOY.encode("<tool_call>\nab")
-    seen = run(TextStream(TOY, tools=HERMES, stop=["l>\na"]), [bad])
+    seen = run(TextStream(TOY, tools=HERMES, stop=StopTable(["l>\na"])), [bad])
     assert (seen.content, seen.stop, seen.used) == ("<tool_cal", "l>\na", len(bad))
 
 
 def test_nothing_comes_after_a_stop_string() -> None:
     ids = [*TOY.encode("a"), *in_tags(CALL_IDS)]
-    stream = TextStream(TOY, tools=HERMES, stop=["a"])
+    stream = TextStream(TOY, tools=HERMES, stop=StopTable(["a"]))
     assert run(stream, [ids]) == Seen("", "", "a", 1, 0)
 
 
