@@ -13,6 +13,8 @@ from fdserve.text.tokenizer import Tokenizer
 
 Entries = Sequence[tuple[int, TokenLogprobs]]
 
+_CONTINUATION = frozenset([b"", *(bytes([byte]) for byte in range(0x80, 0xC0))])  # what can go on with a character
+
 
 def chat_logprobs(tokenizer: Tokenizer, entries: Entries) -> ChatLogprobs:
     """Each token with its alternatives, exactly as many as were asked for, likeliest first."""
@@ -60,8 +62,9 @@ class CompletionLogprobsWriter:
         result = CompletionLogprobs([], [], [], [])
         text = Detokenizer(self._tokenizer, skip_special_tokens=False)
         for token_id, entry in zip(prompt, [None, *values], strict=True):
+            self._give_up(text, token_id)
             self._append(result, token_id, self._key(token_id), entry)
-            self._offset += len(text.push((token_id,)))
+            self._offset += len(text.push_one(token_id))
         self._offset += len(text.flush())
         return result
 
@@ -69,11 +72,19 @@ class CompletionLogprobsWriter:
         """The entries' lists, and at their end the entry of the token that ended the choice, which is no text."""
         result = CompletionLogprobs([], [], [], [])
         for token_id, values in entries:
+            if token_id not in self._hidden:
+                self._give_up(self._detokenizer, token_id)
             self._append(result, token_id, "" if token_id in self._hidden else self._key(token_id), values)
-            self._offset += len(self._detokenizer.push((token_id,)))
+            self._offset += len(self._detokenizer.push_one(token_id))
         if ending is not None:
+            self._offset += len(self._detokenizer.flush())
             self._append(result, ending[0], "", ending[1])
         return result
+
+    def _give_up(self, text: Detokenizer, token_id: int) -> None:
+        """Count an unfinished character that the token does not go on with: its U+FFFD stands before the token."""
+        if self._tokenizer.token_bytes(token_id)[:1] not in _CONTINUATION:
+            self._offset += len(text.flush())
 
     def _append(self, lists: CompletionLogprobs, token_id: int, token: str, values: TokenLogprobs | None) -> None:
         """Each `top_logprobs` holds the sampled token too, be it among the likeliest or not."""

@@ -119,6 +119,15 @@ async def test_logprobs() -> None:
         assert offsets == [0, 1, 1, 2]
 
 
+async def test_offsets_after_broken_characters() -> None:
+    # A byte that no character goes on with: its U+FFFD stands before the next token, however late it is known.
+    async with serving(FakeEngine(follow([*b"a\xc3b\xe2\x82", EOS]))) as client:
+        response = await client.complete([*b"x\xc3y"], logprobs=0, echo=True)
+        (choice,) = response.json()["choices"]
+        assert choice["text"] == "x\ufffdya\ufffdb\ufffd"
+        assert choice["logprobs"]["text_offset"] == [0, 1, 2, 3, 4, 5, 6, 6, 7]
+
+
 async def test_token_ids() -> None:
     async with serving(FakeEngine(say("abc", delay=0.001))) as client:
         (choice,) = choices(await client.complete(return_token_ids=True))
