@@ -41,12 +41,16 @@ def read_request(body: bytes, kind: type[R]) -> R:
     request: R = decode(body, _DECODERS[kind])
     if not request.extra_body and not getattr(request, "chat_template_kwargs", None):
         return request
-    fields = {name: value for name, value in msgspec.json.decode(body).items() if value is not None}
-    fields = {**fields.pop("extra_body", {}), **fields}
+    fields = _given(msgspec.json.decode(body))
+    fields = {**_given(fields.pop("extra_body", {})), **fields}
     kwargs = fields.get("chat_template_kwargs")
     if kind is ChatRequest and isinstance(kwargs, dict):
         fields = {**{name: kwargs[name] for name in EXTRA_FIELDS & kwargs.keys()}, **fields}
     try:
         return msgspec.convert(fields, kind, str_keys=True)
     except msgspec.ValidationError as error:
-        raise invalid_field(str(error)) from None
+        raise invalid_field(str(error), kind) from None
+
+
+def _given(fields: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if value is not None}

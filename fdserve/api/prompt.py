@@ -65,7 +65,7 @@ def _text(request: ChatRequest, server: Server) -> str:
         return "".join(content_text(message.content, f"messages[{i}].content") for i, message in enumerate(messages))
     template = server.template
     if request.chat_template is not None:
-        template = ChatTemplate(request.chat_template, server.tokenizer.special_tokens)
+        template = ChatTemplate(request.chat_template, server.tokenizer.special_tokens, blamed="chat_template")
     use = tool_use(request)
     shown = template_messages(messages)
     # Where the last message ends can only be seen by a mark: templates trim and wrap what they are given.

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from fdserve.api.params import unsupported
 from fdserve.errors import InvalidRequest
 from fdserve.protocol.chat import ChatRequest
-from fdserve.protocol.tools import AllowedTools, FunctionName, NamedTool, Tool, ToolChoice
+from fdserve.protocol.tools import AllowedTools, FunctionDefinition, FunctionName, NamedTool, Tool, ToolChoice
 from fdserve.server import Server
 
 
@@ -60,12 +60,27 @@ def tool_use(request: ChatRequest) -> ToolUse | None:
 
 
 def check_tools(request: ChatRequest, server: Server) -> None:
-    """Raise InvalidRequest for a choice that names no tool, or for a forced call where the model has no form for it."""
+    """Raise InvalidRequest for what cannot be called.
+
+    That is a choice that names no tool, a forced call where the model has no form for it, and arguments that are no
+    object.
+    """
     use = tool_use(request)
     if use is not None and use.forced and server.tools is None:
         raise unsupported(use.param, "that forces a call ")
+    for index, tool in enumerate(request.tools or ()):
+        _check_parameters(tool.function, f"tools[{index}]")
+    for index, function in enumerate(request.functions or ()):
+        _check_parameters(function, f"functions[{index}]")
 
 
 def _check_name(name: str, tools: list[Tool], param: str) -> None:
     if all(tool.function.name != name for tool in tools):
         raise InvalidRequest(f"{param} names {name[:200]!r}, which is not among the tools.", param=param)
+
+
+def _check_parameters(function: FunctionDefinition, path: str) -> None:
+    kind = (function.parameters or {}).get("type", "object")
+    if kind != "object" and not (isinstance(kind, list) and "object" in kind):
+        message = f"The parameters of {function.name[:200]!r} must be a schema of the type 'object', not {kind!r:.200}."
+        raise InvalidRequest(message, param=path)

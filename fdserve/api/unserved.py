@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection
+from difflib import get_close_matches
 
 # The first segment of a path, after /v1 -> what it would be. From OpenAI's API, vLLM's and FastDeploy's.
 _ELSEWHERE = {
@@ -38,13 +39,22 @@ _ELSEWHERE = {
 
 def hints(paths: Collection[str]) -> Callable[[str], str | None]:
     """A function from an unknown path to a sentence that helps, or None. `paths` are those that the server has."""
+    known = {_bare(path): path for path in sorted(paths) if "{" not in path}
 
     def hint(path: str) -> str | None:
-        bare = re.sub(r"^(/+v\d+)*/+", "/", path.rstrip("/").lower())
-        for candidate in (f"/v1{bare}", bare):
-            if candidate in paths and candidate != path:
-                return f"Did you mean {candidate}?"
+        bare = _bare(path)
+        if bare in known and known[bare] != path:
+            return f"Did you mean {known[bare]}?"
         what = _ELSEWHERE.get(bare.partition("/")[2].partition("/")[0])
-        return f"{what} not served here: this server generates text, at /v1/chat/completions." if what else None
+        if what is not None:
+            return f"{what} not served here: this server generates text, at /v1/chat/completions."
+        # A prefix too many, as behind a gateway or with a base URL that is a whole path; or a slip of the pen.
+        ends = [end for end in known if bare.endswith(end)] or get_close_matches(bare, known, n=1, cutoff=0.85)
+        return f"Did you mean {known[max(ends, key=len)]}?" if ends else None
 
     return hint
+
+
+def _bare(path: str) -> str:
+    """Without versions, superfluous slashes and capitals."""
+    return re.sub(r"^(/+v\d+)*/+", "/", path[:200].rstrip("/").lower())

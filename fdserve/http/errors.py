@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from fdserve.errors import InvalidRequest, MethodNotAllowed, Overloaded, ServerError, Unauthorized, Unavailable
+from fdserve.http.allowed_values import allowed_values
 from fdserve.protocol.errors import ErrorBody, ErrorDetail
 
-_PATH = re.compile(r" - at (?:`key` in )?`\$\.?(?P<path>.*)`$", re.DOTALL)
+_PATH = re.compile(r" - at (?P<key>`key` in )?`\$\.?(?P<path>.*)`$", re.DOTALL)
 _MISSING = re.compile(r"Object missing required field `(?P<field>[^`]*)`")
 
 
@@ -29,13 +31,20 @@ def error_headers(error: ServerError) -> list[tuple[bytes, bytes]]:
     return []
 
 
-def invalid_field(message: str) -> InvalidRequest:
-    """From the message of a msgspec.ValidationError; `param` is the JSON path that it names, without the root."""
+def invalid_field(message: str, kind: Any) -> InvalidRequest:
+    """From the message of a msgspec.ValidationError about a body of type `kind`.
+
+    `param` is the JSON path that it names, without the root.
+    """
     match = _PATH.search(message)
     path = match["path"] if match else ""
     text = message[: match.start()] if match else message
     if missing := _MISSING.match(text):
         param = f"{path}.{missing['field']}" if path else missing["field"]
         return InvalidRequest(f"Missing required parameter: '{param}'.", param=param, code="missing_required_parameter")
-    where = f"Invalid value for '{path}': " if path else "Invalid request: "
-    return InvalidRequest(f"{where}{text[:1].lower()}{text[1:]}.", param=path or None)
+    field = f"a key of '{path}'" if match and match["key"] else f"'{path}'"
+    where = f"Invalid value for {field}: " if path else "Invalid request: "
+    hint = ""
+    if text.startswith("Invalid") and (allowed := allowed_values(kind, path)):
+        hint = f" Supported values are: {', '.join(map(repr, allowed))}."
+    return InvalidRequest(f"{where}{text[:1].lower()}{text[1:]}.{hint}", param=path or None)

@@ -145,7 +145,7 @@ def decode(body: bytes, decoder: msgspec.json.Decoder[T]) -> T:
     try:
         return decoder.decode(body)
     except msgspec.ValidationError as error:
-        raise invalid_field(str(error)) from None
+        raise invalid_field(str(error), decoder.type) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise InvalidRequest(f"The body is not valid JSON: {_flaw(body, error)}.", code="invalid_json") from None
     except RecursionError:

@@ -133,10 +133,19 @@ class GrammarConstraint:
         return InvalidRequest(f"The output cannot follow '{self._param}': {reason}.", param=self._param)
 
 
+# How the compiler's words begin -> what they mean to whoever wrote the form.
+_MEANINGS = (
+    ("panic", "the grammar is too large"),
+    ("Current row has", "the form allows too many ways to go on: give it fewer options or optional properties"),
+    ("Unable to determine if regex is empty", "the patterns are too complex to hold together"),
+    ('failed to parse "%json": recursion limit exceeded', "the schema is nested too deeply"),
+    ("oneOf constraints are not supported", "the options of oneOf must exclude each other; anyOf needs no such proof"),
+    ("Unimplemented keys", "strict is for schemas that can be enforced whole, and these keywords cannot be: {keys}"),
+)
+
+
 def clean_message(message: str) -> str:
-    """The compiler's own words, without the dumps of its state and of the grammar's source."""
-    if message.startswith("panic"):
-        return "the grammar is too large"
+    """The compiler's own words, without the dumps of its state and of the grammar's source, or what they mean."""
     message = re.split(r"\n\s*\d+ \| |\n<state>|\n<backtrace>|; consider making", message.strip(), maxsplit=1)[0]
     message = message.removeprefix("Parser Error: ")
     for told in (
@@ -146,4 +155,7 @@ def clean_message(message: str) -> str:
     ):  # before it stands a place in our own rules
         message = message.rpartition(told)[2]
     message = " ".join(message.split())
+    for begin, meaning in _MEANINGS:
+        if message.startswith(begin):
+            return meaning.format(keys=", ".join(re.findall(r'"([^"]*)"', message)))
     return (message if len(message) <= 400 else message[:400] + "…").rstrip(".")

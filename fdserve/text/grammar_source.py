@@ -63,9 +63,7 @@ def _calls(spec: ToolCalls, rules: Rules, vocabulary: GrammarVocabulary, tag: st
     begin, end = map(rules.literal, _CALL)
     bodies = []
     for name, parameters in tools.items():
-        schema = parameters or {"type": "object"}
-        if "type" not in schema:
-            schema = {"type": "object", **schema}
+        schema = {**(parameters or {}), "type": "object"}
         try:
             arguments = rules.json(schema, strict=name in spec.strict)
         except InvalidRequest as error:

@@ -25,12 +25,14 @@ class ChatTemplate:
 
     It may use `messages`, `tools`, `add_generation_prompt`, the special tokens by name, `raise_exception`,
     `strftime_now`, `tojson` (which leaves non-ASCII text as it is), `break` and `continue`. It runs
-    sandboxed and bounded, so its source may come from a request. Safe to render from several threads.
+    sandboxed and bounded, so its source may come from a request. Safe to render from several threads. `blamed` is the
+    field that an error of rendering names.
     Raises InvalidRequest(param="chat_template") when the source does not compile.
     """
 
-    def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
+    def __init__(self, source: str, special_tokens: Mapping[str, str], *, blamed: str = "messages") -> None:
         self.source = source
+        self._blamed = blamed
         self._special_tokens = dict(special_tokens)
         if len(source) > MAX_SOURCE_CHARS:
             raise InvalidRequest(
@@ -54,7 +56,7 @@ class ChatTemplate:
     ) -> str:
         """The prompt's text. `content` of a message is a str or None; `kwargs` are the template's variables.
 
-        Raises InvalidRequest(param="messages") when the template refuses the conversation, fails on it, or
+        Raises InvalidRequest, with the blamed field, when the template refuses the conversation, fails on it, or
         would take too much time or memory; the message carries the template's own.
         """
         variables = {**self._special_tokens, **kwargs}
@@ -65,7 +67,7 @@ class ChatTemplate:
                 )
         except Exception as error:  # a template can make any operation fail in any way
             message = f"The chat template failed: {template_message(error)}"
-            raise InvalidRequest(message, param="messages") from None
+            raise InvalidRequest(message, param=self._blamed) from None
 
 
 def load_template(tokenizer: Tokenizer, override: str | None = None) -> ChatTemplate:

@@ -7,8 +7,12 @@ from typing import Any
 import anyio
 import pytest
 
+from fdserve.api import completion as completion_module
+from fdserve.api import params as params_module
+from fdserve.api.token_rules import token_rules
 from fdserve.config import Config
 from fdserve.engine.request import Request, SamplingParams
+from fdserve.text.stop import StopTable
 from tests.http.client import Client, serving
 from tests.http.fake_engine import EOS, FakeEngine, endless, ids, say
 
@@ -48,6 +52,33 @@ async def test_bad_words() -> None:
         assert params.bad_words == ((7,), tuple(b"ab"), tuple(b" ab"), (EOS,), (ord(" "), EOS))
 
 
+async def test_long_words_are_refused() -> None:
+    async with serving() as client:
+        for field in ("stop", "bad_words"):
+            assert (await client.chat(**{field: ["a" * 8192, "b" * 8192]})).status == 200
+            response = await client.chat(**{field: ["a" * 8192, "b" * 8193]})
+            assert (response.status, response.error["param"]) == (400, field)
+            assert "16384 characters together" in response.error["message"]
+
+
+async def test_words_are_prepared_once_for_all_choices(monkeypatch: pytest.MonkeyPatch) -> None:
+    tables: list[StopTable] = []
+
+    def table(stops: list[str]) -> StopTable:
+        tables.append(StopTable(stops))
+        return tables[-1]
+
+    monkeypatch.setattr(params_module, "StopTable", table)
+    rules = []
+    monkeypatch.setattr(completion_module, "token_rules", lambda *given: rules.append(token_rules(*given)) or rules[-1])
+    async with serving() as client:
+        assert (await client.complete(["a", "b", "c"], n=2, stop=["x" * 1000], bad_words=["y"])).status == 200
+        assert len(client.engine.requests) == 6
+        assert (len(tables), len(rules)) == (1, 1)
+        assert (await client.chat(n=3, stop="x")).status == 200
+        assert len(tables) == 2
+
+
 async def test_allowed_tokens() -> None:
     async with serving() as client:
         assert (await params_of(client, allowed_token_ids=[9, 8, 9])).allowed_token_ids == (9, 8)
@@ -61,6 +92,12 @@ async def test_ways_of_telling_logprobs() -> None:
         assert (await params_of(client, prompt_logprobs=3)).prompt_logprobs == 3
         await client.chat(prompt_logprobs=3, n=2)
         assert [request.params.prompt_logprobs for request in client.engine.requests[-2:]] == [3, None]
+
+
+async def test_null_gives_way_to_the_next_place() -> None:
+    async with serving() as client:
+        params = await params_of(client, top_k=None, extra_body={"top_k": None}, chat_template_kwargs={"top_k": 7})
+        assert params.top_k == 7
 
 
 async def test_prompts_by_ids() -> None:
@@ -115,7 +152,7 @@ async def test_a_template_of_the_request() -> None:
             == "1"
         )
         response = await client.chat(chat_template="{% for i in range(10**9) %}{% endfor %}")
-        assert (response.status, response.error["param"]) == (400, "messages")
+        assert (response.status, response.error["param"]) == (400, "chat_template")
 
 
 async def test_any_name_may_be_a_variable() -> None:

@@ -141,7 +141,8 @@ async def test_every_choice_has_a_constraint_of_its_own() -> None:
         ({"response_format": {**FORM, "json_schema": {"schema": {"type": 5}}}}, "response_format.json_schema.schema"),
         ({"structural_tag": {"structures": 5}}, "structural_tag"),
         ({"response_format": {"type": "structural_tag"}}, "response_format"),
-        ({"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": 5}}}]}, "tools"),
+        ({"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "array"}}}]}, "tools[0]"),
+        ({"tools": [{"type": "function", "function": {"name": "f", "parameters": {"enum": 5}}}]}, "tools"),
     ],
 )
 async def test_forms_that_do_not_compile(fields: dict[str, Any], param: str) -> None:

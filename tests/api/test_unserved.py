@@ -20,6 +20,10 @@ PATHS = {"/v1/chat/completions", "/v1/models", "/v1/models/{model:path}", "/heal
         ("/v1/health", "/health"),
         ("/models", "/v1/models"),
         ("/tokenize/", "/v1/tokenize"),
+        ("/openai/v1/chat/completions", "/v1/chat/completions"),
+        ("/v1/chat/completions/chat/completions", "/v1/chat/completions"),
+        ("/v1/chat/completion", "/v1/chat/completions"),
+        ("/v1/chat/complitions", "/v1/chat/completions"),
     ],
 )
 def test_near_misses(path: str, meant: str) -> None:
