@@ -149,10 +149,8 @@ __global__ void __launch_bounds__(THREADS) wide_kernel(const T* q, const T* k_ca
         for (int i = 0; i < 4; ++i) sums[j][i] = __fmul_rn(sums[j][i], factor[i / 2]);
 #pragma unroll
       for (int step = 0; step < KEY_TILE / 16; ++step) {
-        const uint32_t a[4] = {pack<T>(scores[step * 2][0], scores[step * 2][1]),
-                               pack<T>(scores[step * 2][2], scores[step * 2][3]),
-                               pack<T>(scores[step * 2 + 1][0], scores[step * 2 + 1][1]),
-                               pack<T>(scores[step * 2 + 1][2], scores[step * 2 + 1][3])};
+        uint32_t a[4];
+        weights_of<T>(a, scores, step);
 #pragma unroll
         for (int pair = 0; pair < HD / 16; ++pair)
           weigh_values<HD>(sums[pair * 2], sums[pair * 2 + 1], a, value_tile, pair, step);
@@ -242,10 +240,8 @@ __global__ void __launch_bounds__(THREADS) narrow_kernel(const T* q, const T* k_
         for (int i = 0; i < 4; ++i) sums[j][i] = __fmul_rn(sums[j][i], factor[i / 2]);
 #pragma unroll
       for (int step = 0; step < KEY_TILE / 16; ++step) {
-        const uint32_t a[4] = {pack<T>(scores[step * 2][0], scores[step * 2][1]),
-                               pack<T>(scores[step * 2][2], scores[step * 2][3]),
-                               pack<T>(scores[step * 2 + 1][0], scores[step * 2 + 1][1]),
-                               pack<T>(scores[step * 2 + 1][2], scores[step * 2 + 1][3])};
+        uint32_t a[4];
+        weights_of<T>(a, scores, step);
 #pragma unroll
         for (int pair = 0; pair < PAIRS; ++pair)
           weigh_values<HD>(sums[pair * 2], sums[pair * 2 + 1], a, value_tile, warp * PAIRS + pair, step);

@@ -88,6 +88,14 @@ __device__ inline uint32_t pack(float low, float high) {
   return both.pair;
 }
 
+// The fragment of a tile's weights of keys [16 step, 16 step + 16).
+template <class T>
+__device__ inline void weights_of(uint32_t (&a)[4], const float (&weights)[8][4], int step) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+    a[i] = pack<T>(weights[step * 2 + i / 2][i % 2 * 2], weights[step * 2 + i / 2][i % 2 * 2 + 1]);
+}
+
 // A lane's share of the softmax state of two rows (group and group + 8) in one part.
 struct Softmax {
   float peak[2] = {NONE, NONE};
