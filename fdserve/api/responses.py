@@ -50,7 +50,7 @@ async def create_response(server: Server, http: Request, reply: Reply) -> None:
     server.check_ready()
     request = decode(http.body, _DECODER)
     history = _history(server, request.previous_response_id)
-    own = [_resolved(server, item, index) for index, item in enumerate(input_items(request))]
+    own = _resolved(server, input_items(request))
     with as_own_fields():
         chat = chat_request(request, history, own)
         if request.truncation == "auto":
@@ -96,16 +96,22 @@ def _history(server: Server, id: str | None) -> list[InputItem]:
     return _ITEMS.decode(stored.items)
 
 
-def _resolved(server: Server, item: InputItem, index: int) -> InputItem:
-    """The item itself; the one that it refers to by its id, where it does."""
-    if item.type != "item_reference" or item.id is None:
-        return item
-    holder = server.responses.holder(item.id)
-    found = [known for known in _ITEMS.decode(holder.items) if known.id == item.id] if holder else []
-    if not found:
-        message = f"Item with id '{item.id[:200]}' not found: send the item itself."
-        raise NotFound(message, param=f"input[{index}].id", code="item_not_found")
-    return found[-1]
+def _resolved(server: Server, items: Sequence[InputItem]) -> list[InputItem]:
+    """The items, with those that references lead to in their places. Each stored response is read once at most."""
+    known: dict[str | None, InputItem] = {}
+    result = []
+    for index, item in enumerate(items):
+        if item.type == "item_reference" and item.id is not None:
+            if item.id not in known and (holder := server.responses.holder(item.id)) is not None:
+                known.update(
+                    (stored.id, stored) for stored in _ITEMS.decode(holder.items) if stored.id in holder.item_ids
+                )
+            if item.id not in known:
+                message = f"Item with id '{item.id[:200]}' not found: send the item itself."
+                raise NotFound(message, param=f"input[{index}].id", code="item_not_found")
+            item = known[item.id]
+        result.append(item)
+    return result
 
 
 class _Answer:

@@ -11,6 +11,7 @@ from openai.types.responses import Response as OpenAIResponse
 from openai.types.responses import ResponseStreamEvent
 from pydantic import TypeAdapter
 
+from fdserve.api.response_store import ResponseStore, StoredResponse
 from fdserve.config import Config
 from fdserve.errors import Unavailable
 from tests.http.client import Client, Response, serving
@@ -257,6 +258,23 @@ async def test_items_by_reference() -> None:
         for id in ("msg_none", "guessable"):
             unknown = await respond(client, [{"type": "item_reference", "id": id}])
             assert (unknown.status, unknown.error["param"]) == (404, "input[0].id")
+
+
+async def test_many_references_read_a_stored_response_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with serving() as client:
+        first = whole(await respond(client, "one"))
+        looked_up: list[str] = []
+        holder = ResponseStore.holder
+
+        def watched(self: ResponseStore, item_id: str) -> StoredResponse | None:
+            looked_up.append(item_id)
+            return holder(self, item_id)
+
+        monkeypatch.setattr(ResponseStore, "holder", watched)
+        ids = [item["id"] for item in first["output"]]
+        again = await respond(client, [{"type": "item_reference", "id": id} for id in ids * 3])
+        assert again.status == 200
+        assert looked_up == ids[:1]
 
 
 async def test_a_long_stored_conversation_is_tokenized_in_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
