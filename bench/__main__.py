@@ -14,6 +14,7 @@ COMMANDS = {
     "scheduler": "planning a step and assembling its batch",
     "frontend": "streaming with ranks that answer at once against bare hypercorn",
     "startup": "from the start of the process to /health 200; memory",
+    "accuracy": "what quantization changes: logits and greedy tokens",
     "random_checkpoint": "write a checkpoint of random weights to measure with",
 }
 

@@ -10,6 +10,10 @@ std::vector<Tensor> linear(const Tensor& x, const Tensor& panels, int64_t format
   require(x.dims().size() == 2 && x.dims()[1] == k, "linear: x must be [T, in_features]");
   const Matrix weight = matrix_of(panels, format, n, k, x.dtype());
   Tensor out = make({x.dims()[0], n}, to_float ? DataType::FLOAT32 : x.dtype());
+  // Beyond this size malloc takes fresh memory each time: logits of many rows.
+  constexpr int64_t FRESH_BYTES = 32 << 20;
+  const int64_t bytes = out.numel() * fdserve::size_of(dtype_of(out));
+  if (bytes > FRESH_BYTES) fdserve::ask_huge_pages(out.data(), bytes);
   if (out.numel() > 0) fdserve::linear(x.data(), x.dims()[0], dtype_of(x), weight, out.data(), dtype_of(out));
   return {out};
 }

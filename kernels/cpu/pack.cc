@@ -71,15 +71,6 @@ void pack_all(To* panels, const From* weight, int64_t n, int64_t k, bool in_out,
   });
 }
 
-// In memory not yet touched: they spare the streaming kernels a TLB miss every 4 KiB.
-void ask_huge_pages(void* memory, int64_t bytes) {
-  constexpr uintptr_t HUGE_PAGE = 2 << 20;
-  const uintptr_t start = reinterpret_cast<uintptr_t>(memory);
-  const uintptr_t begin = (start + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
-  const uintptr_t end = (start + static_cast<uintptr_t>(bytes)) / HUGE_PAGE * HUGE_PAGE;
-  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-}
-
 // To the nearest integer, ties to even; x is far below 2^22.
 inline int32_t nearest(float x) { return static_cast<int32_t>((x + 12582912.0f) - 12582912.0f); }
 
@@ -137,6 +128,14 @@ void pack_from(void* panels, const From* weight, int64_t n, int64_t k, Format fo
 }
 
 }  // namespace
+
+void ask_huge_pages(void* memory, int64_t bytes) {
+  constexpr uintptr_t HUGE_PAGE = 2 << 20;
+  const uintptr_t start = reinterpret_cast<uintptr_t>(memory);
+  const uintptr_t begin = (start + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
+  const uintptr_t end = (start + static_cast<uintptr_t>(bytes)) / HUGE_PAGE * HUGE_PAGE;
+  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+}
 
 void pack(void* panels, const void* weight, int64_t n, int64_t k, Dtype source, Format format, bool in_out) {
   ask_huge_pages(panels, panel_bytes(format, k) * ((n + PANEL - 1) / PANEL));
