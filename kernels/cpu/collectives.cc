@@ -74,12 +74,14 @@ bool cores_for(int ranks) {
 bool wait(const Shared& shared, Line& other, uint32_t turn) {
   const auto spin = std::chrono::microseconds(cores_for(shared.ranks) ? SPIN_MICROSECONDS : 0);
   const auto until = std::chrono::steady_clock::now() + spin;
-  do {
+  for (int round = 0; round == 0 || std::chrono::steady_clock::now() < until; ++round) {
     for (int i = 0; i < 32; ++i) {
       if (reached(other, turn)) return true;
       __builtin_ia32_pause();
     }
-  } while (std::chrono::steady_clock::now() < until);
+    // The system may have put both ranks on one core, and leave them there.
+    if (round >= 4) sched_yield();
+  }
   const timespec timeout = {0, LOOK_AFTER_PEERS_NANOSECONDS};
   other.sleepers.fetch_add(1);
   while (!reached(other, turn)) {
