@@ -28,6 +28,7 @@ from fdserve.ops.library import (
 )
 from fdserve.ops.paged_attention import attention, kv_bytes_per_token, kv_cache_shape, new_kv_cache
 from fdserve.ops.sampling import sample
+from fdserve.ops.tensors import to_tensor
 from fdserve.ops.weights import PackedExperts, PackedWeight, pack_experts, pack_weight
 
 __all__ = [
@@ -56,6 +57,7 @@ __all__ = [
     "sampling_slot_bytes",
     "set_num_threads",
     "swiglu",
+    "to_tensor",
     "use_gpu",
     "vocabulary_starts",
 ]

@@ -59,8 +59,8 @@ def _report(
     floats = np.tile(np.array([0, 1, 0, 1, 0, 0], np.float32), (count, 1))
     _, logprobs, top_ids, top_logprobs = sample_op(
         logits,
-        paddle.to_tensor(floats),
-        paddle.to_tensor(ints),
+        ops.to_tensor(floats),
+        ops.to_tensor(ints),
         none,
         offsets,
         offsets[:count],

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import paddle
 
 from fdserve import ops
 from fdserve.errors import StartupError
@@ -112,12 +111,12 @@ def _forward_batch(model: Ernie4_5, batch: Batch) -> ForwardBatch:
         wanted = np.concatenate([wanted, batch.prompt_indices])
     query_lens = np.diff(batch.query_starts)
     return ForwardBatch(
-        token_ids=paddle.to_tensor(batch.token_ids),
-        rope=paddle.to_tensor(model.rope_table(batch.positions)),
-        query_starts=paddle.to_tensor(batch.query_starts),
-        context_lens=paddle.to_tensor(batch.context_lens),
-        block_tables=paddle.to_tensor(batch.block_tables),
-        sample_rows=paddle.to_tensor(wanted),
+        token_ids=ops.to_tensor(batch.token_ids),
+        rope=ops.to_tensor(model.rope_table(batch.positions)),
+        query_starts=ops.to_tensor(batch.query_starts),
+        context_lens=ops.to_tensor(batch.context_lens),
+        block_tables=ops.to_tensor(batch.block_tables),
+        sample_rows=ops.to_tensor(wanted),
         max_query_len=int(query_lens.max()),
         longest=int((batch.context_lens + query_lens).max()),
     )

@@ -63,11 +63,11 @@ def sample(
     num_top = int(rows.num_top[row_ids].max())
     token_ids, logprobs, top_ids, top_logprobs = sample_op(
         logits,
-        paddle.to_tensor(rows.float_params[row_ids]),
-        paddle.to_tensor(int_params),
+        ops.to_tensor(rows.float_params[row_ids]),
+        ops.to_tensor(int_params),
         past,
         past_offsets,
-        paddle.to_tensor(rows.num_prompt[row_ids]),
+        ops.to_tensor(rows.num_prompt[row_ids]),
         limits.bias_ids,
         limits.bias_values,
         limits.bias_offsets,
@@ -75,7 +75,7 @@ def sample(
         num_top=max(num_top, 0),
         masks=limits.masks,
         mask_rows=limits.mask_rows,
-        logprob_modes=paddle.to_tensor(rows.logprob_modes[row_ids]),
+        logprob_modes=ops.to_tensor(rows.logprob_modes[row_ids]),
     )
     tokens = token_ids.numpy()
     if num_top < 0:
@@ -125,10 +125,10 @@ def _limits(
             mask_rows[index] = len(words)
             words.append(mask)
     ids, offsets = _ragged(bias_ids)
-    values = paddle.to_tensor(np.concatenate(bias_values))
+    values = ops.to_tensor(np.concatenate(bias_values))
     if not words:
         return _Limits(ids, values, offsets)
-    return _Limits(ids, values, offsets, paddle.to_tensor(np.stack(words)), paddle.to_tensor(mask_rows))
+    return _Limits(ids, values, offsets, ops.to_tensor(np.stack(words)), ops.to_tensor(mask_rows))
 
 
 def _history(rows: Rows, row_ids: Ints, lens: Ints) -> tuple[Any, Any]:
@@ -149,7 +149,7 @@ def _ragged(parts: list[Ints]) -> tuple[Any, Any]:
     """The parts end to end, and the [len + 1] offsets between them, as tensors."""
     offsets = np.zeros(len(parts) + 1, np.int32)
     np.cumsum([len(part) for part in parts], out=offsets[1:])
-    return paddle.to_tensor(np.concatenate([_EMPTY, *parts])), paddle.to_tensor(offsets)
+    return ops.to_tensor(np.concatenate([_EMPTY, *parts])), ops.to_tensor(offsets)
 
 
 @cache
