@@ -58,7 +58,7 @@ class NullRanks:
         await (wait_all_tasks_blocked() if PACE == "each" else checkpoint())
         return self._result
 
-    def check(self) -> None:
+    async def check(self) -> None:
         """It never ends."""
 
 
