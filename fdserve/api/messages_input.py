@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 
 from fdserve.errors import InvalidRequest
 from fdserve.protocol.chat import ChatMessage, ChatRequest
@@ -79,18 +80,21 @@ def _chat_messages(message: InputMessage, path: str) -> list[ChatMessage]:
     if message.role == "assistant":
         return [_assistant_message(message.content, path)]
     messages: list[ChatMessage] = []
-    for index, block in enumerate(message.content):
-        where = f"{path}.content[{index}]"
-        if block.type == "tool_result" and message.role == "user":
-            if block.tool_use_id is None:
-                raise _missing(f"{where}.tool_use_id")
-            text = _text(block.content or "", f"{where}.content")
-            messages.append(ChatMessage(role="tool", tool_call_id=block.tool_use_id, content=text))
-        elif messages and messages[-1].role == message.role:
-            messages[-1].content = f"{messages[-1].content}{_block_text(block, where)}"
+    places = [(block, f"{path}.content[{index}]") for index, block in enumerate(message.content)]
+    for results, group in groupby(places, lambda place: message.role == "user" and place[0].type == "tool_result"):
+        if results:
+            messages += [_result_message(block, where) for block, where in group]
         else:
-            messages.append(ChatMessage(role=message.role, content=_block_text(block, where)))
+            text = "".join(_block_text(block, where) for block, where in group)
+            messages.append(ChatMessage(role=message.role, content=text))
     return messages or [ChatMessage(role=message.role, content="")]
+
+
+def _result_message(block: ContentBlock, path: str) -> ChatMessage:
+    if block.tool_use_id is None:
+        raise _missing(f"{path}.tool_use_id")
+    text = _text(block.content or "", f"{path}.content")
+    return ChatMessage(role="tool", tool_call_id=block.tool_use_id, content=text)
 
 
 def _assistant_message(blocks: Sequence[ContentBlock], path: str) -> ChatMessage:

@@ -121,7 +121,9 @@ def chat_messages(items: Sequence[InputItem]) -> list[ChatMessage]:
             function = CalledFunction(name=_given(item.name, f"{path}.name"), arguments=item.arguments)
             call = PastToolCall(id=_given(item.call_id, f"{path}.call_id"), type="function", function=function)
             turn = _assistant_turn(messages)
-            turn.tool_calls = [*(turn.tool_calls or ()), call]
+            if turn.tool_calls is None:
+                turn.tool_calls = []
+            turn.tool_calls.append(call)
         elif kind == "function_call_output":
             id = _given(item.call_id, f"{path}.call_id")
             messages.append(ChatMessage(role="tool", tool_call_id=id, content=_text(item.output, f"{path}.output")))

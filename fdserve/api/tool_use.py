@@ -40,15 +40,16 @@ def tool_use(request: ChatRequest) -> ToolUse | None:
     if choice == "none":
         return None
     mode = "auto"
+    known = {tool.function.name for tool in tools}
     if isinstance(choice, AllowedTools):
-        names = [tool.function.name for tool in choice.allowed_tools.tools]
+        names = dict.fromkeys(tool.function.name for tool in choice.allowed_tools.tools)
         for name in names:
-            _check_name(name, tools, param)
+            _check_name(name, known, param)
         tools = [tool for tool in tools if tool.function.name in names]
         mode = choice.allowed_tools.mode
     elif isinstance(choice, NamedTool | FunctionName):
         mode = choice.function.name if isinstance(choice, NamedTool) else choice.name
-        _check_name(mode, tools, param)
+        _check_name(mode, known, param)
     elif choice is not None:
         mode = choice
     if not tools:
@@ -74,8 +75,8 @@ def check_tools(request: ChatRequest, server: Server) -> None:
         _check_parameters(function, f"functions[{index}]")
 
 
-def _check_name(name: str, tools: list[Tool], param: str) -> None:
-    if all(tool.function.name != name for tool in tools):
+def _check_name(name: str, known: set[str], param: str) -> None:
+    if name not in known:
         raise InvalidRequest(f"{param} names {name[:200]!r}, which is not among the tools.", param=param)
 
 

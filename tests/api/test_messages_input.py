@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import msgspec
@@ -48,6 +49,14 @@ def test_text_blocks_are_joined() -> None:
         ("system", "d"),
         ("user", ""),
     ]
+
+
+def test_many_blocks_take_time_in_proportion() -> None:
+    blocks = [text("12345678")] * 200_000
+    began = time.monotonic()
+    (message,) = messages({"role": "user", "content": blocks})
+    assert len(message["content"]) == 1_600_000
+    assert time.monotonic() - began < 5
 
 
 def test_a_turn_with_thought_text_and_calls_is_one_message() -> None:

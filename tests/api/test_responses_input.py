@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import msgspec
@@ -182,3 +183,10 @@ def test_errors_name_the_requests_own_fields(chat: str | None, own: str | None) 
     with pytest.raises(InvalidRequest) as error, as_own_fields():
         raise InvalidRequest("no", param=chat)
     assert error.value.param == own
+
+
+def test_many_calls_take_time_in_proportion() -> None:
+    began = time.monotonic()
+    (message,) = messages(*[CALL] * 100_000)
+    assert len(message["tool_calls"]) == 100_000
+    assert time.monotonic() - began < 5

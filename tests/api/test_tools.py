@@ -1,12 +1,16 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 import pytest
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
+from fdserve.api.tool_use import tool_use
 from fdserve.config import Config
+from fdserve.protocol.chat import ChatRequest
+from fdserve.protocol.tools import AllowedSet, AllowedTools, FunctionDefinition, FunctionName, NamedTool, Tool
 from tests.http.client import Client, serving
 from tests.http.fake_engine import FakeEngine, follow, ids, say
 
@@ -180,3 +184,13 @@ async def test_past_function_calls() -> None:
     async with serving(FakeEngine(say("x")), CONFIG, template=template) as client:
         await answer(client, messages=messages)
         assert bytes(client.engine.requests[0].prompt).decode() == "assistant  add;tool add;"
+
+
+async def test_many_allowed_tools_take_time_in_proportion() -> None:
+    tools = [Tool(type="function", function=FunctionDefinition(name=f"f{i}")) for i in range(20_000)]
+    allowed = AllowedSet(mode="auto", tools=[NamedTool(function=FunctionName(name=f"f{i}")) for i in range(20_000)])
+    began = time.monotonic()
+    use = tool_use(ChatRequest(tools=tools, tool_choice=AllowedTools(allowed_tools=allowed)))
+    assert use is not None
+    assert use.tools == tools
+    assert time.monotonic() - began < 3
