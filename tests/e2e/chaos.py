@@ -291,8 +291,8 @@ def command(pid: int) -> bytes:
 
 
 def shared_memory() -> set[str]:
-    """The names of the machine's shared memory and semaphores."""
-    return set(os.listdir("/dev/shm"))
+    """The names of the machine's shared memory, but for what other programs' multiprocessing makes at any time."""
+    return {name for name in os.listdir("/dev/shm") if not name.startswith("sem.mp-")}
 
 
 def main() -> None:
