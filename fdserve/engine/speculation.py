@@ -3,7 +3,8 @@
 A step takes about as long as reading the weights, and some more for each token that it computes; so a guess is cheap
 beside few sequences and dear beside many. One more token in a step of B sequences pays if its chance to be right is
 above B / (B + F), where F is how many tokens cost as much as the part of a step that does not depend on them: then
-tokens per second rise. F is learnt from the steps, and the chance from how a sequence's latest guesses turned out.
+tokens per second rise. (`CAUTION` asks for some more.) F is learnt from the steps, and the chance from how a sequence's
+latest guesses turned out.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ MAX_DRAFTED = 64
 """Guesses computed in one step, of all sequences together."""
 INDEX_TOKENS = 2048
 """Tokens taken into a sequence's index in one step: about a millisecond."""
+CAUTION = 1.75
+"""By what factor the odds that a guess is right must exceed those at which nothing is gained: a chance is estimated
+from few tokens, and the luckiest estimates are taken."""
 FIRST_FIXED_TOKENS = 16.0
 MEMORY = 0.98
 """What a step counts, against the one after it."""
@@ -62,7 +66,7 @@ class Speculation:
         ngrams = sequence.ngrams
         if not ngrams.take(INDEX_TOKENS):
             return []
-        needed = decodes / (decodes + self.cost.fixed_tokens)
+        needed = CAUTION * decodes / (CAUTION * decodes + self.cost.fixed_tokens)
         most = min(most, config.num_speculative_tokens)
         count, chance = 0, ngrams.rate
         while count < most and chance > needed:
