@@ -11,6 +11,7 @@ import sentencepiece
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from fdserve.text.tokenizer import load_tokenizer
+from tests.text.grammar_model import Model
 
 TAGS = ["<think>", "</think>", "<response>", "</response>", "<tool_call>", "</tool_call>"]
 DIALOGUE = ["<|im_start|>", "<|im_end|>", "<|begin_of_sentence|>", "<|end_of_sentence|>"]
@@ -131,3 +132,9 @@ def ernie(sentencepiece_dir: Path):
 def tokenizer(request: pytest.FixtureRequest):
     """Each native tokenizer in turn."""
     return load_tokenizer(request.getfixturevalue(request.param))
+
+
+@pytest.fixture
+def model(ernie):
+    """One that does not think, with ERNIE's kind of tokenizer."""
+    return Model(ernie)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 import re
-from pathlib import Path
 
 import jsonschema
 import pytest
@@ -14,75 +13,14 @@ from fdserve.errors import InvalidRequest
 from fdserve.text import grammar
 from fdserve.text.grammar import (
     Choice,
-    GrammarCompiler,
     JsonSchema,
     Lark,
     Regex,
-    Spec,
-    StructuralTag,
-    ToolCalls,
 )
-from fdserve.text.reasoning import ReasoningFormat
 from fdserve.text.stream import TextStream
-from fdserve.text.tokenizer import Tokenizer, load_tokenizer
-from tests.text.decoding import Decoded, allowed_ids, at_random, decode, text_of, writing
-
-PERSON = {
-    "type": "object",
-    "properties": {"name": {"type": "string", "maxLength": 12}, "age": {"type": "integer", "minimum": 0}},
-    "required": ["name", "age"],
-    "additionalProperties": False,
-}
-CITY = {"type": "object", "properties": {"city": {"enum": ["Paris", "Rome"]}}, "required": ["city"]}
-EXTRA_IDS = 37  # that the model has beyond its tokenizer
-
-
-def formats(tokenizer: Tokenizer) -> dict[str, ReasoningFormat | None]:
-    ids = [tokenizer.token_id(tag) for tag in ("<think>", "</think>", "<response>", "</response>")]
-    start, end, response_start, response_end = ids
-    assert start is not None
-    assert end is not None
-    return {
-        "none": None,
-        "think": ReasoningFormat("think", start, end),
-        "ernie_x1": ReasoningFormat("ernie_x1", start, end, response_start, response_end),
-    }
-
-
-class Model:
-    """What stands for a model: a tokenizer, its eos ids and a reasoning format."""
-
-    def __init__(self, tokenizer: Tokenizer, reasoning: str = "none", **options: float) -> None:
-        self.tokenizer = tokenizer
-        self.format = formats(tokenizer)[reasoning] if reasoning != "none" else None
-        eos = tokenizer.eos_token_id
-        end = tokenizer.token_id("<|im_end|>")
-        self.eos = sorted({i for i in (eos, end) if i is not None})
-        self.vocab_size = tokenizer.vocab_size + EXTRA_IDS
-        self.compiler = GrammarCompiler(tokenizer, self.eos, self.format, self.vocab_size, **options)
-
-    async def random(self, spec: Spec, thinking: bool | None = None, seed: int = 0, hurry: int = 40) -> Decoded:
-        constraint = (await self.compiler.compile(spec)).constraint(thinking)
-        return decode(
-            constraint, self.vocab_size, self.eos, at_random(random.Random(seed), self.tokenizer, self.eos, hurry)
-        )
-
-    async def wishing(self, spec: Spec, text: str, thinking: bool | None = None) -> Decoded:
-        constraint = (await self.compiler.compile(spec)).constraint(thinking)
-        return decode(constraint, self.vocab_size, self.eos, writing(self.tokenizer, text.encode(), self.eos))
-
-    async def accepts(self, spec: Spec, text: str) -> bool:
-        """Whether the output may be this text: every token allowed, the end too."""
-        out = await self.wishing(spec, text)
-        return text_of(self.tokenizer, out.ids) == text.encode() and out.ended != "length"
-
-    def text(self, out: Decoded) -> str:
-        return text_of(self.tokenizer, out.ids).decode()
-
-
-@pytest.fixture
-def model(ernie: Tokenizer) -> Model:
-    return Model(ernie)
+from fdserve.text.tokenizer import Tokenizer
+from tests.text.decoding import allowed_ids, at_random, decode, text_of
+from tests.text.grammar_model import PERSON, Model
 
 
 @pytest.mark.anyio
@@ -249,96 +187,6 @@ async def test_constraints_of_one_grammar_are_apart(model: Model) -> None:
     assert first.mask() != before
 
 
-STRUCTURES = {
-    "type": "structural_tag",
-    "structures": [
-        {"begin": "<fn=a>", "schema": CITY, "end": "</fn>"},
-        {"begin": "<fn=b>", "schema": {"type": "integer"}, "end": "</fn>"},
-    ],
-    "triggers": ["<fn="],
-}
-
-
-@pytest.mark.anyio
-async def test_structural_tags_of_the_older_form(model: Model) -> None:
-    spec = StructuralTag(STRUCTURES, "response_format")
-    for text in (
-        "plain",
-        'so: <fn=a>{"city": "Rome"}</fn> and <fn=b>12</fn>.',
-        "a < b",
-        "<fn=b>1</fn><fn=b>2</fn>",
-        "",
-    ):
-        assert await model.accepts(spec, text), text
-    for text in ("<fn=c>", "<fn=b>x</fn>", '<fn=a>{"city": "Oslo"}</fn>', "<fn=b>1"):
-        assert not await model.accepts(spec, text), text
-
-
-def tag(begin: str, content: object, end: object = "</x>") -> dict[str, object]:
-    return {"type": "tag", "begin": begin, "content": content, "end": end}
-
-
-TEXT = {"type": "any_text"}
-INTEGER = {"type": "json_schema", "json_schema": {"type": "integer"}}
-
-
-@pytest.mark.anyio
-@pytest.mark.parametrize(
-    ("format", "good", "bad"),
-    [
-        ({"type": "const_string", "value": "hi <tool_call>"}, ["hi <tool_call>"], ["hi"]),
-        (INTEGER, ["12"], ["x", "1.5"]),
-        ({"type": "regex", "pattern": "a+"}, ["aa"], ["", "b"]),
-        ({"type": "grammar", "grammar": 'root ::= "x" [0-9]'}, ["x1"], ["x"]),
-        ({"type": "any_text"}, ["anything\nat all", ""], []),
-        (tag("<x>", INTEGER), ["<x>3</x>"], ["<x></x>", "3"]),
-        (tag("<x>", TEXT), ["<x>a <b></x>"], ["<x>a", "<x>a</x>b"]),
-        (tag("<tool_call>", TEXT, ["</tool_call>", "!"]), ["<tool_call>a!", "<tool_call>b</tool_call>"], []),
-        ({"type": "sequence", "elements": [tag("<x>", INTEGER), TEXT]}, ["<x>3</x>", "<x>3</x> ok"], ["ok"]),
-        ({"type": "or", "elements": [INTEGER, {"type": "const_string", "value": "none"}]}, ["7", "none"], ["no"]),
-        ({"type": "star", "content": tag("<x>", INTEGER)}, ["", "<x>1</x><x>2</x>"], ["<x>"]),
-        (
-            {"type": "triggered_tags", "triggers": ["<x", "<tool_call>"],
-             "at_least_one": True, "stop_after_first": True,
-             "tags": [tag("<x>", INTEGER), tag("<tool_call>", INTEGER, "</tool_call>")]},
-            ["see <x>1</x>", "<tool_call>5</tool_call>"],
-            ["text", "<x>1</x> more", "<xy>", "<tool_call>x"],
-        ),
-        (
-            {"type": "tags_with_separator", "separator": ", ", "at_least_one": True, "tags": [tag("<x>", INTEGER)]},
-            ["<x>1</x>", "<x>1</x>, <x>2</x>"],
-            ["", "<x>1</x><x>2</x>"],
-        ),
-    ],
-)  # fmt: skip
-async def test_structural_tags_of_the_newer_form(model: Model, format: object, good: list[str], bad: list[str]) -> None:
-    spec = StructuralTag({"type": "structural_tag", "format": format}, "structural_tag")
-    for text in good:
-        assert await model.accepts(spec, text), text
-    for text in bad:
-        assert not await model.accepts(spec, text), text
-
-
-@pytest.mark.anyio
-@pytest.mark.parametrize(
-    ("value", "told"),
-    [
-        ({"format": {"type": "qwen_xml_parameter"}}, "'qwen_xml_parameter' is not supported"),
-        ({"format": {"type": "sequence", "elements": [TEXT, INTEGER]}}, r"elements\[0\]: any_text can only"),
-        ({"format": {"type": "tag", "begin": "<x>", "content": INTEGER}}, "format.end must be"),
-        ({"format": 3}, "format must be an object"),
-        ({}, "structural tag.structures must be"),
-        ({"structures": [{"begin": "<x>", "schema": {}, "end": ""}], "triggers": ["<y"]}, "no trigger begins"),
-        ({"structures": [{"begin": "<x>", "schema": 3, "end": ""}], "triggers": ["<x"]}, "must be a JSON schema"),
-        ({"structures": [{"begin": 1}], "triggers": ["<x"]}, r"structures\[0\].begin must be a string"),
-    ],
-)  # fmt: skip
-async def test_structural_tags_that_cannot_be_are_refused(model: Model, value: dict[str, object], told: str) -> None:
-    with pytest.raises(InvalidRequest, match=told) as caught:
-        await model.compiler.compile(StructuralTag(value, "structural_tag"))
-    assert caught.value.param == "structural_tag"
-
-
 def stream(model: Model, thinking: bool, ids: list[int]) -> tuple[str, str]:
     """(reasoning, content) as a client gets them."""
     stream = TextStream(model.tokenizer, format=model.format, thinking=thinking, hidden=model.eos)
@@ -411,116 +259,6 @@ async def test_what_a_model_writes_around_its_answer_is_allowed(ernie: Tokenizer
     for model in (x1, think):
         out = await model.wishing(spec, "<think>yes", thinking=None)
         assert text_of(ernie, out.ids) in (b"yes", b"no")
-
-
-TOOLS = {"get_weather": CITY, 'say "hi"': None, "add": {"properties": {"a": {"type": "integer"}}}}
-
-
-def calls_of(text: str) -> list[dict[str, object]]:
-    found = re.findall(r"<tool_call>\n(.*?)\n</tool_call>", text, re.DOTALL)
-    return [json.loads(call) for call in found]
-
-
-def tool_calls(mode: str, parallel: bool = True, strict: frozenset[str] = frozenset()) -> ToolCalls:
-    return ToolCalls(TOOLS, mode, parallel, "ernie_x1", "tools", strict)
-
-
-@pytest.mark.anyio
-@pytest.mark.parametrize("thinking", [None, False, True])
-async def test_required_calls_are_whole_and_follow_their_schemas(ernie: Tokenizer, thinking: bool | None) -> None:
-    model = Model(ernie, "ernie_x1")
-    for seed in range(20):
-        constraint = (await model.compiler.compile(tool_calls("required"))).constraint(thinking)
-        if thinking:
-            assert model.format is not None
-            constraint.advance(model.format.think_end)
-        out = decode(constraint, model.vocab_size, model.eos, at_random(random.Random(seed), ernie, model.eos), 900)
-        assert out.ended == "eos"
-        text = text_of(ernie, out.ids).decode()
-        calls = calls_of(text)
-        assert out.ids.count(ernie.token_id("<tool_call>")) == len(calls) >= 1
-        assert out.ids.count(ernie.token_id("</tool_call>")) == len(calls)
-        assert not re.sub(r"<tool_call>\n.*?\n</tool_call>", "", text, flags=re.DOTALL).strip("\n")
-        for call in calls:
-            assert list(call) == ["name", "arguments"]
-            jsonschema.validate(call["arguments"], TOOLS[str(call["name"])] or {"type": "object"})
-            assert isinstance(call["arguments"], dict)
-
-
-@pytest.mark.anyio
-async def test_several_calls_and_a_line_break_at_the_end(ernie: Tokenizer) -> None:
-    model = Model(ernie, "ernie_x1")
-    call = '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": 2}}\n</tool_call>'
-    for text in (f"{call}\n", f"{call}\n{call}", f"{call}\n\n{call}\n"):
-        constraint = (await model.compiler.compile(tool_calls("required"))).constraint(False)
-        choose = writing(ernie, text.encode(), model.eos)
-        out = decode(constraint, model.vocab_size, model.eos, choose, 200)
-        assert (out.ended, text_of(ernie, out.ids).decode()) == ("eos", text)
-
-
-@pytest.mark.anyio
-async def test_one_call_where_one_is_asked_for(model: Model) -> None:
-    for seed in range(10):
-        for spec in (tool_calls("add"), tool_calls("required", parallel=False)):
-            out = await model.random(spec, seed=seed)
-            assert out.ended == "finished"
-            (call,) = calls_of(model.text(out))
-            assert call["name"] == "add" or spec.mode != "add"
-
-
-@pytest.mark.anyio
-async def test_calls_come_as_the_template_writes_them(ernie: Tokenizer) -> None:
-    call = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
-    for reasoning in ("ernie_x1", "think"):
-        model = Model(ernie, reasoning)
-        assert model.format is not None
-        for text in (f"\n\n\n{call}", call, f"\n\n{call}\n\n{call}", f"\n{call}\n{call}"):
-            constraint = (await model.compiler.compile(tool_calls("required"))).constraint(True)
-            constraint.advance(model.format.think_end)
-            out = decode(constraint, model.vocab_size, model.eos, writing(ernie, text.encode(), model.eos))
-            assert text_of(ernie, out.ids).decode() == text
-
-
-@pytest.mark.anyio
-async def test_free_calls_are_held_to_their_schemas(ernie: Tokenizer) -> None:
-    model = Model(ernie, "ernie_x1")
-    spec = tool_calls("auto", strict=frozenset({"get_weather"}))
-    call = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Rome"}}\n</tool_call>'
-    for text in ("just text", "", call, f"\n\n<response>\nI look.\n</response>\n\n{call}\n\n{call}\nso"):
-        assert await model.accepts(spec, text), text
-    assert not await model.accepts(spec, call.replace("Rome", "Oslo"))
-    assert not await model.accepts(spec, "<tool_call>hi")
-    # Nor can a call be spelled out in letters, past the schema.
-    spelled = [ernie.encode(char)[-1] for char in "<tool_call"]
-    constraint = (await model.compiler.compile(spec)).constraint(False)
-    for token_id in spelled:
-        assert token_id in allowed_ids(constraint.mask() or b"")
-        constraint.advance(token_id)
-    assert ernie.encode(">")[-1] not in allowed_ids(constraint.mask() or b"")
-    one = tool_calls("auto", parallel=False, strict=frozenset({"get_weather"}))
-    assert await model.accepts(one, f"now: {call} done")
-    assert not await model.accepts(one, f"{call}\n{call}")
-
-
-@pytest.mark.anyio
-async def test_calls_without_tokens_of_their_own_are_spelled(byte_level_dir: Path) -> None:
-    model = Model(load_tokenizer(byte_level_dir))
-    assert model.tokenizer.token_id("<tool_call>") is None
-    for mode in ("required", "auto"):
-        spec = tool_calls(mode, strict=frozenset({"add"}))
-        assert await model.accepts(spec, '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>')
-        assert not await model.accepts(spec, '<tool_call>\n{"name": "sub", "arguments": {"a": 1}}\n</tool_call>')
-    assert await model.accepts(tool_calls("auto"), "text < more")
-
-
-@pytest.mark.anyio
-async def test_tools_that_cannot_be_are_refused_by_name(model: Model) -> None:
-    with pytest.raises(InvalidRequest, match="no tool 'sub'"):
-        await model.compiler.compile(tool_calls("sub"))
-    bad = ToolCalls({"add": {"not": {}}, "ok": None}, "auto", True, "ernie_x1", "tools", frozenset({"add"}))
-    with pytest.raises(InvalidRequest, match=r"tool 'add'.*not") as caught:
-        await model.compiler.compile(bad)
-    assert caught.value.param == "tools"
 
 
 @pytest.mark.anyio
