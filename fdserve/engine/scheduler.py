@@ -184,7 +184,6 @@ class Scheduler:
     def _schedule_decodes(self, budget: int) -> tuple[int, bool]:
         """Returns the budget left, and whether a sequence was preempted."""
         preempted = False
-        scheduled = 0
         for sequence in [sequence for sequence in self.running if sequence.remaining == 1]:
             if budget == 0:
                 break
@@ -202,7 +201,6 @@ class Scheduler:
                 sequence.blocks += blocks
                 self.plan.new_blocks.append((sequence.row, blocks[0]))
             self._compute(sequence, 1)
-            scheduled += 1
             budget -= 1
         return budget, preempted
 
