@@ -7,7 +7,7 @@ from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
 
-ISAS = ("baseline", "avx2", "avx512", "avx512bf16")
+ISAS = ("baseline", "avx2", "avx512", "avx512bf16", "amx")
 """Instruction sets the kernels are compiled for, weakest first."""
 
 

@@ -4,8 +4,9 @@
 // bytes a step of depth, and 4 bytes of a row of `a`. Tiling: up to 6 rows by 4 vectors of 16 (24 accumulators of 32
 // registers; 6 by 2 vectors where there are 16 registers); the panel slice is read once per 6 rows. Every output element
 // is one chain of multiply-adds over k, so it does not depend on how many rows are computed together.
-// Floor: memory up to ~24 rows, then 2 multiply-adds a cycle. To reach both, all passes over a slice share out the
-// fetching of what follows in memory; a single pass fetches a little ahead of itself.
+// k is cut into slices of a panel that stay in cache while the rows pass over it; the sums are stored and loaded back
+// exactly between slices. Floor: memory up to ~24 rows, then 2 multiply-adds a cycle. To reach both, all passes over a
+// slice share out the fetching of what follows in memory; a single pass fetches a little ahead of itself.
 
 namespace fdserve {
 namespace FD_ISA {
@@ -13,6 +14,8 @@ namespace FD_ISA {
 constexpr int GEMM_ROWS = 6;
 constexpr int GEMM_VECTORS = VL == 16 ? 4 : 2;
 constexpr int64_t STEP_BYTES = PANEL * 4, AHEAD_BYTES = 4096, LINE = 64;
+// Of a panel: short slices overlap memory and arithmetic best while memory is the bound, long ones spare stores after.
+constexpr int64_t FEW_ROWS = 3 * GEMM_ROWS, FEW_SLICE_BYTES = 16 << 10, SLICE_BYTES = 64 << 10;
 
 template <int LINES>
 FD_INLINE void prefetch(const char* from) {
@@ -116,25 +119,28 @@ void gemm_passes(const char* a, int64_t stride, int64_t rows, const char* panel,
 }
 
 template <class Math>
-void gemm_slice(const void* a_, int64_t stride, int64_t rows, const void* panel_, int64_t depth, typename Math::Sum* acc,
-                bool first) {
+void gemm_slices(const void* a_, int64_t stride, int64_t rows, const void* panel_, int64_t depth, typename Math::Sum* acc) {
   const char *a = static_cast<const char*>(a_), *panel = static_cast<const char*>(panel_);
-  const char* end = panel + depth * STEP_BYTES;
-  if (rows <= GEMM_ROWS)
-    gemm_passes<Math, 4, false>(a, stride, rows, panel, depth, acc, first, end, 4 * depth, nullptr);
-  else if (rows <= 3 * GEMM_ROWS)
-    gemm_passes<Math, 2, false>(a, stride, rows, panel, depth, acc, first, end, 4 * depth, nullptr);
-  else gemm_passes<Math, 1, false>(a, stride, rows, panel, depth, acc, first, end, 4 * depth, nullptr);
+  const int64_t slice = (rows <= FEW_ROWS ? FEW_SLICE_BYTES : SLICE_BYTES) / STEP_BYTES;
+  for (int64_t done = 0; done < depth; done += slice, a += slice * 4, panel += slice * STEP_BYTES) {
+    const int64_t count = depth - done < slice ? depth - done : slice;
+    const char* end = panel + count * STEP_BYTES;
+    const bool first = done == 0;
+    if (rows <= GEMM_ROWS)
+      gemm_passes<Math, 4, false>(a, stride, rows, panel, count, acc, first, end, 4 * count, nullptr);
+    else if (rows <= FEW_ROWS)
+      gemm_passes<Math, 2, false>(a, stride, rows, panel, count, acc, first, end, 4 * count, nullptr);
+    else gemm_passes<Math, 1, false>(a, stride, rows, panel, count, acc, first, end, 4 * count, nullptr);
+  }
 }
 
 template <class E>
-void gemm(const void* a, int64_t stride, int64_t rows, const void* panel, int64_t depth, float* acc, bool first) {
-  gemm_slice<typename MathOf<E>::type>(a, stride, rows, panel, depth, acc, first);
+void gemm(const void* a, int64_t stride, int64_t rows, const void* panel, int64_t depth, float* acc) {
+  gemm_slices<typename MathOf<E>::type>(a, stride, rows, panel, depth, acc);
 }
 
-inline void gemm_bytes(const void* a, int64_t stride, int64_t rows, const void* panel, int64_t depth, int32_t* acc,
-                       bool first) {
-  gemm_slice<Bytes>(a, stride, rows, panel, depth, acc, first);
+inline void gemm_bytes(const void* a, int64_t stride, int64_t rows, const void* panel, int64_t depth, int32_t* acc) {
+  gemm_slices<Bytes>(a, stride, rows, panel, depth, acc);
 }
 
 }  // namespace FD_ISA

@@ -1,5 +1,7 @@
 // Choosing an instruction set at run time, and the plain C functions of the library.
 #include <malloc.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <stdexcept>
@@ -24,8 +26,18 @@ extern const FloatKernels float_kernels;
 namespace avx512bf16 {
 extern const RowKernels row_kernels;
 }  // namespace avx512bf16
+namespace amx {
+extern const RowKernels row_kernels;
+}  // namespace amx
 
 namespace {
+
+// Tiles are large: a process asks Linux for the right to have them, once for all its threads.
+bool allowed_tiles() {
+  constexpr long ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
+  return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") && __builtin_cpu_supports("amx-int8") &&
+         syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+}
 
 Isa detect() {
   __builtin_cpu_init();
@@ -36,7 +48,7 @@ Isa detect() {
   // Whatever has the first also has the others, but for one generation of processors.
   const bool bf16 = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") &&
                     __builtin_cpu_supports("avx512vbmi");
-  return bf16 ? kAvx512Bf16 : kAvx512;
+  return !bf16 ? kAvx512 : allowed_tiles() ? kAmx : kAvx512Bf16;
 }
 
 Isa& current() {
@@ -49,7 +61,8 @@ Isa& current() {
 Isa isa() { return current(); }
 
 Isa force_isa(int level) {
-  current() = static_cast<Isa>(std::min(level, static_cast<int>(detect())));
+  static const int best = detect();
+  current() = static_cast<Isa>(std::min(level, best));
   return current();
 }
 
@@ -57,7 +70,7 @@ const RowKernels& row_kernels(Dtype dtype) {
   const Isa now = isa();
   if (dtype == Dtype::kBfloat16) {
     if (now < kAvx512Bf16) throw std::invalid_argument("bfloat16 needs a CPU with AVX512-BF16; compute in float32");
-    return avx512bf16::row_kernels;
+    return now >= kAmx ? amx::row_kernels : avx512bf16::row_kernels;
   }
   return now >= kAvx512 ? avx512::row_kernels : now == kAvx2 ? avx2::row_kernels : baseline::row_kernels;
 }

@@ -77,14 +77,15 @@ struct AttendState {
 
 // The functions of one instruction set for one element type.
 struct RowKernels {
-  // acc[rows][64] (= or +=) a[rows][depth] x panel slice, in order of depth; depth counts K (bf16: pairs, zero-padded).
-  void (*gemm)(const void* a, int64_t row_stride, int64_t rows, const void* panel, int64_t depth, float* acc, bool first);
+  // Rows that one pass of a product takes: cut work at multiples of it.
+  int64_t pass_rows;
+  // acc[rows][64] = a[rows][depth] x panel, in order of depth; depth counts K (bf16: pairs, zero-padded).
+  void (*gemm)(const void* a, int64_t row_stride, int64_t rows, const void* panel, int64_t depth, float* acc);
   // acc[rows][64] = a[rows][groups of inputs] x panel, of a weight-only format.
   void (*gemm_groups)(const void* a, int64_t row_stride, int64_t rows, const void* panel, Format format, int64_t groups,
                       float* acc);
-  // acc[rows][64] (= or +=) a[rows][4 depth] x panel slice, bytes that are 128 too large times signed ones.
-  void (*gemm_bytes)(const void* a, int64_t row_stride, int64_t rows, const void* panel, int64_t depth, int32_t* acc,
-                     bool first);
+  // acc[rows][64] = a[rows][4 depth] x panel, bytes that are 128 too large times signed ones.
+  void (*gemm_bytes)(const void* a, int64_t row_stride, int64_t rows, const void* panel, int64_t depth, int32_t* acc);
   // acc[rows][64] = (sums - offsets[64]) * (row_scales[rows] * scales[64]); acc and sums may be the same memory.
   void (*scale_sums)(const int32_t* sums, int64_t rows, const int32_t* offsets, const float* scales,
                      const float* row_scales, float* acc);
@@ -151,7 +152,7 @@ struct FloatKernels {
 constexpr int64_t SUM_BLOCK = 1024;
 
 // Instruction sets, weakest first.
-enum Isa { kBaseline, kAvx2, kAvx512, kAvx512Bf16 };
+enum Isa { kBaseline, kAvx2, kAvx512, kAvx512Bf16, kAmx };
 Isa isa();
 Isa force_isa(int level);
 // Throws std::invalid_argument for bf16 on a CPU without AVX512-BF16.

@@ -1,9 +1,7 @@
 // Rows times a packed matrix, and the other operators that work a row at a time.
 //
 // Work is cut into (block of rows, panel) tasks, of which a thread takes consecutive ones: a long stream for the hardware
-// to fetch ahead. Within one, k is cut into slices of a panel that stay in cache while the rows pass over it; the float
-// sums are stored and loaded back exactly between slices, so every output element is one chain over k whatever the cut.
-// Which thread does what changes nothing.
+// to fetch ahead. Every output element is one chain over k whatever the cut; which thread does what changes nothing.
 #include <algorithm>
 #include <cstring>
 
@@ -14,13 +12,8 @@
 namespace fdserve {
 namespace {
 
-// Of a panel: short slices overlap memory and arithmetic best while memory is the bound, long ones spare stores after.
-constexpr int64_t FEW_ROWS = 18, FEW_SLICE_BYTES = 16 << 10, SLICE_BYTES = 64 << 10;
 constexpr int64_t ROW_BLOCK = 192;         // rows whose sums and inputs share L2 with a slice
-constexpr int64_t GEMM_PASS = 6;           // rows that a pass of the panel product takes
 constexpr int64_t BYTES_CHUNK = 32 << 10;  // of activations a task rounds
-
-int64_t slice_bytes(int64_t rows) { return rows <= FEW_ROWS ? FEW_SLICE_BYTES : SLICE_BYTES; }
 
 }  // namespace
 
@@ -57,10 +50,7 @@ void byte_product(const RowKernels& kernels, Rows x, int64_t rows, int64_t k, co
   const float* scales = reinterpret_cast<const float*>(panel);
   const int32_t* offsets = reinterpret_cast<const int32_t*>(panel) + PANEL;
   int32_t* sums = reinterpret_cast<int32_t*>(acc);
-  const int64_t depth = padded_inputs(Format::kW8a8, k) / 4, slice = slice_bytes(rows) / (PANEL * 4);
-  for (int64_t done = 0; done < depth; done += slice)
-    kernels.gemm_bytes(x.data + done * 4, x.stride, rows, panel + W8A8_HEAD_BYTES + done * PANEL * 4,
-                       std::min(slice, depth - done), sums, done == 0);
+  kernels.gemm_bytes(x.data, x.stride, rows, panel + W8A8_HEAD_BYTES, padded_inputs(Format::kW8a8, k) / 4, sums);
   kernels.scale_sums(sums, rows, offsets, scales, x.scales, acc);
 }
 
@@ -72,9 +62,7 @@ void panel_product(const RowKernels& kernels, Format format, Rows x, int64_t row
   if (format == Format::kW8a8) return byte_product(kernels, x, rows, k, panel, acc);
   const int64_t inputs = padded_inputs(format, k);
   if (is_weight_only(format)) return kernels.gemm_groups(x.data, x.stride, rows, panel, format, inputs / GROUP, acc);
-  const int64_t depth = format == Format::kBfloat16 ? inputs / 2 : inputs, slice = slice_bytes(rows) / (PANEL * 4);
-  for (int64_t done = 0; done < depth; done += slice)
-    kernels.gemm(x.data + done * 4, x.stride, rows, panel + done * PANEL * 4, std::min(slice, depth - done), acc, done == 0);
+  kernels.gemm(x.data, x.stride, rows, panel, format == Format::kBfloat16 ? inputs / 2 : inputs, acc);
 }
 
 void linear(const void* x, int64_t tokens, Dtype dtype, const Matrix& weight, void* out, Dtype out_dtype) {
@@ -87,7 +75,7 @@ void linear(const void* x, int64_t tokens, Dtype dtype, const Matrix& weight, vo
   const int64_t out_size = size_of(out_dtype);
   // Blocks as even as can be, in whole passes of the panel product.
   const auto row_block = [&](int64_t block) {
-    return block == row_blocks ? tokens : block * tokens / row_blocks / GEMM_PASS * GEMM_PASS;
+    return block == row_blocks ? tokens : block * tokens / row_blocks / kernels.pass_rows * kernels.pass_rows;
   };
   parallel(row_blocks * count, [&](int64_t task) {
     const int64_t first = row_block(task / count), end = row_block(task / count + 1);

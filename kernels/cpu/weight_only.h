@@ -63,16 +63,19 @@ struct Tables<8> {
   }
 };
 
-template <int BITS>
+template <int BITS, bool FETCH = false>
 void unfold_group(const char* packed, bf16* slice) {
   constexpr int PAIRS = Unfold<BITS>::PAIRS;
   const Tables<BITS> tables;
-  for (int64_t i = 0; i < Unfold<BITS>::VECTORS; i += 4)
+  if (FETCH) prefetch<2>(packed + AHEAD_BYTES - PANEL * 2);
+  for (int64_t i = 0; i < Unfold<BITS>::VECTORS; i += 4) {
+    if (FETCH) prefetch<4>(packed + AHEAD_BYTES + i * 64);
     for (int v = 0; v < 4; ++v) {
       __m512i pairs[PAIRS];
       tables.unfold(_mm512_loadu_si512(packed + (i + v) * 64), pairs);
       for (int p = 0; p < PAIRS; ++p) _mm512_store_si512(slice + ((i / 4 * PAIRS + p) * 4 + v) * 32, pairs[p]);
     }
+  }
 }
 
 template <int BITS, int ROWS>

@@ -9,7 +9,7 @@ import pytest
 from fdserve.ops import library, set_num_threads
 
 
-@pytest.fixture(params=["baseline-float32", "avx2-float32", "avx512-float32", "avx512bf16-bfloat16"])
+@pytest.fixture(params=["baseline-float32", "avx2-float32", "avx512-float32", "avx512bf16-bfloat16", "amx-bfloat16"])
 def dtype(request: pytest.FixtureRequest) -> Iterator[str]:
     """A compute dtype, with the instruction set it is computed on forced; two threads."""
     isa, dtype = request.param.split("-")
