@@ -225,11 +225,11 @@ FD_INLINE vf scaled(float* scores, const KeyTile& tile, int seen, float scale) {
 }
 
 // Scaled scores of one row to weights; returns their sum in each lane.
-template <class E>
+template <vf (*EXP)(vf), class E>
 FD_INLINE vf weigh(const float* scores, const KeyTile& tile, int seen, float top, E* weights) {
   vf total = {};
   for (int key = 0; key < KEY_TILE; key += VL) {
-    vf w = exp(load(scores + key) - splat(top));
+    vf w = EXP(load(scores + key) - splat(top));
     total = total + w;
     const float* scales = tile.value_scales[key / KEY_GROUP];
     // A stale block's scales may be NaNs.
@@ -292,7 +292,7 @@ void attend_rows(const E* q, int64_t head_dim, const KeyTile& tile, const int* s
   }
   for (int r = 0; r < LANES; r += VL) store(decay + r, exp(load(old + r) - load(top + r)));
   for (int r = 0; r < ROWS; ++r)
-    lanes[r] = weigh(scores + r * KEY_TILE, tile, seen[r], top[r], weights + r * KEY_TILE);
+    lanes[r] = weigh<exp>(scores + r * KEY_TILE, tile, seen[r], top[r], weights + r * KEY_TILE);
   join_lanes<Sum, ROWS>(lanes, mass);
   for (int r = 0; r < ROWS; ++r) state.mass[r] = state.mass[r] * decay[r] + mass[r];
   for (int r = 0; r < ROWS; r += PART)

@@ -101,7 +101,7 @@ class Attention {
   }
 
   char* rotated_queries(const Item& item) const {
-    char* q = scratch<char>(kScratchQuery, rows_of(item) * c.head_dim * element);
+    char* q = scratch<char>(kScratchQuery, (rows_of(item) + SPARE_ROWS) * c.head_dim * element);
     for (int64_t t = 0; t < item.tokens; ++t)
       kernels.rotate(token(item.first_token + t, item.kv_head * group), group, c.head_dim,
                      c.rope + (item.first_token + t) * c.head_dim, q + t * group * c.head_dim * element);
@@ -130,12 +130,13 @@ class Attention {
   void unfold(KeyTile& tile) const {
     const int64_t size = KEY_GROUP * padded_head(c.head_dim) * element, scales = KEY_GROUP * padded_head(c.head_dim);
     char* out = scratch<char>(kScratchUnfold, 2 * KEY_TILE / KEY_GROUP * size);
-    for (int64_t g = 0; g < KEY_TILE / KEY_GROUP && tile.keys[g] != nullptr; ++g, out += 2 * size) {
+    char* values = out + KEY_TILE / KEY_GROUP * size;
+    for (int64_t g = 0; g < KEY_TILE / KEY_GROUP && tile.keys[g] != nullptr; ++g, out += size, values += size) {
       tile.key_scales[g] = reinterpret_cast<const float*>(static_cast<const char*>(tile.keys[g]) + scales);
       tile.value_scales[g] = reinterpret_cast<const float*>(static_cast<const char*>(tile.values[g]) + scales);
       kernels.unfold_keys(tile.keys[g], c.head_dim, out);
-      kernels.unfold_values(tile.values[g], c.head_dim, out + size);
-      tile.keys[g] = out, tile.values[g] = out + size;
+      kernels.unfold_values(tile.values[g], c.head_dim, values);
+      tile.keys[g] = out, tile.values[g] = values;
     }
   }
 
@@ -162,10 +163,11 @@ class Attention {
     std::memset(state.values, 0, static_cast<size_t>(rows * stride) * sizeof(float));
   }
 
-  int64_t state_floats(int64_t rows) const { return (rows * (stride + 2) + 15) / 16 * 16; }
+  int64_t state_floats(int64_t rows) const { return ((rows + SPARE_ROWS) * stride + 2 * rows + 15) / 16 * 16; }
 
   AttendState state_at(float* memory, int64_t rows) const {
-    return {memory + rows * stride, memory + rows * (stride + 1), memory};
+    float* peak = memory + (rows + SPARE_ROWS) * stride;
+    return {peak, peak + rows, memory};
   }
 
   void write(const Item& item, AttendState state) const {

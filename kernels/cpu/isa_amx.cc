@@ -16,5 +16,6 @@
 #include "quantize.h"
 #include "rows.h"
 #include "attend.h"
+#include "amx_attend.h"
 #include "cache_bytes.h"
 #include "isa_kernels.h"

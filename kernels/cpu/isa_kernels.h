@@ -11,7 +11,12 @@ constexpr RowKernels make_row_kernels() {
   return {GEMM_ROWS, gemm<E>, gemm_groups<E>, gemm_bytes, scale_sums, to_bytes<E>,
 #endif
           rms_norm_row<E>, swiglu_row<E>, put_rows<E>,  add_row<E>,   rotate<E>,      store_key<E>,
-          store_value<E>,  store_bytes_of<E, false>, store_bytes_of<E, true>, unfold_keys, unfold_values, attend<E>};
+          store_value<E>,  store_bytes_of<E, false>, store_bytes_of<E, true>, unfold_keys, unfold_values,
+#ifdef FD_AMX
+          tile_attend};
+#else
+          attend<E>};
+#endif
 }
 
 #ifdef FD_BF16

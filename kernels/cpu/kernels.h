@@ -25,6 +25,7 @@ constexpr int64_t GROUP = 64;      // inputs that share a scale
 constexpr int64_t KEY_GROUP = 16;  // keys stored together
 constexpr int64_t KEY_TILE = 64;   // keys scored together, at absolute positions
 constexpr int64_t KEY_PART = 512;  // keys between two merges of the softmax state, at absolute positions
+constexpr int64_t SPARE_ROWS = 15;  // that attention may compute to fill a tile
 constexpr int MAX_HEAD_DIM = 256;
 
 // Bytes of a group of a panel: the scales in bf16, then the integers.
@@ -108,7 +109,7 @@ struct RowKernels {
   void (*unfold_keys)(const void* group, int64_t head_dim, void* out);
   void (*unfold_values)(const void* group, int64_t head_dim, void* out);
   // Fold one tile into the state of rows whose query is q[rows][head_dim]; row r sees the first `seen[r]` keys of it
-  // (at least 1, at most 64).
+  // (at least 1, at most 64). After the last row q and the state's values have room for SPARE_ROWS more.
   void (*attend)(const void* q, int64_t rows, int64_t head_dim, const KeyTile& tile, const int* seen, float scale,
                  AttendState state, int64_t stride);
 };

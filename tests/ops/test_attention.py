@@ -110,8 +110,8 @@ def test_a_short_context_is_exact(dtype: str) -> None:
 @pytest.mark.parametrize("chunk", [1, 7, 64, 333])
 def test_chunking_changes_no_bit(dtype: str, cache: str, chunk: int) -> None:
     rng = np.random.default_rng(7)
-    rows = normal(rng, 700, 6 * 32, dtype=dtype)
-    whole_model, model = (Model(4, 1, 32, 16, 64, dtype, cache) for _ in range(2))
+    rows = normal(rng, 700, 6 * 64, dtype=dtype)
+    whole_model, model = (Model(4, 1, 64, 16, 64, dtype, cache) for _ in range(2))
     tables = model.scattered(rng, 700)
     (whole,) = whole_model.run([rows], [0], tables)
     if chunk == 1:  # decode the last stretch only: a call a token is slow
@@ -199,7 +199,7 @@ def test_a_sequence_may_read_what_another_of_the_call_writes(dtype: str, cache: 
 def test_stale_nans_in_a_block_do_no_harm(dtype: str, cache: str) -> None:
     """A block that a broken sequence filled is reused: positions not yet written must not count."""
     rng = np.random.default_rng(11)
-    model, clean = (Model(6, 2, 32, 64, 2, dtype, cache) for _ in range(2))
+    model, clean = (Model(6, 2, 64, 64, 2, dtype, cache) for _ in range(2))
     model.run([np.full((64, model.width), np.nan, np.float32)], [0], [[1]])
     for length in (1, 2, 17):
         rows = normal(rng, length, model.width, dtype=dtype)
