@@ -90,6 +90,11 @@ FD_INLINE void add_one(const char* a, int64_t stride, const char* panel, int64_t
   }
 }
 
+// A tile, into the first-level cache: its lines lie too far apart for the processor to guess that it is next.
+FD_INLINE void fetch_tile(const char* from, int64_t stride) {
+  for (int64_t r = 0; r < TILE_ROWS; ++r) __builtin_prefetch(from + r * stride, 0, 3);
+}
+
 // Two tiles of rows by half of a panel.
 template <class Math, int LINES>
 FD_INLINE void add_two(const char* const* rows, int64_t stride, const char* panel, int64_t steps, const char* ahead) {
@@ -99,12 +104,16 @@ FD_INLINE void add_two(const char* const* rows, int64_t stride, const char* pane
     _tile_loadd(6, panel, STEP_BYTES);
     FD_TILE_DOT(0, 4, 6);
     fetch<LINES / 2>(ahead);
+    fetch_tile(panel + WEIGHTS_BYTES, STEP_BYTES);
     _tile_loadd(5, b, stride);
     FD_TILE_DOT(2, 5, 6);
+    fetch_tile(panel + WEIGHTS_BYTES + 64, STEP_BYTES);
     _tile_loadd(7, panel + 64, STEP_BYTES);
     FD_TILE_DOT(1, 4, 7);
     fetch<LINES / 2>(ahead + LINES / 2 * LINE);
+    fetch_tile(a + TILE_LINE, stride);
     FD_TILE_DOT(3, 5, 7);
+    fetch_tile(b + TILE_LINE, stride);
   }
 }
 
@@ -208,36 +217,102 @@ struct Unscaled {
   }
 };
 
-// A weight-only panel: each group is unfolded into the first-level cache while the tiles of the one before compute.
+constexpr int64_t UNFOLDED_GROUPS = 16;  // whose weights share the second-level cache with rows and sums
+
+// A weight-only panel for many rows: some groups are unfolded, then tiles of rows pass over them, whose sums stay in the
+// first-level cache meanwhile.
 template <int BITS>
-void tile_groups(const char* a, int64_t stride, RowTiles tiles, const char* group, int64_t groups, float* acc) {
+void tile_groups(const char* a, int64_t stride, RowTiles tiles, const char* panel, int64_t groups, float* acc) {
   constexpr int64_t DEPTH = GROUP / 2, BYTES = Unfold<BITS>::LINES * LINE;
-  alignas(64) bf16 slices[2][GROUP * PANEL];
+  alignas(64) bf16 slices[UNFOLDED_GROUPS][GROUP * PANEL];
   alignas(64) float sums[2][2 * TILE_ROWS * PANEL];
   Unscaled waiting[2] = {};
   int64_t turn = 0;
-  unfold_group<BITS, true>(group + PANEL * 2, slices[0]);
-  for (int64_t g = 0; g < groups; ++g, group += BYTES, a += DEPTH * 4)
-    for (int64_t t = 0; t < tiles.count; t += 2, turn ^= 1) {
+  const Tables<BITS> tables;
+  for (int64_t begin = 0; begin < groups; begin += UNFOLDED_GROUPS) {
+    const int64_t end = begin + UNFOLDED_GROUPS < groups ? begin + UNFOLDED_GROUPS : groups;
+    for (int64_t g = begin; g < end; ++g)
+      unfold_part<BITS, Unfold<BITS>::VECTORS, true>(tables, panel + g * BYTES + PANEL * 2, 0, slices[g - begin]);
+    for (int64_t t = 0; t < tiles.count; t += 2) {
       const int64_t first = tiles.start(t), last = t + 1 < tiles.count ? t + 1 : t;
-      const char* rows[2] = {a + first * stride, a + tiles.start(last) * stride};
-      float* to[2] = {sums[turn], sums[turn] + (tiles.start(last) - first) * PANEL};
-      const char* slice = reinterpret_cast<const char*>(slices[g % 2]);
-      tile_pass<TilePairs, 0>(rows, last - t + 1, tiles.height(), stride, slice, DEPTH, to, nullptr);
-      if (t == 0 && g + 1 < groups) unfold_group<BITS, true>(group + BYTES + PANEL * 2, slices[(g + 1) % 2]);
-      waiting[turn ^ 1].add();
-      const int64_t done = t * TILE_ROWS - first, end = tiles.start(last) + tiles.height();
-      waiting[turn] = {sums[turn] + done * PANEL, acc + (first + done) * PANEL, end - first - done, scales_of(group), g == 0};
+      const int64_t apart = tiles.start(last) - first, known = t * TILE_ROWS - first;  // rows of the tile before
+      for (int64_t g = begin; g < end; ++g, turn ^= 1) {
+        const char* from = a + first * stride + g * DEPTH * 4;
+        const char* rows[2] = {from, from + apart * stride};
+        float* to[2] = {sums[turn], sums[turn] + apart * PANEL};
+        tile_pass<TilePairs, 0>(rows, last - t + 1, TILE_ROWS, stride, reinterpret_cast<const char*>(slices[g - begin]),
+                                DEPTH, to, nullptr);
+        waiting[turn ^ 1].add();
+        waiting[turn] = {sums[turn] + known * PANEL, acc + t * TILE_ROWS * PANEL, apart + TILE_ROWS - known,
+                         scales_of(panel + g * BYTES), g == 0};
+      }
     }
+  }
   waiting[turn ^ 1].add();
+}
+
+// A step of a group for one tile of rows. Between its tiles the group after next is unfolded a little: the instructions
+// that a core looks ahead reach from one to the other, and no tile waits for stores that are still under way.
+template <int BITS, int STEP>
+FD_INLINE void step_unfolding(const char* a, int64_t stride, const bf16* slice, const Tables<BITS>& tables,
+                              const char* packed, bf16* unfolded) {
+  constexpr int64_t COUNT = Unfold<BITS>::VECTORS / 8, FIRST = STEP * 4 * COUNT;
+  const bf16* weights = slice + STEP * WEIGHTS_BYTES / 2;
+  _tile_loadd(4, a + STEP * TILE_LINE, stride);
+  _tile_loadd(5, weights, STEP_BYTES);
+  _tile_dpbf16ps(0, 4, 5);
+  unfold_part<BITS, COUNT, true>(tables, packed, FIRST, unfolded);
+  _tile_loadd(6, weights + 32, STEP_BYTES);
+  _tile_dpbf16ps(1, 4, 6);
+  unfold_part<BITS, COUNT, true>(tables, packed, FIRST + COUNT, unfolded);
+  _tile_loadd(7, weights + 64, STEP_BYTES);
+  _tile_dpbf16ps(2, 4, 7);
+  unfold_part<BITS, COUNT, true>(tables, packed, FIRST + 2 * COUNT, unfolded);
+  _tile_loadd(5, weights + 96, STEP_BYTES);
+  _tile_dpbf16ps(3, 4, 5);
+  unfold_part<BITS, COUNT, true>(tables, packed, FIRST + 3 * COUNT, unfolded);
+}
+
+// A weight-only panel for up to 16 rows.
+template <int BITS>
+void few_groups(const char* a, int64_t stride, int64_t rows, const char* panel, int64_t groups, float* acc) {
+  constexpr int64_t BYTES = Unfold<BITS>::LINES * LINE;
+  alignas(64) bf16 slices[3][GROUP * PANEL];
+  alignas(64) float sums[2][TILE_ROWS * PANEL];
+  Unscaled waiting = {};
+  const Tables<BITS> tables;
+  const auto packed = [&](int64_t g) { return panel + (g < groups ? g : groups - 1) * BYTES + PANEL * 2; };
+  unfold_group<BITS>(tables, packed(0), slices[0]);
+  unfold_group<BITS>(tables, packed(1), slices[1]);
+  for (int64_t g = 0; g < groups; ++g, a += GROUP * 2) {
+    float* to = sums[g % 2];
+    tile_fence();
+    zero_sums();
+    step_unfolding<BITS, 0>(a, stride, slices[g % 3], tables, packed(g + 2), slices[(g + 2) % 3]);
+    step_unfolding<BITS, 1>(a, stride, slices[g % 3], tables, packed(g + 2), slices[(g + 2) % 3]);
+    waiting.add();
+    _tile_stored(0, to, ACC_BYTES);
+    _tile_stored(1, to + 16, ACC_BYTES);
+    _tile_stored(2, to + 32, ACC_BYTES);
+    _tile_stored(3, to + 48, ACC_BYTES);
+    tile_fence();
+    waiting = {to, acc, rows, scales_of(panel + g * BYTES), g == 0};
+  }
+  waiting.add();
+}
+
+template <int BITS>
+FD_INLINE void multiply_group_tiles(const char* a, int64_t stride, int64_t rows, const char* panel, int64_t groups, float* acc) {
+  if (rows <= TILE_ROWS) few_groups<BITS>(a, stride, rows, panel, groups, acc);
+  else tile_groups<BITS>(a, stride, RowTiles(rows), panel, groups, acc);
 }
 
 inline void tile_gemm_groups(const void* a_, int64_t stride, int64_t rows, const void* panel_, Format format,
                              int64_t groups, float* acc) {
   const char *a = static_cast<const char*>(a_), *panel = static_cast<const char*>(panel_);
   shape_tiles(rows);
-  if (format == Format::kWint4) tile_groups<4>(a, stride, RowTiles(rows), panel, groups, acc);
-  else tile_groups<8>(a, stride, RowTiles(rows), panel, groups, acc);
+  if (format == Format::kWint4) multiply_group_tiles<4>(a, stride, rows, panel, groups, acc);
+  else multiply_group_tiles<8>(a, stride, rows, panel, groups, acc);
 }
 
 }  // namespace FD_ISA

@@ -63,12 +63,11 @@ struct Tables<8> {
   }
 };
 
-template <int BITS, bool FETCH = false>
-void unfold_group(const char* packed, bf16* slice) {
+// A part of a group, vectors [first, first + COUNT) of it.
+template <int BITS, int64_t COUNT, bool FETCH>
+FD_INLINE void unfold_part(const Tables<BITS>& tables, const char* packed, int64_t first, bf16* slice) {
   constexpr int PAIRS = Unfold<BITS>::PAIRS;
-  const Tables<BITS> tables;
-  if (FETCH) prefetch<2>(packed + AHEAD_BYTES - PANEL * 2);
-  for (int64_t i = 0; i < Unfold<BITS>::VECTORS; i += 4) {
+  for (int64_t i = first; i < first + COUNT; i += 4) {
     if (FETCH) prefetch<4>(packed + AHEAD_BYTES + i * 64);
     for (int v = 0; v < 4; ++v) {
       __m512i pairs[PAIRS];
@@ -76,6 +75,11 @@ void unfold_group(const char* packed, bf16* slice) {
       for (int p = 0; p < PAIRS; ++p) _mm512_store_si512(slice + ((i / 4 * PAIRS + p) * 4 + v) * 32, pairs[p]);
     }
   }
+}
+
+template <int BITS>
+FD_INLINE void unfold_group(const Tables<BITS>& tables, const char* packed, bf16* slice) {
+  unfold_part<BITS, Unfold<BITS>::VECTORS, false>(tables, packed, 0, slice);
 }
 
 template <int BITS, int ROWS>
@@ -124,7 +128,10 @@ FD_INLINE bool multiply_few(const char* a, int64_t stride, int64_t rows, const c
 #else
 
 template <int BITS>
-void unfold_group(const char* packed, float* slice) {
+struct Tables {};
+
+template <int BITS>
+void unfold_group(Tables<BITS>, const char* packed, float* slice) {
   for (int64_t k = 0; k < GROUP; ++k)
     for (int64_t column = 0; column < PANEL; ++column)
       slice[k * PANEL + column] = static_cast<float>(weight_at(packed, Unfold<BITS>::FORMAT, k, column));
@@ -143,8 +150,9 @@ void multiply_groups(const char* a, int64_t stride, int64_t rows, const char* gr
   constexpr int64_t DEPTH = GROUP * sizeof(E) / 4;
   constexpr int64_t BYTES = Unfold<BITS>::LINES * LINE;
   alignas(64) E slice[GROUP * PANEL];
+  const Tables<BITS> tables;
   for (int64_t g = 0; g < groups; ++g, group += BYTES, a += DEPTH * 4) {
-    unfold_group<BITS>(group + PANEL * 2, slice);
+    unfold_group<BITS>(tables, group + PANEL * 2, slice);
     gemm_passes<typename MathOf<E>::type, 1, true>(a, stride, rows, reinterpret_cast<const char*>(slice), DEPTH, acc,
                                                    g == 0, group + BYTES, Unfold<BITS>::LINES, scales_of(group));
   }
