@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from fdserve.ops.collectives import SharedMemory, vocabulary_starts
+from fdserve.ops.gathering import Gathering
 from fdserve.ops.library import on_gpu, run
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def sample(
     masks: Tensor | None = None,
     mask_rows: Tensor | None = None,
     logprob_modes: Tensor | None = None,
-    shared: SharedMemory | None = None,
+    shared: SharedMemory | Gathering | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Choose one token a row and report log-probabilities.
 
@@ -73,6 +74,8 @@ def sample(
         log-softmax of the logits as given, over ids below `vocab_size`, unless the mode says otherwise; the top K
         by (logit descending, id ascending).
     """
+    if isinstance(shared, Gathering):
+        logits, shared = shared.join_columns(logits, vocabulary_starts(vocab_size, shared.world_size)), None
     ranks = () if on_gpu() and shared is None else _ranks(shared, vocab_size)
     tokens, logprobs, top_ids, top_logprobs = run(
         "sample",

@@ -82,6 +82,17 @@ std::vector<Tensor> swiglu(const Tensor& x) {
   return {out};
 }
 
+std::vector<Tensor> sum_ranks(const Tensor& parts) {
+  std::vector<int64_t> shape = parts.shape();
+  require(shape.size() >= 2 && shape[0] > 0 && parts.numel() / shape[0] % 8 == 0,
+          "sum_ranks: parts must be [ranks, ...], each part a multiple of 8 elements");
+  const int ranks = static_cast<int>(shape[0]);
+  shape.erase(shape.begin());
+  Tensor out = make(shape, parts.dtype(), parts);
+  check(fdserve_cuda_sum_ranks(parts.data(), ranks, out.numel(), dtype_of(parts), out.data(), stream_of(parts)), "sum_ranks");
+  return {out};
+}
+
 std::vector<Tensor> quant_linear(const Tensor& x, const Tensor& weight, const Tensor& scales, int bits, bool to_float) {
   const int64_t depth = x.shape()[1], columns = weight.shape()[0];
   require(x.shape().size() == 2 && weight.shape().size() == 2 && (bits == 8 || bits == 4) &&
@@ -202,6 +213,8 @@ PD_BUILD_OP(fdserve_add_rms_norm)
     .SetKernelFn(PD_KERNEL(add_rms_norm));
 
 PD_BUILD_OP(fdserve_swiglu).Inputs({"x"}).Outputs({"out"}).SetKernelFn(PD_KERNEL(swiglu));
+
+PD_BUILD_OP(fdserve_sum_ranks).Inputs({"parts"}).Outputs({"out"}).SetKernelFn(PD_KERNEL(sum_ranks));
 
 PD_BUILD_OP(fdserve_quant_linear)
     .Inputs({"x", "weight", "scales"})

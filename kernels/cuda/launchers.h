@@ -26,6 +26,10 @@ FDSERVE_EXPORT cudaError_t fdserve_cuda_rms_norm(const void* x, const void* resi
 FDSERVE_EXPORT cudaError_t fdserve_cuda_swiglu(const void* x, int64_t tokens, int64_t inner, int dtype, void* out,
                                                cudaStream_t stream);
 
+// out[size] = the sum of parts[ranks][size], added in float32 in the order of ranks and rounded once; size is a multiple of 8.
+FDSERVE_EXPORT cudaError_t fdserve_cuda_sum_ranks(const void* parts, int ranks, int64_t size, int dtype, void* out,
+                                                  cudaStream_t stream);
+
 // The sequences of a step in a paged cache; device pointers.
 struct FdservePaged {
   const int* block_tables;  // [S][table_width]

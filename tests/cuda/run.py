@@ -30,6 +30,8 @@ def cases() -> Iterator[tuple[str, Check]]:
             )
     for tokens, inner in ((3, 1024), (5, 8), (2, 2504), (0, 64), (4096, 3072)):
         yield f"swiglu [{tokens}, {inner}]", lambda d, r, t, n=tokens, i=inner: checks.swiglu(d, r, t, n, i)  # type: ignore[misc]
+    for ranks, size in ((2, 8), (3, 2504), (8, 512 * 8192), (2, 0)):
+        yield f"sum_ranks {ranks, size}", lambda d, r, t, n=ranks, s=size: checks.sum_ranks(d, r, t, n, s)  # type: ignore[misc]
     for shape in (
         checks.Shape((1, 3, 0, 20, 1), (5, 70, 9, 0, 1100)),
         checks.Shape((1,), (0,)),

@@ -21,7 +21,7 @@ def test_everything_compiles_and_links(tmp_path: Path) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     symbols = out.read_bytes()
-    for name in ("rms_norm", "swiglu", "rope_and_store", "attention", "moe", "sample", "quant_linear"):
+    for name in ("rms_norm", "swiglu", "rope_and_store", "attention", "moe", "sample", "quant_linear", "sum_ranks"):
         assert f"fdserve_cuda_{name}".encode() in symbols
 
 

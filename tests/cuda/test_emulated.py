@@ -41,6 +41,12 @@ def test_swiglu(device: Emulated, rng: np.random.Generator, dtype: str, tokens: 
     checks.swiglu(device, rng, dtype, tokens, inner)
 
 
+@every_dtype
+@pytest.mark.parametrize(("ranks", "size"), [(2, 8), (3, 2504), (8, 256), (2, 0)])
+def test_sum_ranks(device: Emulated, rng: np.random.Generator, dtype: str, ranks: int, size: int) -> None:
+    checks.sum_ranks(device, rng, dtype, ranks, size)
+
+
 SHAPES = {
     "mixed": checks.Shape((1, 3, 0, 20, 1), (5, 70, 9, 0, 1100)),
     "one": checks.Shape((1,), (0,)),

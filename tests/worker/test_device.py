@@ -23,38 +23,41 @@ def with_gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> list[str]:
 
 @pytest.mark.parametrize("asked", ["auto", "cpu"])
 def test_the_cpu_is_used_where_there_is_nothing_else(asked: str) -> None:
-    select_device(asked, 0, 1)
+    select_device(asked, 0)
     assert paddle.device.get_device() == "cpu"
 
 
 def test_auto_takes_the_cpu_where_the_build_for_gpus_finds_none(monkeypatch: pytest.MonkeyPatch) -> None:
     used = with_gpus(monkeypatch, 0)
-    select_device("auto", 0, 1)
+    select_device("auto", 0)
     assert used == ["cpu"]
 
 
 def test_a_gpu_needs_the_build_for_it() -> None:
     with pytest.raises(StartupError, match="GPU build"):
-        select_device("gpu", 0, 1)
+        select_device("gpu", 0)
 
 
 def test_a_gpu_must_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
     with_gpus(monkeypatch, 0)
     with pytest.raises(StartupError, match="finds 0 GPUs"):
-        select_device("gpu", 0, 1)
+        select_device("gpu", 0)
 
 
 @pytest.mark.parametrize("asked", ["auto", "gpu"])
-def test_several_ranks_stay_on_cpus(monkeypatch: pytest.MonkeyPatch, asked: str) -> None:
-    with_gpus(monkeypatch, 8)
-    with pytest.raises(StartupError, match="--device cpu"):
-        select_device(asked, 0, 2)
+def test_every_rank_needs_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch, asked: str) -> None:
+    used = with_gpus(monkeypatch, 2)
+    with pytest.raises(StartupError, match="finds 2 GPUs, and a rank needs number 2"):
+        select_device(asked, 2)
+    with pytest.raises(StartupError, match="make kernels-cuda"):
+        select_device(asked, 1)
+    assert used == ["gpu:1"]
 
 
 def test_the_kernels_must_be_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     used = with_gpus(monkeypatch, 1)
     with pytest.raises(StartupError, match="make kernels-cuda"):
-        select_device("auto", 0, 1)
+        select_device("auto", 0)
     assert used == ["gpu:0"]
 
 
