@@ -196,7 +196,7 @@ std::vector<Tensor> sample(const Tensor& logits, const Tensor& float_params, con
                               ints(bias_offsets), masks ? ints(*masks) : nullptr, mask_rows ? ints(*mask_rows) : nullptr,
                               logprob_modes ? ints(*logprob_modes) : nullptr, out[0].data<int>(), out[1].data<float>(),
                               num_top > 0 ? out[2].data<int>() : nullptr, num_top > 0 ? out[3].data<float>() : nullptr, rows,
-                              logits.shape()[1], vocab_size, masks ? masks->shape()[1] : 0, num_top};
+                              logits.shape()[1], vocab_size, masks ? masks->shape()[1] : 0, num_top, 0};
   Tensor workspace = make({fdserve_cuda_sample_workspace(&call)}, DataType::UINT8, logits);
   check(fdserve_cuda_sample(&call, workspace.data(), stream_of(logits)), "sample");
   return out;

@@ -102,6 +102,7 @@ struct FdserveSample {
   int* top_ids;                   // [rows][num_top]
   float* top_logprobs;            // [rows][num_top]
   int64_t rows, stride, vocab_size, mask_words, num_top;
+  int64_t first_id;               // of the logits; 0 where they are whole
 };
 FDSERVE_EXPORT int64_t fdserve_cuda_sample_workspace(const FdserveSample* call);
 FDSERVE_EXPORT cudaError_t fdserve_cuda_sample(const FdserveSample* call, void* workspace, cudaStream_t stream);
