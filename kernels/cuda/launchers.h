@@ -106,3 +106,26 @@ struct FdserveSample {
 };
 FDSERVE_EXPORT int64_t fdserve_cuda_sample_workspace(const FdserveSample* call);
 FDSERVE_EXPORT cudaError_t fdserve_cuda_sample(const FdserveSample* call, void* workspace, cudaStream_t stream);
+
+// The same by ranks that share the vocabulary out: rank r has the columns starts[r] to starts[r + 1], starts being multiples
+// of 1024 but for the last, and calls with its own logits and otherwise equal arguments. Four steps in order; what offer,
+// weigh and settle write, [rows][bytes], is gathered, [ranks][rows][bytes], before the next. Token -3: the row is to be
+// sampled from whole logits.
+constexpr int FDSERVE_MAX_RANKS = 32;
+struct FdserveRanks {
+  const void *offered, *weighed, *settled;  // as gathered
+  void* workspace;                          // the same in all steps
+  int rank, ranks;
+  int starts[FDSERVE_MAX_RANKS + 1];
+};
+struct FdserveSampleSizes {
+  int64_t workspace, offered, weighed, settled;  // bytes, the last three of a row
+};
+FDSERVE_EXPORT void fdserve_cuda_sample_sizes(const FdserveSample* call, const FdserveRanks* ranks, FdserveSampleSizes* sizes);
+FDSERVE_EXPORT cudaError_t fdserve_cuda_sample_offer(const FdserveSample* call, const FdserveRanks* ranks, void* offered,
+                                                     cudaStream_t stream);
+FDSERVE_EXPORT cudaError_t fdserve_cuda_sample_weigh(const FdserveSample* call, const FdserveRanks* ranks, void* weighed,
+                                                     cudaStream_t stream);
+FDSERVE_EXPORT cudaError_t fdserve_cuda_sample_settle(const FdserveSample* call, const FdserveRanks* ranks, void* settled,
+                                                      cudaStream_t stream);
+FDSERVE_EXPORT cudaError_t fdserve_cuda_sample_finish(const FdserveSample* call, const FdserveRanks* ranks, cudaStream_t stream);

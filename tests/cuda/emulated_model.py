@@ -26,11 +26,17 @@ STEPS = [
 ]
 
 
-def logits_of(checkpoint: Path, dtype: str, quantization: str | None = None) -> np.ndarray[Any, Any]:
-    """The logits of every token of STEPS."""
-    model = load_model(checkpoint, read_config(checkpoint), dtype=dtype, quantization=quantization)
+def logits_of(checkpoint: Path, dtype: str, quantization: str | None = None, **ranks: Any) -> np.ndarray[Any, Any]:
+    """The logits of every token of STEPS; of a rank its part."""
+    model = load_model(checkpoint, read_config(checkpoint), dtype=dtype, quantization=quantization, **ranks)
     stepper = Stepper(model)
     return np.concatenate([stepper.step(step) for step in STEPS])
+
+
+def emulate(library: Path) -> None:
+    """Compute with the emulated ops in this process, as on a GPU."""
+    ops.use_gpu(library)
+    paddle.matmul = _matmul_in_float32
 
 
 def _matmul_in_float32(x: Any, y: Any, transpose_y: bool = False) -> Any:
@@ -44,8 +50,7 @@ _matmul = paddle.matmul
 def main() -> None:
     """Write the logits, and the greedy tokens that the sampler takes from them."""
     library, checkpoint, quantization, out = sys.argv[1:]
-    ops.use_gpu(Path(library))
-    paddle.matmul = _matmul_in_float32
+    emulate(Path(library))
     logits = logits_of(Path(checkpoint), "bfloat16", None if quantization == "none" else quantization)
     rows, vocab = logits.shape
     zeros = paddle.zeros([rows + 1], "int32")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.cuda import checks, sampling
+from tests.cuda import checks, sampling, sampling_ranks
 from tests.cuda.harness import DTYPES, Device
 
 Check = Callable[[Device, np.random.Generator, str], None]
@@ -55,6 +55,10 @@ def cases() -> Iterator[tuple[str, Check]]:
         yield f"moe of wint{bits}", lambda d, r, t, b=bits: checks.moe(d, r, t, 70, 2560, 1536, 8, 2, b)  # type: ignore[misc]
     for rows in ((16, 1003, 1003, 5), (16, 9000, 8900, 20), (8, 40, 33, 0), (4, 64, 3, 64), (256, 103424, 103424, 20)):
         yield f"sample {rows}", lambda d, r, t, a=rows: sampling.sample(d, r, *a)  # type: ignore[misc]
+    for shares in ((2, 24, 2051, 5), (4, 24, 5000, 20), (8, 24, 8192, 0), (8, 64, 103424, 20)):
+        yield f"sample on ranks {shares}", lambda d, r, t, a=shares: sampling_ranks.sample_ranks(d, r, *a)  # type: ignore[misc]
+    for ranks in (2, 8):
+        yield f"draws on {ranks} ranks", lambda d, r, t, n=ranks: sampling_ranks.draws(d, r, n, 200)  # type: ignore[misc]
     for bits in (8, 4):
         for tokens, depth, columns in ((1, 192, 130), (16, 64, 128), (17, 128, 40), (200, 2560, 3584)):
             yield (

@@ -12,26 +12,10 @@ import numpy as np
 import pytest
 
 from tests.cuda.emulated_model import logits_of
-from tests.cuda.harness import HERE, SOURCES, link_emulated
 from tests.models.checkpoints import DENSE, MOE, write_checkpoint, write_file
 
 ROOT = Path(__file__).parents[2]
 SHAPE = {"hidden_size": 128, "intermediate_size": 192, "head_dim": 64, "num_attention_heads": 4, "vocab_size": 96}
-
-
-@pytest.fixture(scope="module")
-def library(objects: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The launchers and the bindings, compiled for the CPU, as a library of Paddle ops."""
-    from paddle.utils.cpp_extension import CppExtension
-
-    directory = tmp_path_factory.mktemp("emulated_ops")
-    paddle = CppExtension([], name="paddle", extra_compile_args=[])
-    bindings = directory / "bindings.o"
-    includes = [f"-I{folder}" for folder in (HERE, SOURCES, *paddle.include_dirs)]
-    flags = ["-std=c++17", "-O1", "-fPIC", "-DFDSERVE_EMULATED", *paddle.extra_compile_args]
-    subprocess.run(["g++", *flags, *includes, "-c", str(SOURCES / "bindings.cc"), "-o", str(bindings)], check=True)
-    folders = [f"-L{folder}" for folder in paddle.library_dirs]
-    return link_emulated([*objects, bindings], directory / "ops.so", *folders, *paddle.extra_link_args)
 
 
 def checkpoint_of(directory: Path, config: dict[str, Any], quantization: str) -> Path:
