@@ -82,7 +82,7 @@ class Load(msgspec.Struct, frozen=True, tag="load"):
     rank: int
     world_size: int
     dtype: str
-    """"bfloat16", "float32" or "auto"."""
+    """"bfloat16", "float32", "float16" or "auto"."""
     block_size: int
     num_blocks: int
     """0: as many as `kv_cache_bytes` hold."""

@@ -1,8 +1,8 @@
 """The operators the models are made of: one function an op over paddle tensors, computed by `kernels/`.
 
-"D" is the compute dtype, bfloat16 or float32: every D argument of a call has the same one. Tensors must be
-dense and on the CPU, or after `use_gpu` on the GPU; a wrong shape or dtype raises ValueError. T (tokens), R (rows) and
-S (sequences) may be 0.
+"D" is the compute dtype, bfloat16 or float32 (float16 on a GPU): every D argument of a call has the same one. Tensors
+must be dense and on the CPU, or after `use_gpu` on the GPU; a wrong shape or dtype raises ValueError. T (tokens), R
+(rows) and S (sequences) may be 0.
 
 Every output row is bit-identical whatever other rows are in the call, however a prefill is cut into chunks
 and whatever the number of threads. A call releases the interpreter's lock while it computes.

@@ -38,10 +38,12 @@ def select_device(asked: str, number: int) -> None:
 
 def check_formats(dtype: str, quantization: str, kv_dtype: str) -> None:
     """Raise StartupError for formats that the kernels of a GPU do not have."""
-    if dtype != "bfloat16":
-        raise StartupError(f"A GPU computes in bfloat16, not in {dtype}: give --device cpu, or --dtype bfloat16.")
-    if kv_dtype != "bfloat16":
-        raise StartupError(f"A GPU keeps keys and values in bfloat16, not in {kv_dtype}.")
+    if dtype not in ("bfloat16", "float16"):
+        raise StartupError(
+            f"A GPU computes in bfloat16 or float16, not in {dtype}: give --device cpu, or --dtype bfloat16."
+        )
+    if kv_dtype != dtype:
+        raise StartupError(f"A GPU keeps keys and values in what it computes in, {dtype}, not in {kv_dtype}.")
     if quantization not in ("none", "wint8", "wint4"):
         raise StartupError(f"A GPU has no kernels for --quantization {quantization}: it has them for wint8 and wint4.")
 

@@ -151,6 +151,8 @@ def _result(step: int, sampled: Sampled | None, prompt: PromptLogprobs | None, s
 def _resolve_dtype(asked: str, config: ModelConfig) -> str:
     if asked == "auto":
         return "float32" if config.dtype == "float32" else ops.compute_dtype()
+    if asked == "float16" and not ops.on_gpu():
+        raise StartupError("--dtype float16 needs a GPU; use float32, bfloat16 or auto here.")
     if asked == "bfloat16" and ops.compute_dtype() != "bfloat16":
         raise StartupError("--dtype bfloat16 needs a processor with AVX512-BF16; use float32 or auto here.")
     return asked

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,7 +10,10 @@ import paddle
 import pytest
 
 from fdserve.errors import StartupError
+from fdserve.executor.wire import Load
 from fdserve.worker.device import check_formats, free_gpu_bytes, select_device
+from fdserve.worker.runner import Runner
+from tests.models.checkpoints import write_checkpoint
 
 
 def with_gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> list[str]:
@@ -63,10 +67,26 @@ def test_the_kernels_must_be_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_formats_of_a_gpu() -> None:
     for quantization in ("none", "wint8", "wint4"):
-        check_formats("bfloat16", quantization, "bfloat16")
-    for wrong in (("float32", "none", "bfloat16"), ("bfloat16", "w8a8", "bfloat16"), ("bfloat16", "none", "int8")):
+        for dtype in ("bfloat16", "float16"):
+            check_formats(dtype, quantization, dtype)
+    for wrong in (
+        ("float32", "none", "float32"),
+        ("bfloat16", "w8a8", "bfloat16"),
+        ("bfloat16", "none", "int8"),
+        ("bfloat16", "none", "float16"),
+    ):
         with pytest.raises(StartupError, match="GPU"):
             check_formats(*wrong)
+
+
+def test_float16_is_for_gpus(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path)
+    load = Load(
+        directory=str(tmp_path), device="cpu", rank=0, world_size=1, dtype="float16", block_size=16, num_blocks=8,
+        kv_cache_bytes=0, host_cache_bytes=0, max_num_seqs=1, max_model_len=64, num_threads=1, parent=0,
+    )  # fmt: skip
+    with pytest.raises(StartupError, match="--dtype float16 needs a GPU"):
+        Runner(load, lambda what, done, total: None)
 
 
 def test_the_cache_has_what_the_weights_leave() -> None:
