@@ -45,7 +45,7 @@ SPARSE = MOE | {"moe_intermediate_size": 64}
             for config in (DENSE, SPARSE)
             for quantization in ("none", "wint8", "wint4")
         ),
-        *[(DENSE, "float16", "none"), (SPARSE, "float16", "wint8")],
+        *((DENSE, "float16", quantization) for quantization in ("none", "wint8")),
     ],
 )
 def test_logits_are_those_of_the_cpu(

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import anyio
 import numpy as np
+import pytest
 
+from fdserve.engine.request import Request, SamplingParams
 from fdserve.executor.executor import free_port
 from tests.cuda.emulated_model import logits_of
 from tests.cuda.test_emulated_model import ROOT, SHAPE, checkpoint_of
+from tests.e2e.test_reproducible import serving
+from tests.e2e.test_tensor_parallel import rank_pids
+from tests.executor.test_process import wait_until_gone
 from tests.models.checkpoints import DENSE
 
 
@@ -38,3 +46,49 @@ def test_two_ranks_compute_and_sample_as_one(library: Path, tmp_path: Path) -> N
     assert logits.shape == expected.shape
     error = np.abs(logits - expected).max(axis=1) / expected.std(axis=1)
     assert np.median(error) < 0.05, error
+
+
+# Python imports it in every process that finds it on its path, a rank among them.
+EMULATE = """
+from pathlib import Path
+from typing import Any
+from tests.cuda.emulated_model import emulate
+emulate(Path({library!r}))
+"""
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_an_engine_serves_with_two_ranks_and_survives_the_loss_of_one(
+    library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All that runs on two GPUs but NCCL and the GPUs."""
+    (tmp_path / "model").mkdir()
+    checkpoint = checkpoint_of(tmp_path / "model", DENSE | SHAPE | {"vocab_size": 2500}, "none")
+    (tmp_path / "sitecustomize.py").write_text(EMULATE.format(library=str(library)), encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
+    settings: Any = {"tensor_parallel_size": 2, "max_model_len": 64, "kv_cache_memory": "1M"}
+    async with serving(checkpoint, **settings) as engine:
+
+        async def generate(**params: float) -> list[int]:
+            request = Request(id="r", prompt=[3, 1, 4, 1, 5], params=SamplingParams(**{"max_tokens": 6, **params}))
+            tokens: list[int] = []
+            with engine.submit(request) as generation, anyio.fail_after(30):
+                while True:
+                    for delta in await generation.receive():
+                        tokens += delta.token_ids
+                        if delta.finish_reason is not None:
+                            assert delta.finish_reason == "length", delta.error
+                            return tokens
+
+        greedy, drawn = await generate(seed=1, temperature=0.0), await generate(seed=2, top_p=0.9)
+        assert len(greedy) == len(drawn) == 6
+        before = rank_pids()
+        os.kill(max(before), signal.SIGKILL)
+        for pid in before:
+            await wait_until_gone(pid)
+        with anyio.fail_after(60):
+            while engine.status != "ready" or engine.stats().rank_restarts == 0:
+                await anyio.sleep(0.05)
+        assert await generate(seed=1, temperature=0.0) == greedy
+        assert await generate(seed=2, top_p=0.9) == drawn
