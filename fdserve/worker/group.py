@@ -48,8 +48,10 @@ def join(backend: str) -> Gather:
 
     os.environ["PADDLE_DISTRI_BACKEND"] = backend
     if interface := interface_of(os.environ.get("PADDLE_CURRENT_ENDPOINT", "").rsplit(":", 1)[0]):
-        # Gloo would go by the host's name, which often stands for the loopback address, and NCCL by its own taste.
-        os.environ.setdefault(f"{backend.upper()}_SOCKET_IFNAME", interface)
+        # Gloo would go by the host's name, which often stands for the loopback address, and NCCL by its own taste. What
+        # NCCL is told it takes for a prefix, but for "=".
+        name = f"={interface}" if backend == "nccl" else interface
+        os.environ.setdefault(f"{backend.upper()}_SOCKET_IFNAME", name)
     paddle.distributed.init_parallel_env()
     world_size = paddle.distributed.get_world_size()
 

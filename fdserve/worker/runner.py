@@ -60,10 +60,10 @@ class Runner:
             num_blocks = collectives.least(num_blocks)
         self.ready = Ready(num_blocks, kv_dtype, num_blocks * bytes_per_block)
         max_model_len = min(load.max_model_len or self.config.max_position_embeddings, num_blocks * load.block_size)
-        spare = 1 if ops.on_gpu() else 0
-        self.caches = self.model.new_caches(num_blocks + spare, load.block_size, kv_dtype)
+        recorded = ops.on_gpu() and collectives is None
+        self.caches = self.model.new_caches(num_blocks + recorded, load.block_size, kv_dtype)  # one to spare
         self._graphs: DecodeGraphs | None = None
-        if ops.on_gpu() and collectives is None:
+        if recorded:
             sizes = {"max_model_len": max_model_len, "spare_block": num_blocks}
             self._graphs = DecodeGraphs(self.model, self.caches, record=record_cuda_graph, **sizes)
         self.rows = Rows(load.max_num_seqs, max_model_len, load.block_size, self.config.vocab_size)

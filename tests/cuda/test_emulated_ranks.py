@@ -83,9 +83,18 @@ async def test_an_engine_serves_with_two_ranks_and_survives_the_loss_of_one(
 
         greedy, drawn = await generate(seed=1, temperature=0.0), await generate(seed=2, top_p=0.9)
         assert len(greedy) == len(drawn) == 6
-        before = rank_pids()
-        os.kill(max(before), signal.SIGKILL)
-        for pid in before:
+
+        # NCCL does not see that a peer is gone, and the other rank hangs in the middle of its step: here, by a signal.
+        hanging, killed = sorted(rank_pids())
+        os.kill(hanging, signal.SIGSTOP)
+        with engine.submit(Request(id="r", prompt=[3, 1], params=SamplingParams(max_tokens=6, seed=3))) as generation:
+            await anyio.sleep(0.3)
+            os.kill(killed, signal.SIGKILL)
+            with anyio.fail_after(10):
+                (last,) = await generation.receive()
+        assert last.finish_reason == "error"
+        assert f"pid {killed}) was killed by SIGKILL" in str(last.error)
+        for pid in (hanging, killed):
             await wait_until_gone(pid)
         with anyio.fail_after(60):
             while engine.status != "ready" or engine.stats().rank_restarts == 0:

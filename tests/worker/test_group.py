@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -9,11 +10,12 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import paddle
 import pytest
 
 from fdserve.executor.executor import connected, free_port
 from fdserve.executor.wire import Load
-from fdserve.worker.group import gpu_number, group_variables, interface_of
+from fdserve.worker.group import gpu_number, group_variables, interface_of, join
 
 ROOT = Path(__file__).parents[2]
 
@@ -61,6 +63,31 @@ def test_the_gpu_is_the_one_that_the_launcher_chose(
 def test_interfaces_are_found_by_address() -> None:
     assert interface_of("127.0.0.1") == "lo"
     assert interface_of("203.0.113.9") is None
+
+
+@pytest.mark.parametrize(("backend", "interface", "on_stream"), [("nccl", "=lo", True), ("gloo", "lo", False)])
+def test_nccl_gathers_on_the_stream_of_the_kernels(
+    monkeypatch: pytest.MonkeyPatch, backend: str, interface: str, on_stream: bool
+) -> None:
+    """With stand-ins for what Paddle does."""
+    calls: list[dict[str, object]] = []
+
+    def all_gather(out: paddle.Tensor, x: paddle.Tensor, **options: object) -> None:
+        calls.append(options)
+        out[:] = paddle.concat([x, x + 1])
+
+    for name in ("PADDLE_DISTRI_BACKEND", "NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PADDLE_CURRENT_ENDPOINT", "127.0.0.1:4711")
+    monkeypatch.setattr(paddle.distributed, "init_parallel_env", lambda: None)
+    monkeypatch.setattr(paddle.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(paddle.distributed.stream, "all_gather", all_gather)
+    gather = join(backend)
+    assert os.environ["PADDLE_DISTRI_BACKEND"] == backend
+    assert os.environ[f"{backend.upper()}_SOCKET_IFNAME"] == interface
+    assert gather(paddle.full([3, 2], 5.0)).tolist() == [[[5, 5]] * 3, [[6, 6]] * 3]
+    assert calls == [{"sync_op": True, "use_calc_stream": on_stream}]
 
 
 START = """
