@@ -105,6 +105,7 @@ def main() -> int:
             timings.rows(gpu, copy),
             timings.attention(gpu, copy, matmul),
             timings.sampler(gpu, copy),
+            timings.sampler_of_ranks(gpu, copy),
             timings.quantized(gpu, copy, matmul),
             timings.experts(gpu, copy, matmul),
         ):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +16,7 @@ from tests.cuda.sampling import CSample, Inputs, random_inputs, run
 
 Generator = np.random.Generator
 MAX_RANKS = 32
-STEPS = ("offer", "weigh", "settle")
+STEPS = {"offer": "offered", "weigh": "weighed", "settle": "settled"}
 
 
 class CRanks(ctypes.Structure):
@@ -61,11 +62,19 @@ class Rank:
     def _structures(self) -> tuple[Any, Any]:
         return ctypes.byref(self._call), ctypes.byref(self._ranks)
 
+    def launch(self, name: str, *out: Buffer) -> None:
+        """Run a step's kernels."""
+        self._device.call(f"fdserve_cuda_sample_{name}", *self._structures, *out)
+
     def step(self, name: str, size: str) -> Array:
         """What the rank writes for the others."""
-        out = self._device.empty((self._rows, getattr(self._sizes, size)), np.uint8)
-        self._device.call(f"fdserve_cuda_sample_{name}", *self._structures, out)
+        out = self.room(size)
+        self.launch(name, out)
         return self._device.get(out)
+
+    def room(self, size: str) -> Buffer:
+        """For what the rank writes."""
+        return self._device.empty((self._rows, getattr(self._sizes, size)), np.uint8)
 
     def take(self, size: str, everyone: Array) -> None:
         """What all have written."""
@@ -74,21 +83,39 @@ class Rank:
 
     def finish(self) -> list[Array]:
         """tokens, logprobs, top_ids, top_logprobs."""
-        self._device.call("fdserve_cuda_sample_finish", *self._structures)
+        self.launch("finish")
         for buffer in (*self._buffers, *self._gathered, self._workspace):
             self._device.get(buffer)
         return [self._device.get(output) for output in self.outputs]
 
 
-def run_ranks(device: Device, inputs: Inputs, world_size: int, stride: int = 0) -> list[list[Array]]:
-    """Each rank's results, the ranks taking turns."""
+def gathered(device: Device, inputs: Inputs, world_size: int, stride: int = 0) -> list[Rank]:
+    """The ranks before their last step. They take turns."""
     starts = vocabulary_starts(inputs.vocab_size, world_size)
     ranks = [Rank(device, inputs, starts, rank, stride) for rank in range(world_size)]
-    for name, size in zip(STEPS, ("offered", "weighed", "settled"), strict=True):
+    for name, size in STEPS.items():
         everyone = np.stack([rank.step(name, size) for rank in ranks])
         for rank in ranks:
             rank.take(size, everyone)
-    return [rank.finish() for rank in ranks]
+    return ranks
+
+
+def run_ranks(device: Device, inputs: Inputs, world_size: int, stride: int = 0) -> list[list[Array]]:
+    """Each rank's results."""
+    return [rank.finish() for rank in gathered(device, inputs, world_size, stride)]
+
+
+def kernels_of_one(device: Device, inputs: Inputs, world_size: int) -> Callable[[], None]:
+    """What runs all kernels of the first rank, everything being gathered already."""
+    rank = gathered(device, inputs, world_size)[0]
+    rooms = {name: rank.room(size) for name, size in STEPS.items()}
+
+    def run_all() -> None:
+        for name, room in rooms.items():
+            rank.launch(name, room)
+        rank.launch("finish")
+
+    return run_all
 
 
 def expect_that_of_one(device: Device, inputs: Inputs, world_size: int, stride: int = 0) -> Array:
