@@ -24,6 +24,7 @@ UNSETTLED = -3
 """In place of the token of a row that is to be sampled from whole logits."""
 
 SUM_BLOCK = 1024
+MAX_RANKS = 16  # as in launchers.h
 Ints = npt.NDArray[np.int32]
 
 
@@ -69,8 +70,8 @@ def sample_gathered(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`fdserve.ops.sample` of logits that are this rank's columns; the results are those of the whole logits."""
     starts = vocabulary_starts(vocab_size, ranks.world_size)
-    if any(start % SUM_BLOCK or start == stop for start, stop in pairwise(starts)):
-        # The vocabulary is too small to be shared out in blocks of the sampler's sums.
+    if ranks.world_size > MAX_RANKS or any(start % SUM_BLOCK or start == stop for start, stop in pairwise(starts)):
+        # The vocabulary is too small to be shared out in blocks of the sampler's sums, or the ranks are too many.
         whole = rows._replace(logits=ranks.join_columns(rows.logits, starts))
         tokens, logprobs, top_ids, top_logprobs = run("sample", *whole, vocab_size, num_top)
         return tokens, logprobs, top_ids, top_logprobs

@@ -54,7 +54,7 @@ std::vector<Tensor> sample(FDSERVE_SAMPLED, int64_t vocab_size, int64_t num_top)
 }
 
 FdserveRanks ranks_of(int rank, const std::vector<int64_t>& starts) {
-  require(starts.size() >= 2 && starts.size() <= FDSERVE_MAX_RANKS + 1, "sample: there are 32 ranks at most");
+  require(starts.size() >= 2 && starts.size() <= FDSERVE_MAX_RANKS + 1, "sample: there are 16 ranks at most");
   FdserveRanks ranks = {};
   ranks.rank = rank;
   ranks.ranks = static_cast<int>(starts.size()) - 1;

@@ -26,7 +26,7 @@ FDSERVE_EXPORT cudaError_t fdserve_cuda_rms_norm(const void* x, const void* resi
 FDSERVE_EXPORT cudaError_t fdserve_cuda_swiglu(const void* x, int64_t tokens, int64_t inner, int dtype, void* out,
                                                cudaStream_t stream);
 
-// out[size] = the sum of parts[ranks][size], added in float32 in the order of ranks and rounded once; size is a multiple of 8.
+// out[size] = the sum of parts[ranks][size], added in float32 in the order of ranks and rounded once; a multiple of 8.
 FDSERVE_EXPORT cudaError_t fdserve_cuda_sum_ranks(const void* parts, int ranks, int64_t size, int dtype, void* out,
                                                   cudaStream_t stream);
 
@@ -111,7 +111,7 @@ FDSERVE_EXPORT cudaError_t fdserve_cuda_sample(const FdserveSample* call, void* 
 // of 1024 but for the last, and calls with its own logits and otherwise equal arguments. Four steps in order; what offer,
 // weigh and settle write, [rows][bytes], is gathered, [ranks][rows][bytes], before the next. Token -3: the row is to be
 // sampled from whole logits.
-constexpr int FDSERVE_MAX_RANKS = 32;
+constexpr int FDSERVE_MAX_RANKS = 16;  // their candidates fill the shared memory of a block on every architecture
 struct FdserveRanks {
   const void *offered, *weighed, *settled;  // as gathered
   void* workspace;                          // the same in all steps

@@ -10,12 +10,11 @@ from typing import Any
 import numpy as np
 
 from fdserve.ops.collectives import vocabulary_starts
-from fdserve.ops.sampling_gathered import UNSETTLED
+from fdserve.ops.sampling_gathered import MAX_RANKS, UNSETTLED
 from tests.cuda.harness import Array, Buffer, Device
 from tests.cuda.sampling import CSample, Inputs, random_inputs, run
 
 Generator = np.random.Generator
-MAX_RANKS = 32
 STEPS = {"offer": "offered", "weigh": "weighed", "settle": "settled"}
 
 
