@@ -88,8 +88,8 @@ class Config:
     dtype: str = _setting(
         "auto",
         "NAME",
-        "what to compute in: auto (as stored), bfloat16 or float32",
-        choices=("auto", "bfloat16", "float32"),
+        "what to compute in: auto (as stored), bfloat16, float32 or, on a GPU, float16",
+        choices=("auto", "bfloat16", "float32", "float16"),
     )
     quantization: str = _setting(
         "none",

@@ -106,7 +106,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["--port", "1.5"], {}, "--port is '1.5': expected an integer."),
         (["--port", "70000"], {}, "port is 70000: it must be at most 65535."),
         (["--step-timeout", "nan"], {}, "step_timeout is nan: it must be at least"),
-        (["--dtype", "int4"], {}, "dtype is 'int4': choose one of auto, bfloat16, float32."),
+        (["--dtype", "int4"], {}, "dtype is 'int4': choose one of auto, bfloat16, float32, float16."),
         (["--enable-logprob", "maybe"], {}, "--enable-logprob is 'maybe': expected true or false."),
         (["--kv-cache-memory", "lots"], {}, "kv_cache_memory is 'lots': expected a number of bytes"),
         (["--block-size", "40"], {}, "block_size is 40: it must be a multiple of 16."),

@@ -116,7 +116,8 @@ async def open_executor(
 def connected(load: Load, slot_bytes: int) -> Iterator[list[Load]]:
     """Each rank's `load`, with the descriptors by which the ranks reach each other; closed here on leaving.
 
-    The memory has no name: it is gone with the last rank, however that ends.
+    The memory has no name: it is gone with the last rank, however that ends. Ranks on GPUs leave it untouched, and meet
+    at the rendezvous instead.
     """
     if load.world_size == 1:
         yield [load]
@@ -125,7 +126,7 @@ def connected(load: Load, slot_bytes: int) -> Iterator[list[Load]]:
         memory = os.memfd_create("fdserve-ranks")
         stack.callback(os.close, memory)
         os.ftruncate(memory, shared_bytes(load.world_size, slot_bytes))
-        load = replace(load, shared_memory=memory, slot_bytes=slot_bytes)
+        load = replace(load, shared_memory=memory, slot_bytes=slot_bytes, rendezvous=f"127.0.0.1:{free_port()}")
         loads = []
         ends = []
         for rank in range(1, load.world_size):
@@ -135,6 +136,15 @@ def connected(load: Load, slot_bytes: int) -> Iterator[list[Load]]:
             ends.append(zero.fileno())
             loads.append(replace(load, rank=rank, peers=(other.fileno(),)))
         yield [replace(load, peers=tuple(ends)), *loads]
+
+
+def free_port() -> int:
+    """A port of the loopback address that nobody listens on. Should another take it first, the ranks fail to start, and
+    start again with another one.
+    """
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
 
 
 async def _all_loaded(ranks: list[Rank], on_loading: Callable[[Loading], None], timeout: float) -> Ready:

@@ -82,7 +82,7 @@ class Load(msgspec.Struct, frozen=True, tag="load"):
     rank: int
     world_size: int
     dtype: str
-    """"bfloat16", "float32" or "auto"."""
+    """"bfloat16", "float32", "float16" or "auto"."""
     block_size: int
     num_blocks: int
     """0: as many as `kv_cache_bytes` hold."""
@@ -104,6 +104,8 @@ class Load(msgspec.Struct, frozen=True, tag="load"):
     shared_memory: int = -1
     """Descriptor of the memory that the ranks share, with slots of `slot_bytes` each: see `ops.SharedMemory`."""
     slot_bytes: int = 0
+    rendezvous: str = ""
+    """Where ranks of one host that share no memory meet, "host:port"; empty where a launcher's variables say it."""
 
 
 class NewRow(msgspec.Struct, frozen=True, array_like=True):

@@ -49,7 +49,7 @@ def load_model(
     """Load what `rank` of `world_size` holds of the checkpoint in `directory`.
 
     Args:
-        dtype: what to compute in, "bfloat16" or "float32", whatever dtype the weights are in.
+        dtype: what to compute in, "bfloat16", "float32" or on a GPU "float16", whatever dtype the weights are in.
         quantization: how to store the matrices, "wint8", "wint4" or "w8a8" (see `fdserve.ops.weights.FORMATS`), the
             routers' excepted; None stores them in `dtype`. The vocabulary's are "wint8" under "w8a8".
         all_reduce: sums a tensor over the ranks.

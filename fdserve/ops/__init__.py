@@ -1,8 +1,8 @@
 """The operators the models are made of: one function an op over paddle tensors, computed by `kernels/`.
 
-"D" is the compute dtype, bfloat16 or float32: every D argument of a call has the same one. Tensors must be
-dense and on the CPU, or after `use_gpu` on the GPU; a wrong shape or dtype raises ValueError. T (tokens), R (rows) and
-S (sequences) may be 0.
+"D" is the compute dtype, bfloat16 or float32 (float16 on a GPU): every D argument of a call has the same one. Tensors
+must be dense and on the CPU, or after `use_gpu` on the GPU; a wrong shape or dtype raises ValueError. T (tokens), R
+(rows) and S (sequences) may be 0.
 
 Every output row is bit-identical whatever other rows are in the call, however a prefill is cut into chunks
 and whatever the number of threads. A call releases the interpreter's lock while it computes.
@@ -16,6 +16,7 @@ from __future__ import annotations
 from fdserve.ops.collectives import SharedMemory, sampling_slot_bytes, vocabulary_starts
 from fdserve.ops.decoder import Block, Decoder
 from fdserve.ops.experts import moe
+from fdserve.ops.gathering import Gathering
 from fdserve.ops.layers import add_rms_norm, embedding, linear, rms_norm, swiglu
 from fdserve.ops.library import (
     KernelsMissing,
@@ -34,6 +35,7 @@ from fdserve.ops.weights import PackedExperts, PackedWeight, pack_experts, pack_
 __all__ = [
     "Block",
     "Decoder",
+    "Gathering",
     "KernelsMissing",
     "PackedExperts",
     "PackedWeight",

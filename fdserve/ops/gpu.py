@@ -1,7 +1,7 @@
 """The operators that a GPU has otherwise than the CPU: Paddle's own for plain products and lookups.
 
-Weights are [out_features, in_features], row-major, on the GPU: bfloat16, or integers of 8 or 4 bits (two in a byte, the
-lower half first, 8 for zero) with a float32 scale for every `GROUP` inputs of an output.
+Weights are [out_features, in_features], row-major, on the GPU: D, or integers of 8 or 4 bits (two in a byte, the lower
+half first, 8 for zero) with a float32 scale for every `GROUP` inputs of an output.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from paddle import Tensor
 
 GROUP = 64
-BITS = {"bfloat16": 16, "wint8": 8, "wint4": 4}
+BITS = {"bfloat16": 16, "float16": 16, "wint8": 8, "wint4": 4}
 Array = npt.NDArray[Any]
 
 
@@ -31,6 +31,8 @@ def pack(weight: Array, format: str, in_out: bool) -> tuple[Tensor, Tensor | Non
     matrix = np.ascontiguousarray(weight.T if in_out else weight)
     if format == "bfloat16":
         return _to_device(_as_bfloat16(matrix)).view("bfloat16"), None
+    if format == "float16":
+        return _to_device(_as_float32(matrix).astype(np.float16)), None
     if matrix.shape[1] % GROUP:
         raise ValueError(f"{format} needs inputs in groups of {GROUP}, not {matrix.shape[1]}")
     stored, scales = quantize(_as_float32(matrix), BITS[format])
@@ -52,7 +54,7 @@ def quantize(matrix: npt.NDArray[np.float32], bits: int) -> tuple[Array, npt.NDA
 
 
 def linear(x: Tensor, data: Tensor, scales: Tensor | None, format: str, to_float: bool) -> Tensor:
-    """x [T, K] bfloat16 -> [T, N], bfloat16 or float32."""
+    """x [T, K] D -> [T, N], D or float32."""
     import paddle
 
     if scales is None:
@@ -61,8 +63,8 @@ def linear(x: Tensor, data: Tensor, scales: Tensor | None, format: str, to_float
     return run("quant_linear", x, data, scales, BITS[format], to_float)[0]
 
 
-def embedding(ids: Tensor, data: Tensor, scales: Tensor | None, format: str) -> Tensor:
-    """ids int32 [T] -> [T, H] bfloat16."""
+def embedding(ids: Tensor, data: Tensor, scales: Tensor | None, format: str, dtype: str) -> Tensor:
+    """ids int32 [T] -> [T, H] of `dtype`."""
     import paddle
 
     rows = paddle.gather(data, ids)
@@ -72,14 +74,14 @@ def embedding(ids: Tensor, data: Tensor, scales: Tensor | None, format: str) -> 
         rows = paddle.stack([rows.bitwise_and(_like(rows, 15)), rows.floor_divide(_like(rows, 16))], axis=-1)
         rows = rows.flatten(1).cast("float32") - 8
     wide = rows.cast("float32").reshape([rows.shape[0], -1, GROUP]) * paddle.gather(scales, ids).unsqueeze(-1)
-    return wide.flatten(1).cast("bfloat16")
+    return wide.flatten(1).cast(dtype)
 
 
-def new_kv_cache(shape: list[int]) -> tuple[Tensor, Tensor]:
-    """Zeroed (keys, values) of one layer, bfloat16."""
+def new_kv_cache(shape: list[int], dtype: str) -> tuple[Tensor, Tensor]:
+    """Zeroed (keys, values) of one layer."""
     import paddle
 
-    return paddle.zeros(shape, "bfloat16"), paddle.zeros(shape, "bfloat16")
+    return paddle.zeros(shape, dtype), paddle.zeros(shape, dtype)
 
 
 def _like(x: Tensor, value: int) -> Tensor:

@@ -25,7 +25,7 @@ def embedding(ids: Tensor, w: PackedWeight) -> Tensor:
     The table is packed like a linear layer's matrix, so an output head tied to it needs no memory of its own.
     """
     if on_gpu():
-        return gpu.embedding(ids, w.data, w.scales, w.format)
+        return gpu.embedding(ids, w.data, w.scales, w.format, w.dtype)
     return run("embedding", ids, w.data, w.code, w.out_features, w.in_features, w.dtype == "bfloat16")[0]
 
 

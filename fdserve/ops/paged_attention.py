@@ -43,7 +43,7 @@ def new_kv_cache(
 
     shape = kv_cache_shape(num_blocks, num_kv_heads, block_size, head_dim, dtype)
     if on_gpu():
-        return gpu.new_kv_cache(shape)
+        return gpu.new_kv_cache(shape, dtype)
     # paddle.zeros would write gigabytes of zeros, which takes seconds; NumPy leaves them to the kernel. A view of
     # int16 as bfloat16, because NumPy has no such dtype.
     storage = {"bfloat16": np.int16, "float32": np.float32, "int8": np.uint8}[dtype]
@@ -54,7 +54,7 @@ def new_kv_cache(
 
 def kv_bytes_per_token(num_kv_heads: int, head_dim: int, dtype: str) -> int:
     """Bytes one token takes in the two caches of one layer."""
-    return 2 * num_kv_heads * _elements(head_dim, dtype) * {"bfloat16": 2, "float32": 4, "int8": 1}[dtype]
+    return 2 * num_kv_heads * _elements(head_dim, dtype) * {"bfloat16": 2, "float16": 2, "float32": 4, "int8": 1}[dtype]
 
 
 def attention(

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from fdserve.ops.collectives import SharedMemory, vocabulary_starts
+from fdserve.ops.gathering import Gathering
 from fdserve.ops.library import on_gpu, run
+from fdserve.ops.sampling_gathered import SampledRows, sample_gathered
 
 if TYPE_CHECKING:
     from paddle import Tensor
@@ -33,7 +35,7 @@ def sample(
     masks: Tensor | None = None,
     mask_rows: Tensor | None = None,
     logprob_modes: Tensor | None = None,
-    shared: SharedMemory | None = None,
+    shared: SharedMemory | Gathering | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Choose one token a row and report log-probabilities.
 
@@ -73,13 +75,14 @@ def sample(
         log-softmax of the logits as given, over ids below `vocab_size`, unless the mode says otherwise; the top K
         by (logit descending, id ascending).
     """
-    ranks = () if on_gpu() and shared is None else _ranks(shared, vocab_size)
-    tokens, logprobs, top_ids, top_logprobs = run(
-        "sample",
+    rows = SampledRows(
         logits, float_params, int_params, history, history_offsets, prompt_lens,
         bias_ids, bias_values, bias_offsets, masks, mask_rows, logprob_modes,
-        vocab_size, num_top, *ranks,
     )  # fmt: skip
+    if isinstance(shared, Gathering):
+        return sample_gathered(rows, vocab_size, num_top, shared)
+    ranks = () if on_gpu() and shared is None else _ranks(shared, vocab_size)
+    tokens, logprobs, top_ids, top_logprobs = run("sample", *rows, vocab_size, num_top, *ranks)
     return tokens, logprobs, top_ids, top_logprobs
 
 

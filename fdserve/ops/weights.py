@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 PANEL = 64
 FORMATS = ("float32", "bfloat16", "wint8", "wint4", "w8a8")
-"""How a weight is stored, in the order of the kernels' own numbers.
+"""How a weight is stored, in the order of the kernels' own numbers; a GPU has "float16", too.
 
 "wint8" and "wint4" keep integers with a scale for every 64 inputs of an output and multiply activations as they are;
 "w8a8" keeps bytes with a scale for every output and rounds each row of activations to bytes.
@@ -30,7 +30,7 @@ _SOURCES = {"uint16": 0, "float32": 1}
 class PackedWeight:
     """A linear layer's matrix or an embedding table. `data` is opaque; `format` one of FORMATS.
 
-    `dtype` is what it is computed with, "bfloat16" or "float32".
+    `dtype` is what it is computed with, D.
     """
 
     data: Tensor
@@ -66,7 +66,7 @@ def pack_weight(weight: npt.NDArray[Any], *, dtype: str, in_out: bool, quantizat
     Args:
         weight: [N, K], or [K, N] when `in_out`; float32, or uint16 holding bfloat16 bits. May be a view of a mapped
             file; it is read once and no copy of it in another dtype is made.
-        dtype: what to compute in, "bfloat16" or "float32".
+        dtype: what to compute in, D.
         in_out: whether the input features come first.
         quantization: "wint8", "wint4" or (not for an embedding) "w8a8", see FORMATS; None stores `dtype`.
 
@@ -127,7 +127,7 @@ def _pack_experts_on_gpu(
 
 
 def _format(dtype: str, quantization: str | None) -> str:
-    if dtype not in ("bfloat16", "float32"):
+    if dtype not in ("bfloat16", "float16" if on_gpu() else "float32"):
         raise ValueError(f"cannot compute in {dtype}")
     if quantization is not None and quantization not in FORMATS[2:]:
         raise ValueError(f"cannot store weights as {quantization}")

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
-import socket
-import struct
 from collections.abc import Callable
 from typing import Any
 
@@ -15,34 +11,60 @@ from fdserve import ops
 from fdserve.errors import RankError
 from fdserve.executor.wire import Load
 from fdserve.ops.collectives import Bytes
-
-_SIOCGIFADDR = 0x8915
+from fdserve.worker.group import join
 
 
 class Collectives:
-    """One rank's end; every rank must call the same ones in the same order. See `ops.SharedMemory`.
+    """One rank's end; every rank must call the same ones in the same order. See `ops.SharedMemory`, `ops.Gathering`.
 
-    Ranks of one host are given memory to share; others exchange what would be in it by Gloo, in the group that the
-    launcher's variables describe. Raises RankError when a peer is gone.
+    On a CPU ranks of one host are given memory to share; those of several hosts exchange what would be in it by Gloo.
+    On GPUs they gather each other's tensors by NCCL. Either takes the group that the launcher's variables describe, or
+    `group_variables`. Raises RankError when a peer is gone, but for NCCL, which does not see it.
     """
 
     def __init__(self, load: Load) -> None:
-        self._memory = ops.SharedMemory(
-            load.shared_memory,
-            slot_bytes=load.slot_bytes,
-            rank=load.rank,
-            world_size=load.world_size,
-            peers=load.peers,
-            gather=_gloo_gather(load.world_size) if load.shared_memory < 0 else None,
-        )
+        self._ranks = _gathering(load) if ops.on_gpu() else _shared_memory(load)
 
     def all_reduce(self, x: Any) -> Any:
         """The sum of the ranks' tensors, added in float32 in rank order and rounded once to their dtype."""
-        return _or_gone(self._memory.all_reduce, x)
+        return _or_gone(self._ranks.all_reduce, x)
 
     def sample(self, *arguments: Any, **options: Any) -> Any:
         """`ops.sample` from each rank's part of the logits; the same on all ranks."""
-        return _or_gone(ops.sample, *arguments, shared=self._memory, **options)
+        return _or_gone(ops.sample, *arguments, shared=self._ranks, **options)
+
+    def least(self, value: int) -> int:
+        """The smallest of what the ranks have measured on GPUs of their own; on a CPU all were told the same."""
+        if isinstance(self._ranks, ops.SharedMemory):
+            return value
+        return int(_or_gone(self._ranks.gather, paddle.full([1], value, "int64")).min())
+
+
+def _gathering(load: Load) -> ops.Gathering:
+    # The kernels of a GPU may be emulated, and tensors then lie on the CPU.
+    backend = "nccl" if paddle.device.get_device().startswith("gpu") else "gloo"
+    return ops.Gathering(join(backend), rank=load.rank, world_size=load.world_size)
+
+
+def _shared_memory(load: Load) -> ops.SharedMemory:
+    return ops.SharedMemory(
+        load.shared_memory,
+        slot_bytes=load.slot_bytes,
+        rank=load.rank,
+        world_size=load.world_size,
+        peers=load.peers,
+        gather=_gather_bytes() if load.shared_memory < 0 else None,
+    )
+
+
+def _gather_bytes() -> Callable[[Bytes], Bytes]:
+    gather = join("gloo")
+
+    def gather_bytes(mine: Bytes) -> Bytes:
+        everyone: Bytes = gather(paddle.to_tensor(mine)).numpy()
+        return everyone
+
+    return gather_bytes
 
 
 def _or_gone(collective: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
@@ -50,34 +72,3 @@ def _or_gone(collective: Callable[..., Any], *arguments: Any, **options: Any) ->
         return collective(*arguments, **options)
     except RuntimeError as error:
         raise RankError("a rank that it computes with is gone") from error
-
-
-def _gloo_gather(world_size: int) -> Callable[[Bytes], Bytes]:
-    """Joins the group, which waits for the others, and returns what gathers all ranks' bytes."""
-    os.environ["PADDLE_DISTRI_BACKEND"] = "gloo"
-    if interface := interface_of(os.environ.get("PADDLE_CURRENT_ENDPOINT", "").rsplit(":", 1)[0]):
-        # Gloo would go by the host's name, which often stands for the loopback address.
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-    paddle.distributed.init_parallel_env()
-
-    def gather(mine: Bytes) -> Bytes:
-        everyone = paddle.empty([world_size * len(mine)], "uint8")
-        paddle.distributed.stream.all_gather(everyone, paddle.to_tensor(mine), sync_op=True)
-        joint: Bytes = everyone.numpy().reshape(world_size, len(mine))
-        return joint
-
-    return gather
-
-
-def interface_of(address: str) -> str | None:
-    """The network interface that has this IPv4 address, or None."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        for _, name in socket.if_nameindex():
-            request = struct.pack("256s", name.encode())
-            try:
-                answer = fcntl.ioctl(sock, _SIOCGIFADDR, request)
-            except OSError:  # it has none
-                continue
-            if socket.inet_ntoa(answer[20:24]) == address:
-                return name
-    return None

@@ -14,9 +14,9 @@ MEMORY_SHARE = 0.9
 """Of a GPU's memory, what weights and cache may take together; the rest is for activations and for Paddle itself."""
 
 
-def select_device(asked: str, rank: int, world_size: int) -> None:
-    """Have Paddle and the operators compute on the CPU ("cpu"), on GPU number `rank` ("gpu"), or on that GPU where
-    there is one ("auto"). Before any other use of them. Raises StartupError.
+def select_device(asked: str, number: int) -> None:
+    """Have Paddle and the operators compute on the CPU ("cpu"), on GPU `number` ("gpu"), or on that GPU if there is any
+    ("auto"). Before any other use of them. Raises StartupError.
     """
     gpus = paddle.device.cuda.device_count() if paddle.is_compiled_with_cuda() else 0
     if asked == "cpu" or (asked == "auto" and gpus == 0):
@@ -24,11 +24,12 @@ def select_device(asked: str, rank: int, world_size: int) -> None:
         return
     if not paddle.is_compiled_with_cuda():
         raise StartupError("--device gpu needs Paddle's GPU build: see docs/gpu.md.")
-    if world_size > 1:
-        raise StartupError("Several ranks compute on CPUs only: give --device cpu, or --tensor-parallel-size 1.")
-    if gpus <= rank:
-        raise StartupError(f"--device gpu finds {gpus} GPUs, and rank {rank} needs one of its own.")
-    paddle.set_device(f"gpu:{rank}")
+    if gpus <= number:
+        raise StartupError(
+            f"--device {asked} finds {gpus} GPUs, and a rank needs number {number} for itself: give --device cpu, or a "
+            "smaller --tensor-parallel-size."
+        )
+    paddle.set_device(f"gpu:{number}")
     try:
         ops.use_gpu()
     except KernelsMissing as error:
@@ -37,10 +38,12 @@ def select_device(asked: str, rank: int, world_size: int) -> None:
 
 def check_formats(dtype: str, quantization: str, kv_dtype: str) -> None:
     """Raise StartupError for formats that the kernels of a GPU do not have."""
-    if dtype != "bfloat16":
-        raise StartupError(f"A GPU computes in bfloat16, not in {dtype}: give --device cpu, or --dtype bfloat16.")
-    if kv_dtype != "bfloat16":
-        raise StartupError(f"A GPU keeps keys and values in bfloat16, not in {kv_dtype}.")
+    if dtype not in ("bfloat16", "float16"):
+        raise StartupError(
+            f"A GPU computes in bfloat16 or float16, not in {dtype}: give --device cpu, or --dtype bfloat16."
+        )
+    if kv_dtype != dtype:
+        raise StartupError(f"A GPU keeps keys and values in what it computes in, {dtype}, not in {kv_dtype}.")
     if quantization not in ("none", "wint8", "wint4"):
         raise StartupError(f"A GPU has no kernels for --quantization {quantization}: it has them for wint8 and wint4.")
 

@@ -1,6 +1,8 @@
 """Decode steps recorded once for each batch size and replayed.
 
-On a GPU, launching a step's kernels one by one would cost more than running them.
+On a GPU, launching a step's kernels one by one would cost more than running them. Steps of several ranks are not
+recorded: NCCL allows it, but nothing says that Paddle's process groups do, and a graph that deadlocks is worse than a
+slow step.
 """
 
 from __future__ import annotations

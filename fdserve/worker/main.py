@@ -23,6 +23,7 @@ from fdserve.executor.wire import (
     decode_to_rank,
     encode_frame,
 )
+from fdserve.worker.group import group_variables
 
 _PR_SET_PDEATHSIG = 1
 
@@ -94,6 +95,7 @@ def _serve(connection: Connection) -> None:
     connection.send(Loading("paddle", 0, 1))
     # Importing Paddle recommends a compiler cache to whoever does it.
     warnings.filterwarnings("ignore", message="No ccache found")
+    os.environ.update(group_variables(load))
     # Only now: it takes a second or more.
     from fdserve.worker.runner import Runner
 

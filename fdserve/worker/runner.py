@@ -21,6 +21,7 @@ from fdserve.worker.batch import Batch, accept, assemble
 from fdserve.worker.collectives import Collectives
 from fdserve.worker.device import check_formats, free_gpu_bytes, select_device
 from fdserve.worker.graphs import DecodeGraphs, record_cuda_graph
+from fdserve.worker.group import gpu_number
 from fdserve.worker.prompt import PromptLogprobs, prompt_logprobs
 from fdserve.worker.rows import Rows
 from fdserve.worker.sampler import Sampled, sample
@@ -34,7 +35,7 @@ class Runner:
     def __init__(self, load: Load, progress: Progress) -> None:
         directory = Path(load.directory)
         self.config = read_config(directory)
-        select_device(load.device, load.rank, load.world_size)
+        select_device(load.device, gpu_number())
         self.dtype = _resolve_dtype(load.dtype, self.config)
         kv_dtype = _resolve_kv_dtype(load.kv_cache_dtype, self.dtype)
         if ops.on_gpu():
@@ -55,12 +56,14 @@ class Runner:
         )
         bytes_per_block = self.model.kv_bytes_per_block(load.block_size, kv_dtype)
         num_blocks = _num_blocks(load, self.config, bytes_per_block)
+        if collectives:
+            num_blocks = collectives.least(num_blocks)
         self.ready = Ready(num_blocks, kv_dtype, num_blocks * bytes_per_block)
         max_model_len = min(load.max_model_len or self.config.max_position_embeddings, num_blocks * load.block_size)
-        spare = 1 if ops.on_gpu() else 0
-        self.caches = self.model.new_caches(num_blocks + spare, load.block_size, kv_dtype)
+        recorded = ops.on_gpu() and collectives is None
+        self.caches = self.model.new_caches(num_blocks + recorded, load.block_size, kv_dtype)  # one to spare
         self._graphs: DecodeGraphs | None = None
-        if ops.on_gpu():
+        if recorded:
             sizes = {"max_model_len": max_model_len, "spare_block": num_blocks}
             self._graphs = DecodeGraphs(self.model, self.caches, record=record_cuda_graph, **sizes)
         self.rows = Rows(load.max_num_seqs, max_model_len, load.block_size, self.config.vocab_size)
@@ -148,6 +151,8 @@ def _result(step: int, sampled: Sampled | None, prompt: PromptLogprobs | None, s
 def _resolve_dtype(asked: str, config: ModelConfig) -> str:
     if asked == "auto":
         return "float32" if config.dtype == "float32" else ops.compute_dtype()
+    if asked == "float16" and not ops.on_gpu():
+        raise StartupError("--dtype float16 needs a GPU; use float32, bfloat16 or auto here.")
     if asked == "bfloat16" and ops.compute_dtype() != "bfloat16":
         raise StartupError("--dtype bfloat16 needs a processor with AVX512-BF16; use float32 or auto here.")
     return asked

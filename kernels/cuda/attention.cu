@@ -1,7 +1,7 @@
 // Paged attention over sequences of any lengths, prefill and decode alike; causal.
 //
-// `rope_and_store` rotates queries and keys and writes keys and values into the cache; `attention` then reads the cache
-// alone. The caches are [num_blocks][kv_heads][block_size][head_dim]. See attention.cuh for the arithmetic.
+// It reads the caches alone, [num_blocks][kv_heads][block_size][head_dim], into which rope.cu has written the step's keys
+// and values before. See attention.cuh for the arithmetic.
 //
 // Wide kernel: 64 rows (4 warps of 16) of one key/value head and one sequence; tiles of keys and values come by
 // asynchronous copies into two buffers while the last are computed on. Its rows share every tile, so for many rows it is
@@ -25,7 +25,7 @@ constexpr int64_t MAX_WORKSPACE_BYTES = 256 << 20;
 
 struct Call {
   Paged paged;
-  int sequences, heads, group, head_dim, max_parts;
+  int heads, group, head_dim, max_parts;
   float scale;       // of the scores, times log2(e)
   bool split;        // a block a part, into the workspace
   float* workspace;  // [tokens * heads][max_parts] of (values[head_dim], peak, mass)
@@ -288,14 +288,7 @@ __global__ void __launch_bounds__(THREADS) narrow_kernel(const T* q, const T* k_
 template <class T>
 __global__ void merge_kernel(T* out, Call call) {
   const int token = blockIdx.x, head = blockIdx.y, element = threadIdx.x;
-  int sequence = 0;  // the last whose tokens begin at or before this one
-  for (int low = 1, high = call.sequences - 1; low <= high;) {
-    const int middle = (low + high) / 2;
-    if (call.paged.query_starts[middle] <= token)
-      sequence = middle, low = middle + 1;
-    else
-      high = middle - 1;
-  }
+  const int sequence = call.paged.sequence_of(token);
   const int end = call.paged.context_lens[sequence] + token - call.paged.query_starts[sequence] + 1;
   const int64_t place = static_cast<int64_t>(token) * call.heads + head;
   float peak = NONE, mass = 0.0f, sum = 0.0f;
@@ -309,46 +302,6 @@ __global__ void merge_kernel(T* out, Call call) {
   out[place * call.head_dim + element] = from_float<T>(__fdiv_rn(sum, mass));
 }
 
-template <class T>
-__global__ void rope_and_store_kernel(const T* qkv, const float* rope, Paged paged, int sequences, int heads, int head_dim,
-                                      T* q, T* k_cache, T* v_cache) {
-  using V = Vector<T>;
-  const int token = blockIdx.x, chunks = head_dim / V::SIZE, all_heads = heads + 2 * paged.kv_heads;
-  int sequence = 0;
-  for (int low = 1, high = sequences - 1; low <= high;) {
-    const int middle = (low + high) / 2;
-    if (paged.query_starts[middle] <= token)
-      sequence = middle, low = middle + 1;
-    else
-      high = middle - 1;
-  }
-  const int position = paged.context_lens[sequence] + token - paged.query_starts[sequence];
-  const int64_t block = paged.block_tables[static_cast<int64_t>(sequence) * paged.table_width + position / paged.block_size];
-  const float* cosines = rope + static_cast<int64_t>(token) * head_dim;
-  const float* sines = cosines + head_dim / 2;
-  for (int i = threadIdx.x; i < all_heads * chunks; i += blockDim.x) {
-    const int head = i / chunks, chunk = i % chunks;
-    V value = reinterpret_cast<const V*>(qkv + static_cast<int64_t>(token) * all_heads * head_dim)[i];
-    if (head < heads + paged.kv_heads)
-#pragma unroll
-      for (int pair = 0; pair < V::SIZE / 2; ++pair) {
-        const float x = to_float(value.values[pair * 2]), y = to_float(value.values[pair * 2 + 1]);
-        const float cosine = cosines[chunk * V::SIZE / 2 + pair], sine = sines[chunk * V::SIZE / 2 + pair];
-        value.values[pair * 2] = from_float<T>(__fadd_rn(__fmul_rn(x, cosine), -__fmul_rn(y, sine)));
-        value.values[pair * 2 + 1] = from_float<T>(__fadd_rn(__fmul_rn(x, sine), __fmul_rn(y, cosine)));
-      }
-    if (head < heads) {
-      reinterpret_cast<V*>(q + (static_cast<int64_t>(token) * heads + head) * head_dim)[chunk] = value;
-    } else {
-      const bool is_key = head < heads + paged.kv_heads;
-      const int kv_head = (head - heads) % paged.kv_heads;
-      T* row = (is_key ? k_cache : v_cache) +
-               ((block * paged.kv_heads + kv_head) * paged.block_size + position % paged.block_size) * head_dim;
-      reinterpret_cast<V*>(row)[chunk] = value;
-    }
-  }
-}
-
 template <class T, int HD>
 void attention(const void* q, const void* k_cache, const void* v_cache, int64_t tokens, int64_t max_query_len, Call call,
                void* out, cudaStream_t stream) {
@@ -357,11 +310,11 @@ void attention(const void* q, const void* k_cache, const void* v_cache, int64_t 
   const int64_t wide_tiles = (most_rows + WIDE_ROWS - 1) / WIDE_ROWS;
   const int parts = call.split ? call.max_parts : 1;
   const size_t tiles = 4 * KEY_TILE * HD * sizeof(T);
-  launch(narrow_kernel<T, HD>, dim3(parts, call.paged.kv_heads, call.sequences), dim3(THREADS),
+  launch(narrow_kernel<T, HD>, dim3(parts, call.paged.kv_heads, call.paged.sequences), dim3(THREADS),
          ROW_TILE * HD * sizeof(T) + tiles + ROW_TILE * SCORE_STRIDE * sizeof(float), stream, queries, keys, values,
          static_cast<T*>(out), call);
   if (most_rows > ROW_TILE)
-    launch(wide_kernel<T, HD>, dim3(wide_tiles * parts, call.paged.kv_heads, call.sequences), dim3(THREADS),
+    launch(wide_kernel<T, HD>, dim3(wide_tiles * parts, call.paged.kv_heads, call.paged.sequences), dim3(THREADS),
            WIDE_ROWS * HD * (sizeof(T) + sizeof(float)) + tiles, stream, queries, keys, values, static_cast<T*>(out), call);
   if (call.split)
     launch(merge_kernel<T>, dim3(tokens, call.heads), dim3(HD), 0, stream, static_cast<T*>(out), call);
@@ -371,22 +324,6 @@ void attention(const void* q, const void* k_cache, const void* v_cache, int64_t 
 }  // namespace fdserve::cuda
 
 using namespace fdserve::cuda;
-
-cudaError_t fdserve_cuda_rope_and_store(const void* qkv, const float* rope, const FdservePaged* paged, int64_t tokens,
-                                        int64_t heads, int64_t head_dim, int dtype, void* q, void* k_cache, void* v_cache,
-                                        cudaStream_t stream) {
-  if (tokens == 0) return cudaSuccess;
-  const Paged own = {paged->block_tables, paged->query_starts, paged->context_lens, paged->table_width, paged->block_size,
-                     paged->kv_heads};
-  auto run = [&](auto zero) {
-    using T = decltype(zero);
-    launch(rope_and_store_kernel<T>, dim3(tokens), dim3(256), 0, stream, static_cast<const T*>(qkv), rope, own,
-           paged->sequences, static_cast<int>(heads), static_cast<int>(head_dim), static_cast<T*>(q),
-           static_cast<T*>(k_cache), static_cast<T*>(v_cache));
-  };
-  dtype == FDSERVE_BF16 ? run(bf16{}) : run(fp16{});
-  return cudaGetLastError();
-}
 
 int64_t fdserve_cuda_attention_workspace(int64_t sequences, int64_t tokens, int64_t max_query_len, int64_t longest,
                                          int64_t heads, int64_t kv_heads, int64_t head_dim, int multiprocessors) {
@@ -404,9 +341,7 @@ cudaError_t fdserve_cuda_attention(const void* q, const void* k_cache, const voi
   if (tokens == 0) return cudaSuccess;
   if (head_dim != 64 && head_dim != 128) return cudaErrorInvalidValue;
   Call call;
-  call.paged = {paged->block_tables, paged->query_starts, paged->context_lens, paged->table_width, paged->block_size,
-                paged->kv_heads};
-  call.sequences = paged->sequences;
+  call.paged = Paged(*paged);
   call.heads = static_cast<int>(heads);
   call.group = call.heads / paged->kv_heads;
   call.head_dim = static_cast<int>(head_dim);

@@ -8,7 +8,7 @@
 // compiler fuses as it likes. Keys that a row must not see change nothing in its state, to the bit.
 #pragma once
 
-#include "device.cuh"
+#include "paged.cuh"
 
 namespace fdserve::cuda {
 
@@ -16,26 +16,6 @@ constexpr int KEY_TILE = 64;
 constexpr int KEY_PART = 1024;
 constexpr int ROW_TILE = 16;       // rows of a warp
 constexpr float NONE = -INFINITY;  // the peak of a row that has seen no key
-
-struct Paged {
-  const int* block_tables;  // [S][table_width]
-  const int* query_starts;  // [S + 1]
-  const int* context_lens;  // [S], tokens in the cache before the step's
-  int table_width, block_size, kv_heads;
-};
-
-// One head's keys or values of a sequence: element [key][head_dim].
-template <class T>
-struct PagedHead {
-  const T* cache;  // [num_blocks][kv_heads][block_size][head_dim]
-  const int* blocks;
-  int block_size, kv_heads, head, head_dim;
-
-  __device__ const T* row(int key) const {
-    const int64_t block = blocks[key / block_size];
-    return cache + ((block * kv_heads + head) * block_size + key % block_size) * head_dim;
-  }
-};
 
 // Shared tiles hold rows of HD elements in chunks of 16 bytes, permuted so that eight rows' equal chunks lie in eight
 // different groups of banks.

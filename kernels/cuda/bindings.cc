@@ -4,55 +4,12 @@
 // the device. For the same reason indices are not checked; the worker builds them. Linear layers and the embedding are
 // Paddle's own on a GPU. With FDSERVE_EMULATED everything lies on the CPU and runs under tests/cuda/emulator.h.
 #include <cmath>
-#include <vector>
 
-#include "launchers.h"
-#include "paddle/common/enforce.h"
-#include "paddle/phi/api/all.h"
+#include "bindings.h"
 
 namespace {
 
-using paddle::DataType;
-using paddle::Tensor;
-
-void require(bool holds, const char* message) {
-  if (!holds) PADDLE_THROW(common::errors::InvalidArgument("%s", message));
-}
-
-void check(cudaError_t status, const char* op) {
-  if (status != cudaSuccess) PADDLE_THROW(common::errors::External("%s: CUDA error %d", op, static_cast<int>(status)));
-}
-
-#ifdef FDSERVE_EMULATED
-cudaStream_t stream_of(const Tensor&) { return nullptr; }
-int multiprocessors() { return 8; }
-#else
-cudaStream_t stream_of(const Tensor& x) { return x.stream(); }
-int multiprocessors() {
-  static const int count = [] {
-    int device = 0, value = 1;
-    cudaGetDevice(&device);
-    cudaDeviceGetAttribute(&value, cudaDevAttrMultiProcessorCount, device);
-    return value;
-  }();
-  return count;
-}
-#endif
-
-int dtype_of(const Tensor& x) {
-  require(x.dtype() == DataType::BFLOAT16 || x.dtype() == DataType::FLOAT16, "expected a bfloat16 or float16 tensor");
-  return x.dtype() == DataType::BFLOAT16 ? FDSERVE_BF16 : FDSERVE_FP16;
-}
-
-Tensor make(std::vector<int64_t> shape, DataType dtype, const Tensor& beside) {
-  return paddle::empty(shape, dtype, beside.place());
-}
-
-template <class T>
-const T* data_of(const Tensor& x, DataType dtype, const char* message) {
-  require(x.dtype() == dtype, message);
-  return static_cast<const T*>(x.numel() == 0 ? nullptr : x.data());
-}
+using namespace fdserve::cuda::bindings;
 
 std::vector<Tensor> norm(const Tensor& x, const Tensor* residual, const Tensor& weight, float eps) {
   require(x.shape().size() == 2 && weight.numel() == x.shape()[1] && x.shape()[1] % 8 == 0,
@@ -79,6 +36,17 @@ std::vector<Tensor> swiglu(const Tensor& x) {
   require(x.shape().size() == 2 && x.shape()[1] % 16 == 0, "swiglu: x must be [T, 2I], I a multiple of 8");
   Tensor out = make({x.shape()[0], x.shape()[1] / 2}, x.dtype(), x);
   check(fdserve_cuda_swiglu(x.data(), x.shape()[0], x.shape()[1] / 2, dtype_of(x), out.data(), stream_of(x)), "swiglu");
+  return {out};
+}
+
+std::vector<Tensor> sum_ranks(const Tensor& parts) {
+  std::vector<int64_t> shape = parts.shape();
+  require(shape.size() >= 2 && shape[0] > 0 && parts.numel() / shape[0] % 8 == 0,
+          "sum_ranks: parts must be [ranks, ...], each part a multiple of 8 elements");
+  const int ranks = static_cast<int>(shape[0]);
+  shape.erase(shape.begin());
+  Tensor out = make(shape, parts.dtype(), parts);
+  check(fdserve_cuda_sum_ranks(parts.data(), ranks, out.numel(), dtype_of(parts), out.data(), stream_of(parts)), "sum_ranks");
   return {out};
 }
 
@@ -166,31 +134,6 @@ std::vector<Tensor> moe(const Tensor& x, const Tensor& gate, const Tensor& corre
   return {out};
 }
 
-std::vector<Tensor> sample(const Tensor& logits, const Tensor& float_params, const Tensor& int_params,
-                           const Tensor& history, const Tensor& history_offsets, const Tensor& prompt_lens,
-                           const Tensor& bias_ids, const Tensor& bias_values, const Tensor& bias_offsets,
-                           const paddle::optional<Tensor>& masks, const paddle::optional<Tensor>& mask_rows,
-                           const paddle::optional<Tensor>& logprob_modes, int64_t vocab_size, int64_t num_top) {
-  require(logits.shape().size() == 2 && vocab_size > 0 && vocab_size <= logits.shape()[1],
-          "sample: logits must be [R, V] with V at least vocab_size");
-  const int64_t rows = logits.shape()[0];
-  std::vector<Tensor> out = {make({rows}, DataType::INT32, logits), make({rows}, DataType::FLOAT32, logits),
-                             make({rows, num_top}, DataType::INT32, logits), make({rows, num_top}, DataType::FLOAT32, logits)};
-  if (rows == 0) return out;
-  constexpr const char* KIND = "sample: ids, offsets and modes must be int32, int_params int64 and all else float32";
-  const auto ints = [&](const Tensor& x) { return data_of<int>(x, DataType::INT32, KIND); };
-  const auto floats = [&](const Tensor& x) { return data_of<float>(x, DataType::FLOAT32, KIND); };
-  const FdserveSample call = {floats(logits), floats(float_params), data_of<int64_t>(int_params, DataType::INT64, KIND),
-                              ints(history), ints(history_offsets), ints(prompt_lens), ints(bias_ids), floats(bias_values),
-                              ints(bias_offsets), masks ? ints(*masks) : nullptr, mask_rows ? ints(*mask_rows) : nullptr,
-                              logprob_modes ? ints(*logprob_modes) : nullptr, out[0].data<int>(), out[1].data<float>(),
-                              num_top > 0 ? out[2].data<int>() : nullptr, num_top > 0 ? out[3].data<float>() : nullptr, rows,
-                              logits.shape()[1], vocab_size, masks ? masks->shape()[1] : 0, num_top};
-  Tensor workspace = make({fdserve_cuda_sample_workspace(&call)}, DataType::UINT8, logits);
-  check(fdserve_cuda_sample(&call, workspace.data(), stream_of(logits)), "sample");
-  return out;
-}
-
 }  // namespace
 
 PD_BUILD_OP(fdserve_rms_norm).Inputs({"x", "weight"}).Outputs({"out"}).Attrs({"eps: float"}).SetKernelFn(PD_KERNEL(rms_norm));
@@ -202,6 +145,8 @@ PD_BUILD_OP(fdserve_add_rms_norm)
     .SetKernelFn(PD_KERNEL(add_rms_norm));
 
 PD_BUILD_OP(fdserve_swiglu).Inputs({"x"}).Outputs({"out"}).SetKernelFn(PD_KERNEL(swiglu));
+
+PD_BUILD_OP(fdserve_sum_ranks).Inputs({"parts"}).Outputs({"out"}).SetKernelFn(PD_KERNEL(sum_ranks));
 
 PD_BUILD_OP(fdserve_quant_linear)
     .Inputs({"x", "weight", "scales"})
@@ -222,11 +167,3 @@ PD_BUILD_OP(fdserve_moe)
     .Outputs({"out"})
     .Attrs({"bits: int", "inner: int64_t", "top_k: int64_t", "norm_min: float"})
     .SetKernelFn(PD_KERNEL(moe));
-
-PD_BUILD_OP(fdserve_sample)
-    .Inputs({"logits", "float_params", "int_params", "history", "history_offsets", "prompt_lens", "bias_ids",
-             "bias_values", "bias_offsets", paddle::Optional("masks"), paddle::Optional("mask_rows"),
-             paddle::Optional("logprob_modes")})
-    .Outputs({"tokens", "logprobs", "top_ids", "top_logprobs"})
-    .Attrs({"vocab_size: int64_t", "num_top: int64_t"})
-    .SetKernelFn(PD_KERNEL(sample));

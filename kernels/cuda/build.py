@@ -71,9 +71,9 @@ def main() -> None:
         # The bindings hold no device code, and the host's compiler alone is content with Paddle's headers.
         bindings = ["g++", "-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-w"]
         bindings += ["-DPADDLE_WITH_CUDA", "-DPADDLE_WITH_CUSTOM_KERNEL"]
-        commands.append(
-            [*bindings, *include_flags(nvcc), "-c", str(HERE / "bindings.cc"), "-o", str(Path(folder) / "bindings.o")]
-        )
+        for source in sorted(HERE.glob("bindings*.cc")):
+            target = Path(folder) / f"{source.stem}.o"
+            commands.append([*bindings, *include_flags(nvcc), "-c", str(source), "-o", str(target)])
         with ThreadPoolExecutor(arguments.jobs) as pool:
             statuses = list(pool.map(lambda command: subprocess.run(command, check=False).returncode, commands))
         if any(statuses):

@@ -43,6 +43,24 @@ struct alignas(16) Vector {
   T values[SIZE];
 };
 
+// Places in a workspace, one after the other, each aligned to 256 bytes; with no base it only counts them.
+class Places {
+ public:
+  explicit Places(void* base) : base(static_cast<char*>(base)) {}
+
+  template <class T>
+  T* take(int64_t count) {
+    T* place = reinterpret_cast<T*>(base + size);
+    size += (count * static_cast<int64_t>(sizeof(T)) + 255) / 256 * 256;
+    return place;
+  }
+
+  int64_t size = 0;
+
+ private:
+  char* base;
+};
+
 __device__ inline float warp_sum(float x) {
   for (int bits = WARP / 2; bits > 0; bits /= 2) x += __shfl_xor_sync(ALL, x, bits);
   return x;

@@ -26,6 +26,10 @@ FDSERVE_EXPORT cudaError_t fdserve_cuda_rms_norm(const void* x, const void* resi
 FDSERVE_EXPORT cudaError_t fdserve_cuda_swiglu(const void* x, int64_t tokens, int64_t inner, int dtype, void* out,
                                                cudaStream_t stream);
 
+// out[size] = the sum of parts[ranks][size], added in float32 in the order of ranks and rounded once; a multiple of 8.
+FDSERVE_EXPORT cudaError_t fdserve_cuda_sum_ranks(const void* parts, int ranks, int64_t size, int dtype, void* out,
+                                                  cudaStream_t stream);
+
 // The sequences of a step in a paged cache; device pointers.
 struct FdservePaged {
   const int* block_tables;  // [S][table_width]
@@ -98,6 +102,30 @@ struct FdserveSample {
   int* top_ids;                   // [rows][num_top]
   float* top_logprobs;            // [rows][num_top]
   int64_t rows, stride, vocab_size, mask_words, num_top;
+  int64_t first_id;               // of the logits; 0 where they are whole
 };
 FDSERVE_EXPORT int64_t fdserve_cuda_sample_workspace(const FdserveSample* call);
 FDSERVE_EXPORT cudaError_t fdserve_cuda_sample(const FdserveSample* call, void* workspace, cudaStream_t stream);
+
+// The same by ranks that share the vocabulary out: rank r has the columns starts[r] to starts[r + 1], starts being multiples
+// of 1024 but for the last, and calls with its own logits and otherwise equal arguments. Four steps in order; what offer,
+// weigh and settle write, [rows][bytes], is gathered, [ranks][rows][bytes], before the next. Token -3: the row is to be
+// sampled from whole logits.
+constexpr int FDSERVE_MAX_RANKS = 16;  // their candidates fill the shared memory of a block on every architecture
+struct FdserveRanks {
+  const void *offered, *weighed, *settled;  // as gathered
+  void* workspace;                          // the same in all steps
+  int rank, ranks;
+  int starts[FDSERVE_MAX_RANKS + 1];
+};
+struct FdserveSampleSizes {
+  int64_t workspace, offered, weighed, settled;  // bytes, the last three of a row
+};
+FDSERVE_EXPORT void fdserve_cuda_sample_sizes(const FdserveSample* call, const FdserveRanks* ranks, FdserveSampleSizes* sizes);
+FDSERVE_EXPORT cudaError_t fdserve_cuda_sample_offer(const FdserveSample* call, const FdserveRanks* ranks, void* offered,
+                                                     cudaStream_t stream);
+FDSERVE_EXPORT cudaError_t fdserve_cuda_sample_weigh(const FdserveSample* call, const FdserveRanks* ranks, void* weighed,
+                                                     cudaStream_t stream);
+FDSERVE_EXPORT cudaError_t fdserve_cuda_sample_settle(const FdserveSample* call, const FdserveRanks* ranks, void* settled,
+                                                      cudaStream_t stream);
+FDSERVE_EXPORT cudaError_t fdserve_cuda_sample_finish(const FdserveSample* call, const FdserveRanks* ranks, cudaStream_t stream);

@@ -1,4 +1,4 @@
-// Row-wise operators: RMSNorm with the residual added, SwiGLU.
+// Row-wise operators: RMSNorm with the residual added, SwiGLU; and the sum of what ranks computed.
 //
 // A block has a row; a thread loads 16 bytes at a time and keeps what it loaded in registers between the two passes over a
 // row, so that each byte is read once and written once. Floor: the bytes over the copy bandwidth.
@@ -82,6 +82,22 @@ __global__ void swiglu_kernel(const T* x, int64_t vectors, int inner_vectors, T*
   }
 }
 
+// A thread has 16 bytes of the result. Floor: ranks + 1 times the result's bytes over the copy bandwidth.
+template <class T>
+__global__ void sum_ranks_kernel(const T* parts, int ranks, int64_t vectors, T* out) {
+  using V = Vector<T>;
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (i >= vectors) return;
+  float sums[V::SIZE] = {};
+  for (int rank = 0; rank < ranks; ++rank) {
+    const V part = reinterpret_cast<const V*>(parts)[rank * vectors + i];
+    for (int j = 0; j < V::SIZE; ++j) sums[j] = __fadd_rn(sums[j], to_float(part.values[j]));
+  }
+  V result;
+  for (int j = 0; j < V::SIZE; ++j) result.values[j] = from_float<T>(sums[j]);
+  reinterpret_cast<V*>(out)[i] = result;
+}
+
 template <class T>
 void rms_norm(const void* x, const void* residual, const void* weight, float eps, int64_t tokens, int64_t hidden, void* out,
               void* total, cudaStream_t stream) {
@@ -101,6 +117,13 @@ void swiglu(const void* x, int64_t tokens, int64_t inner, void* out, cudaStream_
          static_cast<int>(inner / Vector<T>::SIZE), static_cast<T*>(out));
 }
 
+template <class T>
+void sum_ranks(const void* parts, int ranks, int64_t size, void* out, cudaStream_t stream) {
+  const int64_t vectors = size / Vector<T>::SIZE;
+  launch(sum_ranks_kernel<T>, dim3((vectors + 255) / 256), dim3(256), 0, stream, static_cast<const T*>(parts), ranks, vectors,
+         static_cast<T*>(out));
+}
+
 }  // namespace
 }  // namespace fdserve::cuda
 
@@ -115,5 +138,10 @@ cudaError_t fdserve_cuda_rms_norm(const void* x, const void* residual, const voi
 
 cudaError_t fdserve_cuda_swiglu(const void* x, int64_t tokens, int64_t inner, int dtype, void* out, cudaStream_t stream) {
   if (tokens > 0) (dtype == FDSERVE_BF16 ? swiglu<bf16> : swiglu<fp16>)(x, tokens, inner, out, stream);
+  return cudaGetLastError();
+}
+
+cudaError_t fdserve_cuda_sum_ranks(const void* parts, int ranks, int64_t size, int dtype, void* out, cudaStream_t stream) {
+  if (size > 0) (dtype == FDSERVE_BF16 ? sum_ranks<bf16> : sum_ranks<fp16>)(parts, ranks, size, out, stream);
   return cudaGetLastError();
 }

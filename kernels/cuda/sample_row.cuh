@@ -57,6 +57,12 @@ __device__ inline u64 philox53(u64 seed, u64 position) {
   return (static_cast<u64>(x[0]) << 32 | x[1]) >> 11;
 }
 
+// What the running mass must reach for the token that `number` (of 2^53) draws from `all`.
+__device__ inline u64 drawn(u64 number, u64 all) {
+  // all < 2^57 and number < 2^53: the product's upper part is what counts.
+  return __umul64hi(all, number << 11) + 1;
+}
+
 // A leading set of the candidates: those over `value`, and of those that equal it the ids up to `last`.
 struct Cut {
   float value = -INFINITY;
@@ -133,11 +139,9 @@ class Row {
     return found;
   }
 
-  // The id at which the kept mass, added up in the order of ids, exceeds `number` 2^-53 of `all`.
-  __device__ int draw(u64 number, u64 all, const Cut& cut, float least) const {
-    // all < 2^57 and number < 2^53: the product's upper part is what counts.
-    const u64 high = __umul64hi(all, number << 11);
-    return nth(high + 1, [&](int i) { return kept(i, cut, least) ? units(logits[i]) : u64{0}; });
+  // The index at which the kept mass, added up in their order, reaches `target`.
+  __device__ int at(u64 target, const Cut& cut, float least) const {
+    return nth(target, [&](int i) { return kept(i, cut, least) ? units(logits[i]) : u64{0}; });
   }
 
  private:

@@ -55,6 +55,19 @@ def swiglu(device: Device, rng: Generator, dtype: str, tokens: int, inner: int) 
     close(to_floats(device.get(out), dtype), gate / (1 + np.exp(-gate)) * up, 2 * EPS[dtype])
 
 
+def sum_ranks(device: Device, rng: Generator, dtype: str, ranks: int, size: int) -> None:
+    """To the bit: float32 sums in the order of ranks, rounded once."""
+    parts = rounded(rng.normal(size=(ranks, size)) * rng.choice([1, 100], size=(ranks, 1)), dtype)
+    out = device.empty((size,), np.uint16)
+    device.call(
+        "fdserve_cuda_sum_ranks", device.put(to_bits(parts, dtype)), ctypes.c_int(ranks), size, code(dtype), out
+    )
+    total = np.zeros(size, np.float32)
+    for part in parts:
+        total += part
+    close(to_floats(device.get(out), dtype), rounded(total, dtype), 0)
+
+
 class CPaged(ctypes.Structure):
     """FdservePaged of launchers.h."""
 

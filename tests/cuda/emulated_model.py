@@ -1,4 +1,4 @@
-"""`python -m tests.cuda.emulated_model LIBRARY CHECKPOINT QUANTIZATION OUT`: a model on the CUDA ops, emulated.
+"""`python -m tests.cuda.emulated_model LIBRARY CHECKPOINT DTYPE QUANTIZATION OUT`: a model on the CUDA ops, emulated.
 
 A process of its own, because the CPU's ops have the same names.
 """
@@ -26,27 +26,38 @@ STEPS = [
 ]
 
 
-def logits_of(checkpoint: Path, dtype: str, quantization: str | None = None) -> np.ndarray[Any, Any]:
-    """The logits of every token of STEPS."""
-    model = load_model(checkpoint, read_config(checkpoint), dtype=dtype, quantization=quantization)
+def logits_of(checkpoint: Path, dtype: str, quantization: str | None = None, **ranks: Any) -> np.ndarray[Any, Any]:
+    """The logits of every token of STEPS; of a rank its part."""
+    model = load_model(checkpoint, read_config(checkpoint), dtype=dtype, quantization=quantization, **ranks)
     stepper = Stepper(model)
     return np.concatenate([stepper.step(step) for step in STEPS])
 
 
+def emulate(library: Path) -> None:
+    """Compute with the emulated ops in this process, as on a GPU."""
+    ops.use_gpu(library)
+    paddle.matmul = _matmul_in_float32
+    paddle.gather = _gather_of_any_type
+
+
 def _matmul_in_float32(x: Any, y: Any, transpose_y: bool = False) -> Any:
-    """Paddle has no bfloat16 product on a CPU."""
+    """Paddle has no 16-bit product on a CPU."""
     return _matmul(x.cast("float32"), y.cast("float32"), transpose_y=transpose_y).cast(x.dtype)
 
 
-_matmul = paddle.matmul
+def _gather_of_any_type(x: Any, index: Any) -> Any:
+    """Paddle gathers no float16 on a CPU."""
+    return _gather(x.view("int16"), index).view("float16") if x.dtype == paddle.float16 else _gather(x, index)
+
+
+_matmul, _gather = paddle.matmul, paddle.gather
 
 
 def main() -> None:
     """Write the logits, and the greedy tokens that the sampler takes from them."""
-    library, checkpoint, quantization, out = sys.argv[1:]
-    ops.use_gpu(Path(library))
-    paddle.matmul = _matmul_in_float32
-    logits = logits_of(Path(checkpoint), "bfloat16", None if quantization == "none" else quantization)
+    library, checkpoint, dtype, quantization, out = sys.argv[1:]
+    emulate(Path(library))
+    logits = logits_of(Path(checkpoint), dtype, None if quantization == "none" else quantization)
     rows, vocab = logits.shape
     zeros = paddle.zeros([rows + 1], "int32")
     empty, floats = paddle.zeros([0], "int32"), np.tile(np.float32([0, 1, 0, 1, 0, 0]), (rows, 1))

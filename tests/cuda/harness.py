@@ -66,6 +66,7 @@ class Device(ABC):
         library.fdserve_cuda_attention_workspace.restype = ctypes.c_int64
         library.fdserve_cuda_moe_workspace.restype = ctypes.c_int64
         library.fdserve_cuda_sample_workspace.restype = ctypes.c_int64
+        library.fdserve_cuda_sample_sizes.restype = None
 
     @abstractmethod
     def allocate(self, content: Array) -> Any:

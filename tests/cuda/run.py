@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.cuda import checks, sampling
+from tests.cuda import checks, sampling, sampling_ranks
 from tests.cuda.harness import DTYPES, Device
 
 Check = Callable[[Device, np.random.Generator, str], None]
@@ -30,6 +30,8 @@ def cases() -> Iterator[tuple[str, Check]]:
             )
     for tokens, inner in ((3, 1024), (5, 8), (2, 2504), (0, 64), (4096, 3072)):
         yield f"swiglu [{tokens}, {inner}]", lambda d, r, t, n=tokens, i=inner: checks.swiglu(d, r, t, n, i)  # type: ignore[misc]
+    for ranks, size in ((2, 8), (3, 2504), (8, 512 * 8192), (2, 0)):
+        yield f"sum_ranks {ranks, size}", lambda d, r, t, n=ranks, s=size: checks.sum_ranks(d, r, t, n, s)  # type: ignore[misc]
     for shape in (
         checks.Shape((1, 3, 0, 20, 1), (5, 70, 9, 0, 1100)),
         checks.Shape((1,), (0,)),
@@ -53,6 +55,10 @@ def cases() -> Iterator[tuple[str, Check]]:
         yield f"moe of wint{bits}", lambda d, r, t, b=bits: checks.moe(d, r, t, 70, 2560, 1536, 8, 2, b)  # type: ignore[misc]
     for rows in ((16, 1003, 1003, 5), (16, 9000, 8900, 20), (8, 40, 33, 0), (4, 64, 3, 64), (256, 103424, 103424, 20)):
         yield f"sample {rows}", lambda d, r, t, a=rows: sampling.sample(d, r, *a)  # type: ignore[misc]
+    for shares in ((2, 24, 2051, 5), (4, 24, 5000, 20), (8, 24, 8192, 0), (8, 64, 103424, 20)):
+        yield f"sample on ranks {shares}", lambda d, r, t, a=shares: sampling_ranks.sample_ranks(d, r, *a)  # type: ignore[misc]
+    for ranks in (2, 8):
+        yield f"draws on {ranks} ranks", lambda d, r, t, n=ranks: sampling_ranks.draws(d, r, n, 200)  # type: ignore[misc]
     for bits in (8, 4):
         for tokens, depth, columns in ((1, 192, 130), (16, 64, 128), (17, 128, 40), (200, 2560, 3584)):
             yield (
@@ -99,6 +105,7 @@ def main() -> int:
             timings.rows(gpu, copy),
             timings.attention(gpu, copy, matmul),
             timings.sampler(gpu, copy),
+            timings.sampler_of_ranks(gpu, copy),
             timings.quantized(gpu, copy, matmul),
             timings.experts(gpu, copy, matmul),
         ):

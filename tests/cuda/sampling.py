@@ -18,7 +18,7 @@ _POINTERS = (
     *("bias_ids", "bias_values", "bias_offsets", "masks", "mask_rows", "logprob_modes"),
     *("tokens", "logprobs", "top_ids", "top_logprobs"),
 )
-_SIZES = ("rows", "stride", "vocab_size", "mask_words", "num_top")
+_SIZES = ("rows", "stride", "vocab_size", "mask_words", "num_top", "first_id")
 
 
 class CSample(ctypes.Structure):
@@ -95,7 +95,7 @@ def run(device: Device, inputs: Inputs) -> list[Array]:
     ]
     stride, words = arrays["logits"].shape[1], arrays["masks"].shape[1]
     pointers = [buffer.pointer for buffer in (*buffers, *outputs)]
-    call = CSample(*pointers, rows, stride, inputs.vocab_size, words, inputs.num_top)
+    call = CSample(*pointers, rows, stride, inputs.vocab_size, words, inputs.num_top, 0)
     size = device.library.fdserve_cuda_sample_workspace(ctypes.byref(call))
     workspace = device.empty((max(size, 1),), np.uint8)
     device.call("fdserve_cuda_sample", ctypes.byref(call), workspace)

@@ -21,7 +21,17 @@ def test_everything_compiles_and_links(tmp_path: Path) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     symbols = out.read_bytes()
-    for name in ("rms_norm", "swiglu", "rope_and_store", "attention", "moe", "sample", "quant_linear"):
+    for name in (
+        "rms_norm",
+        "swiglu",
+        "rope_and_store",
+        "attention",
+        "moe",
+        "sample",
+        "quant_linear",
+        "sum_ranks",
+        "sample_settle",
+    ):
         assert f"fdserve_cuda_{name}".encode() in symbols
 
 
@@ -29,10 +39,15 @@ def test_the_structures_are_those_of_the_launchers(tmp_path: Path) -> None:
     """Sizes and offsets as the C++ compiler sees them."""
     from tests.cuda.checks import CMoe, CPaged
     from tests.cuda.sampling import CSample
+    from tests.cuda.sampling_ranks import CRanks, CSizes
 
     lines = []
     expected = []
-    for name, kind in (("FdservePaged", CPaged), ("FdserveMoe", CMoe), ("FdserveSample", CSample)):
+    kinds: list[tuple[str, type[ctypes.Structure]]] = [
+        *[("FdservePaged", CPaged), ("FdserveMoe", CMoe), ("FdserveSample", CSample)],
+        *[("FdserveRanks", CRanks), ("FdserveSampleSizes", CSizes)],
+    ]
+    for name, kind in kinds:
         lines.append(f'std::printf("%zu\\n", sizeof({name}));')
         expected.append(ctypes.sizeof(kind))
         for field, _ in kind._fields_:

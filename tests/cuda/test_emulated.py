@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.cuda import checks, sampling
+from tests.cuda import checks, sampling, sampling_ranks
 from tests.cuda.harness import DTYPES, Emulated, link_emulated
 
 
@@ -39,6 +39,12 @@ def test_rms_norm(
 @pytest.mark.parametrize(("tokens", "inner"), [(3, 1024), (5, 8), (2, 2504), (0, 64)])
 def test_swiglu(device: Emulated, rng: np.random.Generator, dtype: str, tokens: int, inner: int) -> None:
     checks.swiglu(device, rng, dtype, tokens, inner)
+
+
+@every_dtype
+@pytest.mark.parametrize(("ranks", "size"), [(2, 8), (3, 2504), (8, 256), (2, 0)])
+def test_sum_ranks(device: Emulated, rng: np.random.Generator, dtype: str, ranks: int, size: int) -> None:
+    checks.sum_ranks(device, rng, dtype, ranks, size)
 
 
 SHAPES = {
@@ -103,3 +109,18 @@ def test_sample(
     device: Emulated, rng: np.random.Generator, rows: int, stride: int, vocab_size: int, num_top: int
 ) -> None:
     sampling.sample(device, rng, rows, stride, vocab_size, num_top)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "rows", "vocab_size", "num_top"),
+    [(2, 24, 2051, 5), (2, 4, 20000, 64), (4, 16, 5000, 20), (8, 12, 8192, 0), (8, 4, 8200, 1)],
+)
+def test_sample_on_ranks(
+    device: Emulated, rng: np.random.Generator, world_size: int, rows: int, vocab_size: int, num_top: int
+) -> None:
+    sampling_ranks.sample_ranks(device, rng, world_size, rows, vocab_size, num_top)
+
+
+@pytest.mark.parametrize(("world_size", "rows"), [(2, 32), (4, 12), (8, 8)])
+def test_draws_on_ranks(device: Emulated, rng: np.random.Generator, world_size: int, rows: int) -> None:
+    sampling_ranks.draws(device, rng, world_size, rows)

@@ -7,11 +7,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from tests.cuda.checks import CMoe, CPaged
 from tests.cuda.gpu import Gpu, seconds
-from tests.cuda.sampling import CSample
+from tests.cuda.sampling import CSample, random_inputs
+from tests.cuda.sampling_ranks import kernels_of_one
 
 BF16 = ctypes.c_int(0)
 
@@ -66,6 +68,11 @@ def rows(gpu: Gpu, copy: float) -> Iterator[Figure]:
     out = bf16(8192, 12288)
     took = seconds(lambda: gpu.call("fdserve_cuda_swiglu", pointer(gate_up), *out.shape, BF16, pointer(out)))
     yield Figure("swiglu [8192, 12288]", took, 3 * out.numel() * 2 / copy)
+    for ranks in (2, 8):
+        parts, total = bf16(ranks, 512, 8192), bf16(512, 8192)
+        arguments = pointer(parts), ctypes.c_int(ranks), total.numel(), BF16, pointer(total)
+        took = seconds(lambda arguments=arguments: gpu.call("fdserve_cuda_sum_ranks", *arguments))  # type: ignore[misc]
+        yield Figure(f"sum of {ranks} ranks, [512, 8192]", took, (ranks + 1) * total.numel() * 2 / copy)
 
 
 class Sequences:
@@ -168,6 +175,21 @@ def sampler(gpu: Gpu, copy: float) -> Iterator[Figure]:
             beside = seconds(lambda logits=logits: torch.topk(torch.log_softmax(logits, -1), top))  # type: ignore[misc]
             # A copy reads and writes: only half of its bytes are read.
             yield Figure(f"sample, {rows} rows, {name}, top 20", took, logits.numel() * 8 / copy, beside)
+
+
+def sampler_of_ranks(gpu: Gpu, copy: float) -> Iterator[Figure]:
+    """One of eight ranks' kernels, without the gatherings between them."""
+    rng = np.random.default_rng(5)
+    for rows in (1, 64, 256):
+        inputs = random_inputs(rng, rows, 103424, 103424, 20)
+        inputs.arrays["float_params"][:] = [1, 0.8, 0, 1, 0, 0]
+        inputs.arrays["int_params"][:, ::3] = [0, -1]
+        inputs.arrays["mask_rows"][:] = -1
+        inputs.arrays["logprob_modes"][:] = 0
+        inputs.arrays["bias_offsets"][:] = 0
+        took = seconds(kernels_of_one(gpu, inputs, 8))
+        # A copy reads and writes: only half of its bytes are read.
+        yield Figure(f"sample on one of 8 ranks, {rows} rows, top_p 0.8, top 20", took, rows * 103424 / 8 * 8 / copy)
 
 
 def quantized(gpu: Gpu, copy: float, matmul: float) -> Iterator[Figure]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,7 +10,10 @@ import paddle
 import pytest
 
 from fdserve.errors import StartupError
+from fdserve.executor.wire import Load
 from fdserve.worker.device import check_formats, free_gpu_bytes, select_device
+from fdserve.worker.runner import Runner
+from tests.models.checkpoints import write_checkpoint
 
 
 def with_gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> list[str]:
@@ -23,47 +27,66 @@ def with_gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> list[str]:
 
 @pytest.mark.parametrize("asked", ["auto", "cpu"])
 def test_the_cpu_is_used_where_there_is_nothing_else(asked: str) -> None:
-    select_device(asked, 0, 1)
+    select_device(asked, 0)
     assert paddle.device.get_device() == "cpu"
 
 
 def test_auto_takes_the_cpu_where_the_build_for_gpus_finds_none(monkeypatch: pytest.MonkeyPatch) -> None:
     used = with_gpus(monkeypatch, 0)
-    select_device("auto", 0, 1)
+    select_device("auto", 0)
     assert used == ["cpu"]
 
 
 def test_a_gpu_needs_the_build_for_it() -> None:
     with pytest.raises(StartupError, match="GPU build"):
-        select_device("gpu", 0, 1)
+        select_device("gpu", 0)
 
 
 def test_a_gpu_must_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
     with_gpus(monkeypatch, 0)
     with pytest.raises(StartupError, match="finds 0 GPUs"):
-        select_device("gpu", 0, 1)
+        select_device("gpu", 0)
 
 
 @pytest.mark.parametrize("asked", ["auto", "gpu"])
-def test_several_ranks_stay_on_cpus(monkeypatch: pytest.MonkeyPatch, asked: str) -> None:
-    with_gpus(monkeypatch, 8)
-    with pytest.raises(StartupError, match="--device cpu"):
-        select_device(asked, 0, 2)
+def test_every_rank_needs_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch, asked: str) -> None:
+    used = with_gpus(monkeypatch, 2)
+    with pytest.raises(StartupError, match="finds 2 GPUs, and a rank needs number 2"):
+        select_device(asked, 2)
+    with pytest.raises(StartupError, match="make kernels-cuda"):
+        select_device(asked, 1)
+    assert used == ["gpu:1"]
 
 
 def test_the_kernels_must_be_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     used = with_gpus(monkeypatch, 1)
     with pytest.raises(StartupError, match="make kernels-cuda"):
-        select_device("auto", 0, 1)
+        select_device("auto", 0)
     assert used == ["gpu:0"]
 
 
 def test_formats_of_a_gpu() -> None:
     for quantization in ("none", "wint8", "wint4"):
-        check_formats("bfloat16", quantization, "bfloat16")
-    for wrong in (("float32", "none", "bfloat16"), ("bfloat16", "w8a8", "bfloat16"), ("bfloat16", "none", "int8")):
+        for dtype in ("bfloat16", "float16"):
+            check_formats(dtype, quantization, dtype)
+    for wrong in (
+        ("float32", "none", "float32"),
+        ("bfloat16", "w8a8", "bfloat16"),
+        ("bfloat16", "none", "int8"),
+        ("bfloat16", "none", "float16"),
+    ):
         with pytest.raises(StartupError, match="GPU"):
             check_formats(*wrong)
+
+
+def test_float16_is_for_gpus(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path)
+    load = Load(
+        directory=str(tmp_path), device="cpu", rank=0, world_size=1, dtype="float16", block_size=16, num_blocks=8,
+        kv_cache_bytes=0, host_cache_bytes=0, max_num_seqs=1, max_model_len=64, num_threads=1, parent=0,
+    )  # fmt: skip
+    with pytest.raises(StartupError, match="--dtype float16 needs a GPU"):
+        Runner(load, lambda what, done, total: None)
 
 
 def test_the_cache_has_what_the_weights_leave() -> None:

@@ -1,0 +1,54 @@
+// What the files that bind kernels to Paddle share; see bindings.cc.
+#pragma once
+
+#include <vector>
+
+#include "launchers.h"
+#include "paddle/common/enforce.h"
+#include "paddle/phi/api/all.h"
+
+namespace fdserve::cuda::bindings {
+
+using paddle::DataType;
+using paddle::Tensor;
+
+inline void require(bool holds, const char* message) {
+  if (!holds) PADDLE_THROW(common::errors::InvalidArgument("%s", message));
+}
+
+inline void check(cudaError_t status, const char* op) {
+  if (status != cudaSuccess) PADDLE_THROW(common::errors::External("%s: CUDA error %d", op, static_cast<int>(status)));
+}
+
+#ifdef FDSERVE_EMULATED
+inline cudaStream_t stream_of(const Tensor&) { return nullptr; }
+inline int multiprocessors() { return 8; }
+#else
+inline cudaStream_t stream_of(const Tensor& x) { return x.stream(); }
+inline int multiprocessors() {
+  static const int count = [] {
+    int device = 0, value = 1;
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&value, cudaDevAttrMultiProcessorCount, device);
+    return value;
+  }();
+  return count;
+}
+#endif
+
+inline int dtype_of(const Tensor& x) {
+  require(x.dtype() == DataType::BFLOAT16 || x.dtype() == DataType::FLOAT16, "expected a bfloat16 or float16 tensor");
+  return x.dtype() == DataType::BFLOAT16 ? FDSERVE_BF16 : FDSERVE_FP16;
+}
+
+inline Tensor make(std::vector<int64_t> shape, DataType dtype, const Tensor& beside) {
+  return paddle::empty(shape, dtype, beside.place());
+}
+
+template <class T>
+const T* data_of(const Tensor& x, DataType dtype, const char* message) {
+  require(x.dtype() == dtype, message);
+  return static_cast<const T*>(x.numel() == 0 ? nullptr : x.data());
+}
+
+}  // namespace fdserve::cuda::bindings
