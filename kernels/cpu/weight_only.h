@@ -63,12 +63,15 @@ struct Tables<8> {
   }
 };
 
+constexpr int64_t UNFOLD_AHEAD_BYTES = 8192;
+
 // A part of a group, vectors [first, first + COUNT) of it.
 template <int BITS, int64_t COUNT, bool FETCH>
 FD_INLINE void unfold_part(const Tables<BITS>& tables, const char* packed, int64_t first, bf16* slice) {
   constexpr int PAIRS = Unfold<BITS>::PAIRS;
   for (int64_t i = first; i < first + COUNT; i += 4) {
-    if (FETCH) prefetch<4>(packed + AHEAD_BYTES + i * 64);
+    // Into the second-level cache, which can wait for more lines at once.
+    for (int v = 0; FETCH && v < 4; ++v) __builtin_prefetch(packed + UNFOLD_AHEAD_BYTES + (i + v) * 64, 0, 2);
     for (int v = 0; v < 4; ++v) {
       __m512i pairs[PAIRS];
       tables.unfold(_mm512_loadu_si512(packed + (i + v) * 64), pairs);
