@@ -1,13 +1,13 @@
 // Products of rows and panels by AMX, whose registers are tiles of 16 rows by 64 bytes.
 //
-// Layout: that of gemm.h and weight_only.h as it is. 16 steps of depth by 16 columns of a panel are a tile of weights (its
-// rows 256 bytes apart), 16 rows of `a` by 64 bytes one of activations. Tiling: two tiles of rows by two of columns (4 sums,
-// 2 + 2 factors), over all of the depth; up to 16 rows take one tile of rows by all four of columns, so that the panel is
-// one stream. The last tile of rows begins 16 rows before the end: what it shares with the tile before is computed twice,
-// to the same bits. Every element is one chain over the depth in steps of 16 whatever the rows: within a step the
-// instruction adds a chain over the first elements of the pairs and one over the second, then both to the sum.
-// Floor: memory up to ~100 rows, then 1024 multiply-adds a cycle and core. While rows pass over a panel the next one is
-// fetched.
+// Layout: that of gemm.h and weight_only.h as it is. 16 steps of depth by 16 columns of a panel are a tile of weights
+// (its rows 256 bytes apart), 16 rows of `a` by 64 bytes one of activations. Tiling: two tiles of rows by two of columns
+// (4 sums, 2 + 2 factors), over all of the depth; up to 16 rows take one tile of rows by all four of columns, so that the
+// panel is one stream. The last tile of rows begins 16 rows before the end: what it shares with the tile before is
+// computed twice, to the same bits. Every element is one chain over the depth in steps of 16 whatever the rows: within a
+// step the instruction adds a chain over the first elements of the pairs and one over the second, then both to the sum.
+// Floor: memory up to ~100 rows, then 512 multiply-adds of bf16 a cycle and core, or 1024 of bytes. While rows pass over a
+// panel the next one is fetched.
 
 namespace fdserve {
 namespace FD_ISA {
@@ -131,8 +131,8 @@ struct Rest {
   }
 };
 
-// The sums of one or two tiles of rows by a panel into acc[tile][..][64]. `ahead` is fetched on the way: LINES cache lines
-// a step and tile.
+// The sums of one or two tiles of rows by a panel into acc[tile][..][64]. `ahead` is fetched on the way: LINES cache
+// lines a step and tile.
 template <class Math, int LINES>
 void tile_pass(const char* const* a, int64_t tiles, int64_t tile_rows, int64_t stride, const char* panel, int64_t depth,
                typename Math::Sum* const* acc, const char* ahead) {
@@ -174,7 +174,8 @@ struct RowTiles {
 };
 
 template <class Math, int LINES>
-void tile_passes(const char* a, int64_t stride, RowTiles tiles, const char* panel, int64_t depth, typename Math::Sum* acc) {
+void tile_passes(const char* a, int64_t stride, RowTiles tiles, const char* panel, int64_t depth,
+                 typename Math::Sum* acc) {
   const char *next = panel + depth * STEP_BYTES, *end = next + depth * STEP_BYTES;
   for (int64_t t = 0; t < tiles.count; t += 2) {
     const int64_t first = tiles.start(t), second = tiles.start(t + 1 < tiles.count ? t + 1 : t);
@@ -188,7 +189,8 @@ void tile_passes(const char* a, int64_t stride, RowTiles tiles, const char* pane
 }
 
 template <class Math>
-void tile_gemm(const void* a_, int64_t stride, int64_t rows, const void* panel_, int64_t depth, typename Math::Sum* acc) {
+void tile_gemm(const void* a_, int64_t stride, int64_t rows, const void* panel_, int64_t depth,
+               typename Math::Sum* acc) {
   const char *a = static_cast<const char*>(a_), *panel = static_cast<const char*>(panel_);
   const RowTiles tiles(rows);
   shape_tiles(rows);
@@ -219,8 +221,8 @@ struct Unscaled {
 
 constexpr int64_t UNFOLDED_GROUPS = 16;  // whose weights share the second-level cache with rows and sums
 
-// A weight-only panel for many rows: some groups are unfolded, then tiles of rows pass over them, whose sums stay in the
-// first-level cache meanwhile.
+// A weight-only panel for many rows: some groups are unfolded, then tiles of rows pass over them, whose sums stay in
+// the first-level cache meanwhile.
 template <int BITS>
 void tile_groups(const char* a, int64_t stride, RowTiles tiles, const char* panel, int64_t groups, float* acc) {
   constexpr int64_t DEPTH = GROUP / 2, BYTES = Unfold<BITS>::LINES * LINE;
@@ -302,7 +304,8 @@ void few_groups(const char* a, int64_t stride, int64_t rows, const char* panel, 
 }
 
 template <int BITS>
-FD_INLINE void multiply_group_tiles(const char* a, int64_t stride, int64_t rows, const char* panel, int64_t groups, float* acc) {
+FD_INLINE void multiply_group_tiles(const char* a, int64_t stride, int64_t rows, const char* panel, int64_t groups,
+                                    float* acc) {
   if (rows <= TILE_ROWS) few_groups<BITS>(a, stride, rows, panel, groups, acc);
   else tile_groups<BITS>(a, stride, RowTiles(rows), panel, groups, acc);
 }

@@ -1,12 +1,12 @@
 // Attention of query rows over one tile of 64 keys by AMX; see attend.h for the caches' layout and the softmax's state.
 //
-// Layout: 16 keys of a head are already tiles of weights, [head_dim/32] of 16 pairs of dimensions by 16 keys; two groups of
-// 16 values are, too, 16 pairs of keys by 16 dimensions each, where they lie one after the other, as in a block of 32 keys
-// or more; others, and keys that no row sees, are copied first. Tiling: 16 rows by 64 keys (scores), then 16 rows by 64
-// dimensions (values), over all keys of the tile. Rows past the last are computed and thrown away, so that tiles keep
+// Layout: 16 keys of a head are already tiles of weights, [head_dim/32] of 16 pairs of dimensions by 16 keys; two groups
+// of 16 values are, too, 16 pairs of keys by 16 dimensions each, where they lie one after the other, as in a block of 32
+// keys or more; others, and keys that no row sees, are copied first. Tiling: 16 rows by 64 keys (scores), then 16 rows by
+// 64 dimensions (values), over all keys of the tile. Rows past the last are computed and thrown away, so that tiles keep
 // their shape. A row's arithmetic is the same in any company: scores and values are chains of steps as in amx.h, and a key
-// that a row does not see weighs exactly 0. Floor: memory for a decode; for a prefill the exponentials, one for each score,
-// which take longer than the products around it.
+// that a row does not see weighs exactly 0. Floor: memory for a decode; for a prefill the exponentials, one for each
+// score, which take longer than the products around it.
 
 namespace fdserve {
 namespace FD_ISA {
