@@ -14,6 +14,7 @@ from fdserve.engine.engine import Engine, Ranks
 from fdserve.engine.machine import available_cores, available_memory
 from fdserve.engine.scheduler import Scheduler
 from fdserve.engine.speculation import Speculation
+from fdserve.engine.step_log import StepLog
 from fdserve.errors import StartupError
 from fdserve.executor.cluster import Cluster, check_secret, read_cluster
 from fdserve.executor.executor import open_executor
@@ -92,7 +93,13 @@ def create_engine(config: Config, directory: Path, model: ModelConfig) -> Engine
             speculation=Speculation(config.speculation) if config.speculation else None,
         )
 
-    return Engine(open_ranks, make_scheduler, max_requests=config.max_concurrency, step_timeout=config.step_timeout)
+    return Engine(
+        open_ranks,
+        make_scheduler,
+        max_requests=config.max_concurrency,
+        step_timeout=config.step_timeout,
+        step_log=StepLog(Path(config.step_log)) if config.step_log else None,
+    )
 
 
 def _number_of_ranks(config: Config, cluster: Cluster | None) -> int:
