@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -36,11 +38,20 @@ class Growth:
 
 def tree(pid: int) -> list[int]:
     """A process and all that descend from it, parents first. OSError if it has ended."""
+    os.kill(pid, 0)
     found = [pid]
     for parent in found:
-        for task in Path(f"/proc/{parent}/task").iterdir():
-            found += map(int, (task / "children").read_text().split())
+        for thread in _entries(f"/proc/{parent}/task"):
+            with suppress(OSError):  # it may end meanwhile
+                found += map(int, Path(f"/proc/{parent}/task/{thread}/children").read_text().split())
     return found
+
+
+def _entries(directory: str) -> list[str]:
+    try:
+        return os.listdir(directory)
+    except OSError:
+        return []
 
 
 def resident_bytes(pid: int) -> int:

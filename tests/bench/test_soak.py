@@ -7,7 +7,9 @@ import os
 import random
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -39,6 +41,20 @@ def test_all_that_descends_from_a_process_is_found(child: subprocess.Popen[bytes
     log.sample()
     assert log.traces[child.pid].command.startswith(sys.executable)
     assert len(log.traces[child.pid].resident) == 2
+
+
+def test_threads_may_end_meanwhile() -> None:
+    with ThreadPoolExecutor(1) as pool:
+
+        def come_and_go() -> None:
+            for _ in range(1000):
+                thread = threading.Thread(target=lambda: None)
+                thread.start()
+                thread.join()
+
+        done = pool.submit(come_and_go)
+        while not done.done():
+            assert tree(os.getpid())[0] == os.getpid()
 
 
 def test_a_process_that_ended_has_no_memory(child: subprocess.Popen[bytes]) -> None:
