@@ -13,6 +13,7 @@ COMMANDS = {
     "kernels": "the CPU kernels against memory bandwidth and oneDNN",
     "scheduler": "planning a step and assembling its batch",
     "frontend": "streaming with ranks that answer at once against bare hypercorn",
+    "soak": "a mixed load for an hour; whether the server's memory grows",
     "startup": "from the start of the process to /health 200; memory",
     "accuracy": "what quantization changes: logits and greedy tokens",
     "random_checkpoint": "write a checkpoint of random weights to measure with",

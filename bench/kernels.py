@@ -5,7 +5,8 @@
 
 A kernel that reads is set against the bandwidth at which plain code reads memory here, a matrix product also against
 oneDNN's own, the two taking turns, and a prefill's attention against oneDNN's best rate. Ratios are shares of the
-floor's speed: at 100 % the floor is reached. Sizes are those of ERNIE-4.5-0.3B.
+floor's speed: at 100 % the floor is reached. Sizes are those of ERNIE-4.5-0.3B, and "step" is a whole decode step of a
+model of random weights, from the plan to the tokens.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ from bench.kernel_attention import attention_cases
 from bench.kernel_linear import ROWS, SHAPES, formats, linear_cases
 from bench.kernel_moe import moe_cases
 from bench.kernel_rows import element_cases, sampler_cases
+from bench.kernel_step import step_cases
 from bench.machine import describe
 from fdserve import ops
 
-FAMILIES = ("linear", "attention", "moe", "sample", "elements")
+FAMILIES = ("linear", "attention", "moe", "sample", "elements", "step")
 
 
 def cases(family: str, floors: Floors, options: argparse.Namespace) -> Iterator[Case]:
@@ -34,6 +36,8 @@ def cases(family: str, floors: Floors, options: argparse.Namespace) -> Iterator[
         yield from linear_cases(floors, names=options.formats, shapes=options.shapes, rows=options.rows)
     elif family == "attention":
         yield from attention_cases(floors, dtypes=dtypes)
+    elif family == "step":
+        yield from step_cases(names=options.formats, budget=floors.budget)
     elif family == "sample":
         yield from sampler_cases(floors)
     else:
@@ -49,7 +53,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("families", nargs="*", metavar="FAMILY", help=f"of {', '.join(FAMILIES)}; default: all")
     parser.add_argument("--dtypes", nargs="+", choices=("bfloat16", "float32"), help="default: the processor's best")
     default = [name for name in formats() if name != "float32" or ops.compute_dtype() == name]
-    parser.add_argument("--formats", nargs="+", choices=formats(), default=default, help="of linear's weights")
+    parser.add_argument(
+        "--formats", nargs="+", choices=formats(), default=default, help="of linear's and step's weights"
+    )
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES), help="of linear")
     parser.add_argument("--rows", nargs="+", type=int, default=list(ROWS), help="of linear")
     parser.add_argument("--threads", type=int, default=0, help="default: as many as the process may run on cores")

@@ -6,8 +6,9 @@ import ctypes
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +44,10 @@ def seconds(call: Callable[[], Any], *, budget: float) -> float:
     return fastest({"": call}, budget=budget)[""]
 
 
-def read_bandwidth(threads: int, *, budget: float = 0.5) -> float:
-    """Bytes a second at which `threads` threads read memory together: the best of the C library's and NumPy's scans."""
-    parts = np.ones((threads, CACHE_BYTES // threads), np.uint8)
+@contextmanager
+def memory_reads(threads: int, size: int) -> Iterator[dict[str, Callable[[], Any]]]:
+    """Calls that each read `size` bytes of memory with `threads` threads together: scans of the C library and NumPy."""
+    parts = np.ones((threads, size // threads // 16 * 16), np.uint8)
     words = parts.view(np.uint64)
     libc = ctypes.CDLL(None)
     half = parts.shape[1] // 2
@@ -59,12 +61,17 @@ def read_bandwidth(threads: int, *, budget: float = 0.5) -> float:
         libc.memcmp(ctypes.c_void_p(start), ctypes.c_void_p(start + half), ctypes.c_size_t(half))
 
     with ThreadPoolExecutor(threads) as pool:
-        calls = {
+        yield {
             "memchr": lambda: list(pool.map(find, range(threads))),
             "memcmp": lambda: list(pool.map(compare, range(threads))),
             "numpy": lambda: list(pool.map(np.bitwise_or.reduce, words)),
         }
-        return parts.nbytes / min(fastest(calls, budget=budget).values())
+
+
+def read_bandwidth(threads: int, *, budget: float = 0.5) -> float:
+    """Bytes a second at which `threads` threads read memory together: the best of some plain scans."""
+    with memory_reads(threads, CACHE_BYTES) as calls:
+        return CACHE_BYTES / min(fastest(calls, budget=budget).values())
 
 
 def describe() -> str:

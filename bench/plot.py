@@ -1,11 +1,12 @@
 """`python -m bench plot`: pictures of saved results, as SVG, PNG or PDF by the file's ending.
 
     python -m bench plot curves rates/*.json --out curves.svg
-    python -m bench plot timeline run.json --out timeline.png
+    python -m bench plot timeline steps.jsonl run.json --out timeline.png
 
 `curves` takes results of `serve` or `compare` at several loads and draws the latencies over the throughput, a line a
-label. `timeline` takes one result saved with --save-detailed and draws each request's wait, prefill and tokens, and
-below them how many tokens came when. Needs matplotlib: pip install 'fdserve[bench]'.
+label. `timeline` takes the file that fdserve's setting step_log names, a result of `serve` saved with --save-detailed,
+or both. Of the steps it draws the tokens computed, the durations with the gaps between them, and the queue; of the
+result each request's wait, prefill and tokens. Needs matplotlib: pip install 'fdserve[bench]'.
 """
 
 from __future__ import annotations
@@ -16,16 +17,15 @@ import statistics
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
-from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from bench.timeline import Step, draw_timeline, read_steps
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Result = dict[str, Any]
-STEP_GAP_SECONDS = 0.001
-"""Tokens that reach the client closer together than this are of one step."""
 
 
 def read_results(paths: Sequence[Path]) -> list[Result]:
@@ -38,6 +38,24 @@ def read_results(paths: Sequence[Path]) -> list[Result]:
                 raise ValueError(f"{path} holds no result of `python -m bench serve` or `compare`")
             results.append(result)
     return results
+
+
+def read_timeline(paths: Sequence[Path]) -> tuple[list[Step] | None, Result | None]:
+    """The step log and the result among the files, of which one may be missing. Raises ValueError otherwise."""
+    steps: list[Step] | None = None
+    result: Result | None = None
+    for path in paths:
+        try:
+            found = read_results([path])
+        except ValueError:
+            if steps is not None:
+                raise ValueError("a timeline is of one step log at most") from None
+            steps = read_steps(path)
+            continue
+        if result is not None or len(found) != 1:
+            raise ValueError("a timeline is of one result at most")
+        result = found[0]
+    return steps, result
 
 
 def load_of(result: Result) -> tuple[float, float]:
@@ -73,51 +91,13 @@ def draw_curves(results: Sequence[Result], figure: Figure) -> None:
         axes.legend(fontsize="small")
 
 
-def token_times(result: Result) -> list[list[float]]:
-    """For each request that succeeded, when its chunks came, in seconds after the run's start; by start."""
-    if "itls" not in result:
-        raise ValueError("the result was saved without --save-detailed")
-    fields = zip(result["start_times"], result["ttfts"], result["itls"], result["request_errors"], strict=True)
-    requests = sorted((start, ttft, itls) for start, ttft, itls, error in fields if not error)
-    return [[start, *accumulate(itls, initial=start + ttft)] for start, ttft, itls in requests]
-
-
-def steps(times: Sequence[Sequence[float]]) -> list[tuple[float, int]]:
-    """(when its first token came, how many came) for each step, told by the gaps between tokens."""
-    found: list[tuple[float, int]] = []
-    last = -1.0
-    for time in sorted(time for request in times for time in request[1:]):
-        if time - last > STEP_GAP_SECONDS or not found:
-            found.append((time, 1))
-        else:
-            found[-1] = (found[-1][0], found[-1][1] + 1)
-        last = time
-    return found
-
-
-def draw_timeline(result: Result, figure: Figure) -> None:
-    """A row a request: grey until its first token, then a tick a chunk. Below: tokens of each step."""
-    times = token_times(result)
-    rows, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    for row, (start, *chunks) in enumerate(times):
-        rows.barh(row, chunks[0] - start, left=start, height=0.8, color="0.8")
-        rows.barh(row, chunks[-1] - chunks[0], left=chunks[0], height=0.3, color="C0", alpha=0.3)
-    rows.eventplot([chunks for _, *chunks in times], lineoffsets=range(len(times)), linelengths=0.6, linewidths=0.5)
-    rows.set(ylabel="request")
-    rows.invert_yaxis()
-    found = steps(times)
-    below.vlines([at for at, _ in found], 0, [count for _, count in found], linewidth=0.8)
-    below.set(xlabel="seconds", ylabel="chunks at once", ylim=(0, None))
-    below.grid(alpha=0.3)
-
-
 def main(argv: list[str] | None = None) -> int:
     """1 if a file or matplotlib is missing."""
     parser = argparse.ArgumentParser(
         prog="python -m bench plot", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("kind", choices=("curves", "timeline"))
-    parser.add_argument("results", nargs="+", type=Path, help="JSON files")
+    parser.add_argument("results", nargs="+", type=Path, help="JSON files, or a step log")
     parser.add_argument("--out", type=Path, required=True, help="such as curves.svg")
     parser.add_argument("--title", default="")
     options = parser.parse_args(argv)
@@ -127,15 +107,12 @@ def main(argv: list[str] | None = None) -> int:
         print("plots need matplotlib: pip install 'fdserve[bench]', or matplotlib alone", file=sys.stderr)
         return 1
     try:
-        results = read_results(options.results)
         figure = Figure(figsize=(11, 4.5) if options.kind == "curves" else (11, 7), layout="constrained")
         figure.suptitle(options.title)
         if options.kind == "curves":
-            draw_curves(results, figure)
-        elif len(results) == 1:
-            draw_timeline(results[0], figure)
+            draw_curves(read_results(options.results), figure)
         else:
-            raise ValueError("a timeline is of one result")
+            draw_timeline(*read_timeline(options.results), figure)
         figure.savefig(options.out, dpi=150)
     except (ValueError, OSError) as error:
         print(f"bench plot: {error}", file=sys.stderr)

@@ -136,9 +136,11 @@ def _head(url: str, options: argparse.Namespace, model: str) -> dict[str, Any]:
 
 
 def _details(answers: Sequence[Answer]) -> dict[str, Any]:
-    """Lists with an entry a request, times in seconds; those that failed have zeros and an error."""
+    """Lists with an entry a request, times in seconds; those that failed have zeros and an error.
+    `begin_time` is since 1970, `start_times` are since then."""
     begin = min((answer.sent for answer in answers), default=0.0)
     return {
+        "begin_time": time.time() - time.perf_counter() + begin,
         "start_times": [answer.sent - begin for answer in answers],
         "input_lens": [answer.input_len for answer in answers],
         "output_lens": [answer.output_len for answer in answers],

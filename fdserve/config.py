@@ -118,6 +118,7 @@ class Config:
     step_timeout: float = _setting(
         300.0, "SECONDS", "a step that takes longer counts as a hung rank", low=0.1, high=86400
     )
+    step_log: str = _setting("", "FILE", "where to log every step of the engine, as lines of JSON; empty for nowhere")
     log_level: str = _setting(
         "info", "LEVEL", "debug, info, warning or error", choices=("debug", "info", "warning", "error")
     )

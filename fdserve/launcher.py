@@ -23,6 +23,7 @@ from fdserve.config import Config
 from fdserve.engine.machine import available_cores
 from fdserve.errors import StartupError
 from fdserve.executor.cluster import Cluster, check_secret, read_cluster
+from fdserve.executor.fingerprint import take_fingerprint
 from fdserve.executor.follower import follow
 from fdserve.http import hypercorn_fixes
 from fdserve.hub import resolve_model
@@ -62,8 +63,11 @@ def _follow(config: Config, cluster: Cluster) -> int:
     check_secret(config.cluster_secret)
     configure_logging(config)
     directory = resolve_model(config.model)
+    fingerprint = take_fingerprint(
+        directory, dtype=config.dtype, quantization=config.quantization, kv_cache_dtype=config.kv_cache_dtype
+    )
     num_threads = config.num_threads or max(1, available_cores() // cluster.local_size)
-    trio.run(follow, cluster, config.cluster_secret, directory, num_threads)
+    trio.run(follow, cluster, config.cluster_secret, fingerprint, directory, num_threads)
     return 0
 
 

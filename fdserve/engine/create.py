@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from functools import partial
 from pathlib import Path
@@ -14,10 +15,12 @@ from fdserve.engine.engine import Engine, Ranks
 from fdserve.engine.machine import available_cores, available_memory
 from fdserve.engine.scheduler import Scheduler
 from fdserve.engine.speculation import Speculation
+from fdserve.engine.step_log import StepLog
 from fdserve.errors import StartupError
 from fdserve.executor.cluster import Cluster, check_secret, read_cluster
 from fdserve.executor.executor import open_executor
-from fdserve.executor.remote import accept_ranks
+from fdserve.executor.fingerprint import take_fingerprint
+from fdserve.executor.remote import RemoteRank, accept_ranks
 from fdserve.executor.wire import Load, Loading, Ready
 from fdserve.models.config import ModelConfig, check_world_size
 from fdserve.ops.collectives import sampling_slot_bytes
@@ -67,9 +70,10 @@ def create_engine(config: Config, directory: Path, model: ModelConfig) -> Engine
     activations = 4 * config.max_num_batched_tokens * model.hidden_size
     slot_bytes = max(activations, sampling_slot_bytes(model.vocab_size, ranks))
 
+    timeout = max(config.step_timeout, MIN_LOAD_TIMEOUT)
+    accept = _accept(config, cluster, directory, timeout) if cluster else None
+
     def open_ranks() -> AbstractAsyncContextManager[Ranks]:
-        timeout = max(config.step_timeout, MIN_LOAD_TIMEOUT)
-        accept = partial(accept_ranks, cluster, config.cluster_secret, timeout) if cluster else None
         return open_executor(load, LoadingLog(), slot_bytes=slot_bytes, load_timeout=timeout, accept=accept)
 
     def make_scheduler(ready: Ready) -> Scheduler:
@@ -92,7 +96,23 @@ def create_engine(config: Config, directory: Path, model: ModelConfig) -> Engine
             speculation=Speculation(config.speculation) if config.speculation else None,
         )
 
-    return Engine(open_ranks, make_scheduler, max_requests=config.max_concurrency, step_timeout=config.step_timeout)
+    return Engine(
+        open_ranks,
+        make_scheduler,
+        max_requests=config.max_concurrency,
+        step_timeout=config.step_timeout,
+        step_log=StepLog(Path(config.step_log)) if config.step_log else None,
+    )
+
+
+def _accept(
+    config: Config, cluster: Cluster, directory: Path, timeout: float
+) -> Callable[[], Awaitable[list[RemoteRank]]]:
+    """What waits for the ranks on other hosts, and lets in those that serve the same."""
+    fingerprint = take_fingerprint(
+        directory, dtype=config.dtype, quantization=config.quantization, kv_cache_dtype=config.kv_cache_dtype
+    )
+    return partial(accept_ranks, cluster, config.cluster_secret, fingerprint, timeout)
 
 
 def _number_of_ranks(config: Config, cluster: Cluster | None) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractAsyncContextManager, contextmanager
+from contextlib import AbstractAsyncContextManager, contextmanager, nullcontext
 from typing import Literal, Protocol
 
 import anyio
@@ -22,6 +22,7 @@ from fdserve.engine.request import Request, TokenDelta
 from fdserve.engine.results import Sampled
 from fdserve.engine.scheduler import Scheduler
 from fdserve.engine.sequence import Sequence
+from fdserve.engine.step_log import StepLog
 from fdserve.errors import Overloaded, RankError, ServerError, StartupError, Unavailable
 from fdserve.executor.wire import Masks, Plan, Ready, StepResult
 
@@ -67,7 +68,8 @@ class EngineStats(msgspec.Struct, frozen=True):
 class Engine:
     """Takes requests, gives back their tokens. Everything but `run` and `wait_ready` is synchronous and does not wait.
 
-    `open_ranks` starts the ranks and stops them on exit; `make_scheduler` makes the scheduler once they are ready.
+    `open_ranks` starts the ranks and stops them on exit; `make_scheduler` makes the scheduler once they are ready. A
+    `step_log` is told every step.
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class Engine:
         *,
         max_requests: int,
         step_timeout: float,
+        step_log: StepLog | None = None,
     ) -> None:
         self.status: Status = "loading"
         self.reason = "the model is loading"
@@ -86,6 +89,7 @@ class Engine:
         self._make_scheduler = make_scheduler
         self._max_requests = max_requests
         self._step_timeout = step_timeout
+        self._step_log = step_log
         self._scheduler: Scheduler | None = None
         self._generations: dict[Sequence, Generation] = {}
         self._outputs: list[tuple[Sequence, TokenDelta]] = []  # of the last step, not handed out yet
@@ -99,19 +103,9 @@ class Engine:
 
         Raises StartupError if the first start fails. A rank that is lost later is started again.
         """
-        failures = 0
         try:
-            while True:
-                try:
-                    async with self._open_ranks() as ranks:
-                        self._begin(ranks.ready)
-                        failures = 0
-                        await self._serve_until_lost(ranks)
-                except RankError as error:
-                    if self._scheduler is None:
-                        raise StartupError(str(error)) from error
-                    failures += 1
-                    await self._recover(error, failures)
+            with self._step_log or nullcontext():
+                await self._run()
         finally:
             self._fail_all(Unavailable("The server is shutting down."))
 
@@ -160,6 +154,20 @@ class Engine:
 
     # -- the loop ------------------------------------------------------------------------------------------------
 
+    async def _run(self) -> None:
+        failures = 0
+        while True:
+            try:
+                async with self._open_ranks() as ranks:
+                    self._begin(ranks.ready)
+                    failures = 0
+                    await self._serve_until_lost(ranks)
+            except RankError as error:
+                if self._scheduler is None:
+                    raise StartupError(str(error)) from error
+                failures += 1
+                await self._recover(error, failures)
+
     def _begin(self, ready: Ready) -> None:
         if self._scheduler is None:
             self._scheduler = self._make_scheduler(ready)
@@ -195,13 +203,18 @@ class Engine:
             plan = scheduler.schedule()
             if plan is not None:
                 self._mark_started(scheduler)
+                if self._step_log is not None:
+                    self._step_log.begin()
                 with self._step_deadline():
                     await ranks.send(plan)
             self._fan_out()
             if self._outputs or scheduler.masked:
                 await self._constrain(scheduler, ranks)
             if plan is not None:
-                self._outputs = scheduler.update(await self._result(ranks, plan))
+                result = await self._result(ranks, plan)
+                if self._step_log is not None:
+                    self._step_log.end(plan, result.seconds, len(scheduler.running), scheduler.num_waiting)
+                self._outputs = scheduler.update(result)
             else:
                 await self._wait_for_work(scheduler, ranks)
 
@@ -259,6 +272,8 @@ class Engine:
 
     async def _wait_for_work(self, scheduler: Scheduler, ranks: Ranks) -> None:
         """Nothing to do: look the bookkeeping over, and sleep until a request comes, with an eye on the ranks."""
+        if self._step_log is not None:
+            self._step_log.pause()
         if not scheduler.running:
             try:
                 scheduler.check_integrity()
@@ -318,6 +333,8 @@ class Engine:
         assert scheduler is not None
         if self.status != "draining":
             self.status, self.reason = "restarting", f"restarting after a failure: {error}"
+        if self._step_log is not None:
+            self._step_log.pause()
         # Those that were not told the last result lose its tokens.
         untold = {sequence for sequence, _ in self._outputs}
         self._outputs = []

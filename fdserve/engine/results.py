@@ -1,11 +1,14 @@
-"""A step's result as the scheduler reads it: the ranks' bytes behind plain numbers."""
+"""A step's result as the scheduler reads it: the ranks' bytes behind plain numbers, and what they add to a sequence."""
 
 from __future__ import annotations
 
 from array import array
 
-from fdserve.engine.request import TokenLogprobs
+from fdserve.engine.request import TokenDelta, TokenLogprobs
+from fdserve.engine.sequence import Sequence
+from fdserve.errors import InternalError, InvalidRequest
 from fdserve.executor.wire import StepResult
+from fdserve.ops.sampling import NOTHING_ALLOWED
 
 
 class Sampled:
@@ -51,3 +54,49 @@ class _Logprobs:
             tuple(self._top_ids[start : start + num_top]),
             tuple(self._top_logprobs[start : start + num_top]),
         )
+
+
+def take_tokens(sequence: Sequence, sampled: Sampled, first: int, count: int, max_model_len: int) -> TokenDelta:
+    """Append a step's tokens to a sequence, `count` from entry `first` on, or as many as it takes to end it.
+
+    Where `count` is 0 the sequence has nothing to generate, and is at its end. The delta says whether and why the
+    sequence ends; ending it is left to the caller.
+    """
+    token_ids: list[int] = []
+    delta = TokenDelta(token_ids, cached_tokens=sequence.cached_tokens)
+    if count == 0:
+        delta.finish_reason = "length"
+    for index in range(first, first + count):
+        token = sampled.token_ids[index]
+        if token < 0:
+            delta.finish_reason = "error"
+            delta.error = _no_token_error(token)
+            break
+        token_ids.append(token)
+        reason = sequence.ends_with(token, max_model_len)
+        if reason is not None:
+            delta.finish_reason = reason
+            delta.stop_token_id = token if reason == "stop" else None
+            break
+    if sequence.prompt_logprobs is not None and (token_ids or count == 0):
+        delta.prompt_logprobs, sequence.prompt_logprobs = sequence.prompt_logprobs, None
+    num_top = sequence.request.params.logprobs
+    if num_top is not None:
+        delta.logprobs = [sampled.logprobs_at(index, num_top) for index in range(first, first + len(token_ids))] or None
+    return delta
+
+
+def take_prompt_logprobs(sequence: Sequence, sampled: Sampled, start: int, count: int) -> None:
+    """Keep the logprobs of `count` tokens of a sequence's prompt, the step's from number `start` on."""
+    num_top = sequence.request.params.prompt_logprobs
+    if sequence.prompt_logprobs is not None and num_top is not None and sequence.finish_reason is None:
+        sequence.prompt_logprobs += sampled.prompt_logprobs(start, count, num_top)
+
+
+def _no_token_error(code: int) -> InternalError | InvalidRequest:
+    """What a code in place of a token means for the request."""
+    if code == NOTHING_ALLOWED:
+        return InvalidRequest(
+            "No token can follow: what the request allows, bans and constrains leaves none.", code="no_token_allowed"
+        )
+    return InternalError("The model's output for this request was not a number.")

@@ -22,7 +22,6 @@ same step may share them. Blocks with guessed tokens get their names once those 
 
 from __future__ import annotations
 
-import heapq
 from array import array
 from bisect import insort
 from dataclasses import dataclass
@@ -30,12 +29,11 @@ from itertools import repeat
 
 from fdserve.engine.kv_cache import BlockPool
 from fdserve.engine.request import FinishReason, Request, TokenDelta
-from fdserve.engine.results import Sampled
+from fdserve.engine.results import Sampled, take_prompt_logprobs, take_tokens
 from fdserve.engine.sequence import Sequence
 from fdserve.engine.speculation import MAX_DRAFTED, Speculation
-from fdserve.errors import InternalError, InvalidRequest
+from fdserve.engine.waiting import WaitingQueue
 from fdserve.executor.wire import NewRow, Plan
-from fdserve.ops.sampling import NOTHING_ALLOWED
 
 
 @dataclass
@@ -86,8 +84,7 @@ class Scheduler:
         """The sequences that the last plan runs for the first time."""
         self.masked: list[Sequence] = []
         """The sequences of the last plan's `masked_rows`."""
-        self.num_waiting = 0
-        self._waiting: list[Sequence] = []  # a heap; finished sequences in it are dropped when they come up
+        self._waiting = WaitingQueue()
         self._free_rows = list(range(max_num_seqs))
         self._arrivals = 0
         # Of the last plan: the sequence, whether it samples, and how many logprobs of its prompt come back.
@@ -101,7 +98,7 @@ class Scheduler:
             raise ValueError(f"a prompt of {len(request.prompt)} tokens does not fit {self.max_model_len}")
         self._arrivals += 1
         sequence = Sequence(request, self._arrivals)
-        self._enqueue(sequence)
+        self._waiting.push(sequence)
         return sequence
 
     def finish(self, sequence: Sequence, reason: FinishReason) -> None:
@@ -116,8 +113,12 @@ class Scheduler:
         if sequence.row >= 0:
             self._release(sequence)
         else:
-            self.num_waiting -= 1
-            self._drop_finished_waiting()
+            self._waiting.note_finished()
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that wait for a row and blocks."""
+        return len(self._waiting)
 
     def schedule(self) -> Plan | None:
         """The next step's plan, or None if no sequence can compute anything.
@@ -147,19 +148,25 @@ class Scheduler:
         those that end with it are finished.
         """
         outputs = []
-        index = prompt_index = 0
+        index = prompt_index = generated = 0
         counts = iter(sampled.counts or repeat(1))
-        self._note_cost(sampled)
+        if self.speculation is not None:
+            self.speculation.note_step(self.plan, sampled)
         for sequence, samples, prompt_count in self._in_flight:
             count = next(counts) if samples else 0
             if prompt_count > 0:
-                self._take_prompt(sequence, sampled, prompt_index, prompt_count)
+                take_prompt_logprobs(sequence, sampled, prompt_index, prompt_count)
                 prompt_index += prompt_count
             if sequence.finish_reason is None and sequence.remaining == 0:
-                outputs.append(
-                    (sequence, self._take(sequence, sampled, index, count) if samples else self._complete(sequence))
-                )
+                delta = take_tokens(sequence, sampled, index, count, self.max_model_len)
+                generated += len(delta.token_ids)
+                if len(delta.token_ids) > 1:
+                    self._note_accepted(sequence, len(delta.token_ids) - 1)
+                if delta.finish_reason is not None:
+                    self.finish(sequence, delta.finish_reason)
+                outputs.append((sequence, delta))
             index += count
+        self.stats.generated_tokens += generated
         self._in_flight = []
         return outputs
 
@@ -176,8 +183,7 @@ class Scheduler:
         rows = sorted(self._free_rows + [sequence.row for sequence in self.running])
         if rows != list(range(len(rows))):
             raise AssertionError(f"rows are lost or doubled: {rows}")
-        if self.num_waiting != sum(sequence.finish_reason is None for sequence in self._waiting):
-            raise AssertionError("the number of waiting sequences is wrong")
+        self._waiting.check_integrity()
 
     # -- one step ------------------------------------------------------------------------------------------------
 
@@ -236,14 +242,6 @@ class Scheduler:
             self.plan.new_blocks.extend((sequence.row, block) for block in blocks)
         return min(count, len(sequence.blocks) * self.block_size - len(sequence.tokens))
 
-    def _note_cost(self, sampled: Sampled) -> None:
-        """Let the speculation know what a step took that computed decodes alone, with or without guesses."""
-        if self.speculation is None:
-            return
-        tokens = sum(self.plan.num_tokens)
-        if tokens - sum(len(draft) for _, draft in self.plan.drafts) == len(sampled.counts or sampled.token_ids):
-            self.speculation.cost.note(tokens, sampled.seconds)
-
     def _schedule_prefills(self, budget: int) -> int:
         """Returns the budget left."""
         for sequence in self.running:
@@ -259,18 +257,17 @@ class Scheduler:
     def _admit_waiting(self, budget: int) -> None:
         """Admit in order, never past a sequence that does not fit: no later one can starve it."""
         while budget > 0 and self._free_rows:
-            self._drop_finished_waiting()
-            if not self._waiting or not self._start(self._waiting[0], budget):
+            sequence = self._waiting.first()
+            if sequence is None or not self._start(sequence, budget):
                 return
-            sequence = heapq.heappop(self._waiting)
-            self.num_waiting -= 1
+            self._waiting.pop()
             count = min(sequence.remaining, budget)
             self._compute(sequence, count)
             budget -= count
 
     def _start(self, sequence: Sequence, budget: int) -> bool:
         """Give a waiting sequence a row and blocks for all its tokens; False, and no change, if it must wait."""
-        cached = self._cached_prefix(sequence)
+        cached = sequence.find_prefix(self.pool, self.block_size)
         num_computed = len(cached) * self.block_size
         if len(sequence.tokens) - num_computed > budget and not self.enable_chunked_prefill:
             return False
@@ -307,16 +304,6 @@ class Scheduler:
         )
         return True
 
-    def _cached_prefix(self, sequence: Sequence) -> list[int]:
-        """The cached blocks that a sequence can start with: at least one token is left to compute.
-
-        None where logprobs of the prompt are due: they come of computing it.
-        """
-        if not self.pool.enable_caching or sequence.prompt_logprobs is not None:
-            return []
-        hashes = sequence.block_hashes(self.block_size)
-        return self.pool.match_prefix(hashes[: (len(sequence.tokens) - 1) // self.block_size])
-
     def _compute(self, sequence: Sequence, count: int) -> None:
         """Put `count` tokens of a sequence into the plan, and name the blocks that they fill."""
         self.plan.rows.append(sequence.row)
@@ -331,65 +318,15 @@ class Scheduler:
         if samples and sequence.constrained:
             self.plan.masked_rows.append(sequence.row)
             self.masked.append(sequence)
-        self._register(sequence)
+        sequence.name_blocks(self.pool, self.block_size)
 
-    def _register(self, sequence: Sequence) -> None:
-        """Name the blocks that the computed tokens fill."""
-        if not self.pool.enable_caching:
-            return
-        num_full = sequence.num_computed // self.block_size
-        if num_full > sequence.num_registered:
-            hashes = sequence.block_hashes(self.block_size)
-            for index in range(sequence.num_registered, num_full):
-                self.pool.register(sequence.blocks[index], hashes[index])
-            sequence.num_registered = num_full
+    def _note_accepted(self, sequence: Sequence, count: int) -> None:
+        """So many guesses at a sequence's tokens were right: they are computed, too."""
+        self.stats.accepted_tokens += count
+        sequence.num_computed += count
+        sequence.name_blocks(self.pool, self.block_size)
 
-    def _take(self, sequence: Sequence, sampled: Sampled, first: int, count: int) -> TokenDelta:
-        """Append `count` tokens to a sequence, or as many as it takes to end it."""
-        delta = TokenDelta([], cached_tokens=sequence.cached_tokens)
-        reason: FinishReason | None = None
-        for token in sampled.token_ids[first : first + count]:
-            if token < 0:
-                reason = "error"
-                delta.error = no_token_error(token)
-                break
-            delta.token_ids.append(token)
-            reason = sequence.ends_with(token, self.max_model_len)
-            if reason is not None:
-                delta.stop_token_id = token if reason == "stop" else None
-                break
-        taken = len(delta.token_ids)
-        self.stats.generated_tokens += taken
-        if taken > 0 and sequence.prompt_logprobs is not None:
-            delta.prompt_logprobs, sequence.prompt_logprobs = sequence.prompt_logprobs, None
-        if taken > 0 and sequence.request.params.logprobs is not None:
-            num_top = sequence.request.params.logprobs
-            delta.logprobs = [sampled.logprobs_at(index, num_top) for index in range(first, first + taken)]
-        if taken > 1:  # what was guessed right is computed, too
-            self.stats.accepted_tokens += taken - 1
-            sequence.num_computed += taken - 1
-            self._register(sequence)
-        if reason is not None:
-            delta.finish_reason = reason
-            self.finish(sequence, reason)
-        return delta
-
-    def _complete(self, sequence: Sequence) -> TokenDelta:
-        """The only delta of a sequence that generates nothing."""
-        self.finish(sequence, "length")
-        return TokenDelta(
-            [],
-            prompt_logprobs=sequence.prompt_logprobs,
-            finish_reason="length",
-            cached_tokens=sequence.cached_tokens,
-        )
-
-    def _take_prompt(self, sequence: Sequence, sampled: Sampled, start: int, count: int) -> None:
-        num_top = sequence.request.params.prompt_logprobs
-        if sequence.prompt_logprobs is not None and num_top is not None and sequence.finish_reason is None:
-            sequence.prompt_logprobs += sampled.prompt_logprobs(start, count, num_top)
-
-    # -- rows, blocks, queue --------------------------------------------------------------------------------------
+    # -- rows and blocks ------------------------------------------------------------------------------------------
 
     def _release(self, sequence: Sequence) -> None:
         self.pool.free(sequence.blocks)
@@ -405,25 +342,4 @@ class Scheduler:
         if sequence.prompt_logprobs is not None:
             sequence.prompt_logprobs = []
         self.stats.preemptions += 1
-        self._enqueue(sequence)
-
-    def _enqueue(self, sequence: Sequence) -> None:
-        heapq.heappush(self._waiting, sequence)
-        self.num_waiting += 1
-
-    def _drop_finished_waiting(self) -> None:
-        """Drop finished sequences from the head of the queue, and from all of it once they are most of it."""
-        while self._waiting and self._waiting[0].finish_reason is not None:
-            heapq.heappop(self._waiting)
-        if len(self._waiting) > 2 * self.num_waiting + 16:
-            self._waiting = [sequence for sequence in self._waiting if sequence.finish_reason is None]
-            heapq.heapify(self._waiting)
-
-
-def no_token_error(code: int) -> InternalError | InvalidRequest:
-    """What a code in place of a token means for the request."""
-    if code == NOTHING_ALLOWED:
-        return InvalidRequest(
-            "No token can follow: what the request allows, bans and constrains leaves none.", code="no_token_allowed"
-        )
-    return InternalError("The model's output for this request was not a number.")
+        self._waiting.push(sequence)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as SequenceOf
-
-from fdserve.engine.kv_cache import BlockHash, extend_hashes
+from fdserve.engine.kv_cache import BlockHash, BlockPool, extend_hashes
 from fdserve.engine.ngram import Ngrams
 from fdserve.engine.request import FinishReason, Request, TokenLogprobs
 
@@ -60,7 +58,27 @@ class Sequence:
         """Tokens sampled so far."""
         return len(self.tokens) - self.num_prompt
 
-    def block_hashes(self, block_size: int) -> SequenceOf[BlockHash]:
+    def find_prefix(self, pool: BlockPool, block_size: int) -> list[int]:
+        """The cached blocks that the sequence can start with: at least one token is left to compute.
+
+        None where logprobs of the prompt are due: they come of computing it.
+        """
+        if not pool.enable_caching or self.prompt_logprobs is not None:
+            return []
+        return pool.match_prefix(self._block_hashes(block_size)[: (len(self.tokens) - 1) // block_size])
+
+    def name_blocks(self, pool: BlockPool, block_size: int) -> None:
+        """Make the blocks findable that the computed tokens fill."""
+        if not pool.enable_caching:
+            return
+        num_full = self.num_computed // block_size
+        if num_full > self.num_registered:
+            hashes = self._block_hashes(block_size)
+            for index in range(self.num_registered, num_full):
+                pool.register(self.blocks[index], hashes[index])
+            self.num_registered = num_full
+
+    def _block_hashes(self, block_size: int) -> list[BlockHash]:
         """Hashes of all full blocks of the tokens so far."""
         extend_hashes(self.hashes, self.tokens, block_size, self.request.cache_salt)
         return self.hashes

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 from fdserve.config import SpeculativeConfig
 from fdserve.engine.ngram import Ngrams
+from fdserve.engine.results import Sampled
 from fdserve.engine.sequence import Sequence
+from fdserve.executor.wire import Plan
 
 MAX_DRAFTED = 64
 """Guesses computed in one step, of all sequences together."""
@@ -55,6 +57,12 @@ class Speculation:
     def __init__(self, config: SpeculativeConfig) -> None:
         self._config = config
         self.cost = StepCost()
+
+    def note_step(self, plan: Plan, sampled: Sampled) -> None:
+        """Learn from what a step took, if it computed decodes alone, with or without guesses."""
+        tokens = sum(plan.num_tokens)
+        if tokens - sum(len(draft) for _, draft in plan.drafts) == len(sampled.counts or sampled.token_ids):
+            self.cost.note(tokens, sampled.seconds)
 
     def draft(self, sequence: Sequence, most: int, decodes: int) -> list[int]:
         """Up to `most` guesses at the next tokens of a sequence, as many as pay in a step of so many decodes."""

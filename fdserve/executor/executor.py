@@ -148,7 +148,7 @@ def free_port() -> int:
 
 
 async def _all_loaded(ranks: list[Rank], on_loading: Callable[[Loading], None], timeout: float) -> Ready:
-    """What rank 0 says once all are ready; the first to fail ends it for all."""
+    """What rank 0 says once all are ready; the first to fail ends it for all, and so do ranks that are not alike."""
     ready: dict[int, Ready] = {}
     errors: list[RankError] = []
 
@@ -164,6 +164,11 @@ async def _all_loaded(ranks: list[Rank], on_loading: Callable[[Loading], None], 
             group.start_soon(watch, rank)
     if errors:
         raise await _cause(ranks, errors[0])
+    for number, own in ready.items():
+        # Processors that do not all compute in bfloat16 come to other caches.
+        theirs, ours = (f"{each.num_blocks} blocks in {each.dtype}" for each in (own, ready[0]))
+        if theirs != ours:
+            raise RankError(f"rank {number} has a KV cache of {theirs}, and rank 0 of {ours}")
     return ready[0]
 
 

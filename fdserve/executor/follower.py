@@ -14,6 +14,7 @@ from anyio.abc import ByteReceiveStream, ByteSendStream, SocketAttribute, Socket
 from msgspec.structs import replace
 
 from fdserve.executor.cluster import Cluster, NotTrusted, greet, watch_for_loss
+from fdserve.executor.fingerprint import Different, Fingerprint, show
 from fdserve.executor.frames import FrameStream, connection_lost
 from fdserve.executor.process import ending, kill, spawn
 from fdserve.executor.wire import Failed, Load, decode_to_rank, encode_frame
@@ -25,11 +26,12 @@ DISTRUST_SECONDS = 5.0
 GREETING_SECONDS = 5.0
 
 
-async def follow(cluster: Cluster, secret: str, directory: Path, num_threads: int) -> None:
+async def follow(cluster: Cluster, secret: str, fingerprint: Fingerprint, directory: Path, num_threads: int) -> None:
     """Connect to the server and run the rank that it asks for until the connection is lost; then again, for ever.
 
-    `directory` is where this host has the checkpoint, `num_threads` how many threads the rank computes with here. When
-    cancelled, no process is left.
+    `directory` is where this host has the checkpoint, `num_threads` how many threads the rank computes with here. A
+    server that does not match the `fingerprint` is asked again later: it may be another one then. When cancelled, no
+    process is left.
     """
     server = f"the server at {cluster.host}:{cluster.port}"
     logger.info("rank %d waits for %s", cluster.rank, server)
@@ -39,10 +41,12 @@ async def follow(cluster: Cluster, secret: str, directory: Path, num_threads: in
                 watch_for_loss(stream.extra(SocketAttribute.raw_socket))
                 with anyio.fail_after(GREETING_SECONDS):
                     await greet(stream, secret, cluster.rank)
+                    frames = FrameStream(stream, "the server")
+                    await show(frames, fingerprint)
                 logger.info("rank %d serves %s", cluster.rank, server)
-                await _serve(stream, directory, num_threads)
+                await _serve(stream, frames, directory, num_threads)
                 logger.info("rank %d lost %s, and waits for it", cluster.rank, server)
-        except NotTrusted as error:
+        except (NotTrusted, Different) as error:
             logger.error("%s", error)
             await anyio.sleep(DISTRUST_SECONDS)
         except (OSError, TimeoutError, *connection_lost):
@@ -50,9 +54,8 @@ async def follow(cluster: Cluster, secret: str, directory: Path, num_threads: in
         await anyio.sleep(RETRY_SECONDS)
 
 
-async def _serve(stream: SocketStream, directory: Path, num_threads: int) -> None:
-    """Start a rank as the first frame says, and pass frames on until either side ends."""
-    frames = FrameStream(stream, "the server")
+async def _serve(stream: SocketStream, frames: FrameStream, directory: Path, num_threads: int) -> None:
+    """Start a rank as the first of the frames says, and pass them on until either side ends."""
     load = decode_to_rank(await frames.receive())
     if not isinstance(load, Load):
         raise NotTrusted("the first frame must say what to load")

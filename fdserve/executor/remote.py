@@ -10,6 +10,7 @@ from anyio.abc import SocketAttribute, SocketStream
 
 from fdserve.errors import RankError
 from fdserve.executor.cluster import Cluster, NotTrusted, watch_for_loss, welcome
+from fdserve.executor.fingerprint import Different, Fingerprint, examine
 from fdserve.executor.frames import FrameStream, connection_lost, told
 from fdserve.executor.wire import Loading, Ready, StepResult
 
@@ -21,10 +22,11 @@ GREETING_SECONDS = 5.0
 class RemoteRank:
     """A rank on another host: what `RankProcess` is for one of this."""
 
-    def __init__(self, rank: int, stream: SocketStream) -> None:
+    def __init__(self, rank: int, stream: SocketStream, frames: FrameStream) -> None:
+        """`frames` are those of `stream`."""
         self.rank = rank
         self._stream = stream
-        self._frames = FrameStream(stream, f"rank {rank}")
+        self._frames = frames
         self._failure: RankError | None = None  # what it said of its end
 
     async def send(self, frame: bytes) -> None:
@@ -70,19 +72,27 @@ class RemoteRank:
         return RankError(f"the connection to rank {self.rank}, on another host, is lost")
 
 
-async def accept_ranks(cluster: Cluster, secret: str, timeout: float) -> list[RemoteRank]:
+async def accept_ranks(cluster: Cluster, secret: str, fingerprint: Fingerprint, timeout: float) -> list[RemoteRank]:
     """Every rank but 0, in order; the port is closed again once they are there.
 
-    Raises OSError if it cannot listen, RankError if a rank does not come in time. When cancelled, no connection is
-    left.
+    Raises OSError if it cannot listen, RankError if a rank does not come in time or has another fingerprint. When
+    cancelled, no connection is left.
     """
     ranks: dict[int, RemoteRank] = {}
+    refusals: list[Different] = []
 
     async def greet(stream: SocketStream) -> None:
         where = stream.extra(SocketAttribute.remote_address)
         try:
             with anyio.fail_after(GREETING_SECONDS):
                 rank = await welcome(stream, secret, cluster.world_size)
+                frames = FrameStream(stream, f"rank {rank}")
+                await examine(frames, rank, fingerprint)
+        except Different as error:
+            refusals.append(error)
+            await stream.aclose()
+            group.cancel_scope.cancel()
+            return
         except BaseException as error:
             with anyio.CancelScope(shield=True):
                 await anyio.aclose_forcefully(stream)
@@ -92,7 +102,7 @@ async def accept_ranks(cluster: Cluster, secret: str, timeout: float) -> list[Re
             return
         if rank in ranks:
             await ranks[rank].stop()  # it comes again because it lost that one
-        ranks[rank] = RemoteRank(rank, stream)
+        ranks[rank] = RemoteRank(rank, stream, frames)
         watch_for_loss(stream.extra(SocketAttribute.raw_socket))
         logger.info("rank %d has come, from %s", rank, where)
         if len(ranks) == cluster.world_size - 1:
@@ -103,6 +113,8 @@ async def accept_ranks(cluster: Cluster, secret: str, timeout: float) -> list[Re
             with anyio.move_on_after(timeout):
                 async with anyio.create_task_group() as group:
                     group.start_soon(listener.serve, greet)
+        if refusals:
+            raise RankError(str(refusals[0]))
         missing = sorted(set(range(1, cluster.world_size)) - ranks.keys())
         if missing:
             raise RankError(f"of {cluster.world_size} ranks these did not come: {', '.join(map(str, missing))}")

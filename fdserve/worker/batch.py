@@ -54,8 +54,11 @@ def assemble(rows: Rows, plan: Plan) -> Batch:
     context_lens = rows.num_computed[row_ids]
     query_starts = np.zeros(len(row_ids) + 1, np.int32)
     np.cumsum(counts, out=query_starts[1:])
-    positions = np.repeat(context_lens, counts) + _count_up(counts)
-    token_ids = rows.tokens[np.repeat(row_ids, counts), positions]
+    if query_starts[-1] == len(row_ids):  # decodes alone: one token each
+        token_ids, positions = rows.tokens[row_ids, context_lens], context_lens
+    else:
+        positions = np.repeat(context_lens, counts) + _count_up(counts)
+        token_ids = rows.tokens[np.repeat(row_ids, counts), positions]
     ends = context_lens + counts
     rows.num_computed[row_ids] = ends
     width = -(-int(ends.max()) // rows.block_size)
@@ -116,12 +119,15 @@ def _count_up(counts: Ints) -> Ints:
 
 def _prompt_tokens(rows: Rows, row_ids: Ints, query_starts: Ints, context_lens: Ints) -> tuple[Ints, Ints, int]:
     """`prompt_indices`, `prompt_targets` and `prompt_num_top` of a batch."""
+    wanted = rows.prompt_top[row_ids]
+    num_top = int(wanted.max())
+    if num_top < 0:
+        return EMPTY, EMPTY, 0
     indices, targets = [EMPTY], [EMPTY]
-    num_top = int(rows.prompt_top[row_ids].max())
-    for sequence in np.flatnonzero(rows.prompt_top[row_ids] >= 0).tolist():
+    for sequence in np.flatnonzero(wanted >= 0).tolist():
         row, first = row_ids[sequence], int(query_starts[sequence])
         start = int(context_lens[sequence])
         stop = min(start + int(query_starts[sequence + 1]) - first, int(rows.num_prompt[row]) - 1)
         indices.append(np.arange(first, first + max(0, stop - start), dtype=np.int32))
         targets.append(rows.tokens[row, start + 1 : stop + 1])
-    return np.concatenate(indices), np.concatenate(targets), max(num_top, 0)
+    return np.concatenate(indices), np.concatenate(targets), num_top

@@ -45,6 +45,8 @@ class Rows:
         self.is_limited: npt.NDArray[np.bool_] = np.zeros(max_num_seqs, np.bool_)
         """Whether the row has `limits`."""
         self.limits: list[Limits | None] = [None] * max_num_seqs
+        self.num_begun = 0
+        """How often a sequence has entered a row: as long as this stays, so do all parameters."""
 
     def take_changes(self, plan: Plan) -> None:
         """Apply what a plan says of new rows, new blocks and drafts."""
@@ -65,6 +67,7 @@ class Rows:
 
     def _begin(self, new: NewRow) -> None:
         row, params = new.row, new.params
+        self.num_begun += 1
         tokens = np.frombuffer(new.token_ids, np.int32)
         self.tokens[row, : len(tokens)] = tokens
         self.num_tokens[row] = len(tokens)

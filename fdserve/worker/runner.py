@@ -24,7 +24,7 @@ from fdserve.worker.graphs import DecodeGraphs, record_cuda_graph
 from fdserve.worker.group import gpu_number
 from fdserve.worker.prompt import PromptLogprobs, prompt_logprobs
 from fdserve.worker.rows import Rows
-from fdserve.worker.sampler import Sampled, sample
+from fdserve.worker.sampler import Sampled, Sampler
 
 Progress = Callable[[str, int, int], None]
 
@@ -67,6 +67,7 @@ class Runner:
             sizes = {"max_model_len": max_model_len, "spare_block": num_blocks}
             self._graphs = DecodeGraphs(self.model, self.caches, record=record_cuda_graph, **sizes)
         self.rows = Rows(load.max_num_seqs, max_model_len, load.block_size, self.config.vocab_size)
+        self._sampler = Sampler(self.rows, self.config.vocab_size, self._sample_op)
 
     def step(self, plan: Plan, receive_masks: Callable[[], Masks]) -> StepResult:
         """Execute one plan. `receive_masks` is called before sampling if the plan has masked rows."""
@@ -96,8 +97,7 @@ class Runner:
         return logits, self._prompt_logprobs(batch, hidden[count:]) if len(batch.prompt_indices) else None
 
     def _sample(self, batch: Batch, logits: Any, masks: dict[int, bytes]) -> Sampled:
-        vocab_size, sample_op = self.config.vocab_size, self._sample_op
-        sampled = sample(self.rows, batch.sample_rows, batch.sample_lens, logits, vocab_size, masks, sample_op)
+        sampled = self._sampler.sample(batch.sample_rows, batch.sample_lens, logits, masks)
         if batch.sample_counts is None:
             self.rows.append(batch.sample_rows, sampled.token_ids)
             return sampled

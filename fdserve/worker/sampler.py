@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -39,48 +40,94 @@ class Sampled:
         return Sampled(self.token_ids[kept], logprobs, top_ids, top_logprobs, counts)
 
 
-def sample(
-    rows: Rows,
-    row_ids: Ints,
-    lens: Ints,
-    logits: Any,
-    vocab_size: int,
-    masks: Mapping[int, bytes] | None = None,
-    sample_op: Callable[..., Any] = ops.sample,
-) -> Sampled:
-    """Sample the token that follows the first `lens` [R] tokens of each of `row_ids` [R] from logits float32 [R, V].
+@dataclass(frozen=True)
+class _Fixed:
+    """What `ops.sample` takes of R rows that stays the same while they run, put together once."""
 
-    `masks` are the constraints' masks by row, where there are any. `sample_op` is `ops.sample`, or what does its work
-    together with other ranks, the logits then being this rank's part. Each sample depends on its own logits
-    and its row's parameters, mask and tokens alone.
+    row_ids: Ints
+    num_begun: int
+    """`Rows.num_begun` when it was put together."""
+    floats: Any
+    num_prompt: Any
+    logprob_modes: Any
+    int_params: npt.NDArray[np.int64]
+    """[R, 4] without the places of the samples"""
+    prompts: Ints
+    """[R], `num_prompt` as an array"""
+    limited: npt.NDArray[np.bool_]
+    """[R]"""
+    penalized: npt.NDArray[np.bool_] | None
+    """[R], the rows that need their tokens so far; None if there is none"""
+    num_top: int
+
+
+class Sampler:
+    """Samples the tokens of `rows`.
+
+    `sample_op` is `ops.sample`, or what does its work together with other ranks, the logits then being this rank's
+    part.
     """
-    int_params = np.empty((len(row_ids), 4), np.int64)
-    int_params[:, :2] = rows.int_params[row_ids]
-    int_params[:, 2] = lens - rows.num_prompt[row_ids]
-    int_params[:, 3] = NO_FORCED_ID
-    limits = _limits(rows, row_ids, lens, masks or {}, vocab_size, int_params)
-    past, past_offsets = _history(rows, row_ids, lens)
-    num_top = int(rows.num_top[row_ids].max())
-    token_ids, logprobs, top_ids, top_logprobs = sample_op(
-        logits,
-        ops.to_tensor(rows.float_params[row_ids]),
-        ops.to_tensor(int_params),
-        past,
-        past_offsets,
-        ops.to_tensor(rows.num_prompt[row_ids]),
-        limits.bias_ids,
-        limits.bias_values,
-        limits.bias_offsets,
-        vocab_size=vocab_size,
-        num_top=max(num_top, 0),
-        masks=limits.masks,
-        mask_rows=limits.mask_rows,
-        logprob_modes=ops.to_tensor(rows.logprob_modes[row_ids]),
-    )
-    tokens = token_ids.numpy()
-    if num_top < 0:
-        return Sampled(tokens)
-    return Sampled(tokens, logprobs.numpy(), top_ids.numpy(), top_logprobs.numpy())
+
+    def __init__(self, rows: Rows, vocab_size: int, sample_op: Callable[..., Any] = ops.sample) -> None:
+        self._rows = rows
+        self._vocab_size = vocab_size
+        self._sample_op = sample_op
+        self._fixed: _Fixed | None = None
+
+    def sample(
+        self, row_ids: Ints, lens: Ints, logits: Any, masks: Mapping[int, bytes] = MappingProxyType({})
+    ) -> Sampled:
+        """Sample the token that follows the first `lens` [R] tokens of each of `row_ids` [R].
+
+        From logits float32 [R, V]; `masks` are the constraints' masks by row, where there are any. Each sample depends
+        on its own logits and its row's parameters, mask and tokens alone.
+        """
+        fixed, rows = self._fixed_of(row_ids), self._rows
+        int_params = fixed.int_params.copy()
+        int_params[:, 2] = lens - fixed.prompts
+        limits = _limits(rows, row_ids, lens, masks, self._vocab_size, fixed.limited, int_params)
+        past, past_offsets = _history(rows, row_ids, lens, fixed.penalized)
+        token_ids, logprobs, top_ids, top_logprobs = self._sample_op(
+            logits,
+            fixed.floats,
+            ops.to_tensor(int_params),
+            past,
+            past_offsets,
+            fixed.num_prompt,
+            limits.bias_ids,
+            limits.bias_values,
+            limits.bias_offsets,
+            vocab_size=self._vocab_size,
+            num_top=max(fixed.num_top, 0),
+            masks=limits.masks,
+            mask_rows=limits.mask_rows,
+            logprob_modes=fixed.logprob_modes,
+        )
+        tokens = token_ids.numpy()
+        if fixed.num_top < 0:
+            return Sampled(tokens)
+        return Sampled(tokens, logprobs.numpy(), top_ids.numpy(), top_logprobs.numpy())
+
+    def _fixed_of(self, row_ids: Ints) -> _Fixed:
+        """As for the last step, if the rows are the same: most steps sample the rows of the one before."""
+        fixed, rows = self._fixed, self._rows
+        if fixed is None or fixed.num_begun != rows.num_begun or not np.array_equal(fixed.row_ids, row_ids):
+            int_params = np.full((len(row_ids), 4), NO_FORCED_ID, np.int64)
+            int_params[:, :2] = rows.int_params[row_ids]
+            penalized = rows.needs_history[row_ids]
+            fixed = self._fixed = _Fixed(
+                row_ids=row_ids,
+                num_begun=rows.num_begun,
+                floats=ops.to_tensor(rows.float_params[row_ids]),
+                num_prompt=ops.to_tensor(rows.num_prompt[row_ids]),
+                logprob_modes=ops.to_tensor(rows.logprob_modes[row_ids]),
+                int_params=int_params,
+                prompts=rows.num_prompt[row_ids],
+                limited=rows.is_limited[row_ids],
+                penalized=penalized if penalized.any() else None,
+                num_top=int(rows.num_top[row_ids].max()),
+            )
+        return fixed
 
 
 @dataclass(frozen=True)
@@ -100,12 +147,12 @@ def _limits(
     lens: Ints,
     masks: Mapping[int, bytes],
     vocab_size: int,
+    limited: npt.NDArray[np.bool_],
     int_params: npt.NDArray[np.int64],
 ) -> _Limits:
-    """What the rows' limits say now; forced ids are put into `int_params`."""
-    limited = rows.is_limited[row_ids]
+    """What the limits of the `limited` rows say now, and the masks; forced ids are put into `int_params`."""
     if masks:
-        limited |= np.isin(row_ids, list(masks))
+        limited = limited | np.isin(row_ids, list(masks))
     if not limited.any():
         return _Limits(*_nothing(len(row_ids)))
     bias_ids, bias_values = [_EMPTY] * len(row_ids), [np.zeros(0, np.float32)]
@@ -131,16 +178,15 @@ def _limits(
     return _Limits(ids, values, offsets, ops.to_tensor(np.stack(words)), ops.to_tensor(mask_rows))
 
 
-def _history(rows: Rows, row_ids: Ints, lens: Ints) -> tuple[Any, Any]:
+def _history(rows: Rows, row_ids: Ints, lens: Ints, penalized: npt.NDArray[np.bool_] | None) -> tuple[Any, Any]:
     """The tokens so far of the rows with penalties, and where each row's begin."""
-    needed = rows.needs_history[row_ids]
-    if not needed.any():
+    if penalized is None:
         ids, _, offsets = _nothing(len(row_ids))
         return ids, offsets
     return _ragged(
         [
             rows.tokens[row, :length] if wanted else _EMPTY
-            for row, length, wanted in zip(row_ids, lens, needed, strict=True)
+            for row, length, wanted in zip(row_ids, lens, penalized, strict=True)
         ]
     )
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import kernel_attention, kernel_linear, kernel_moe, kernel_rows
+from bench import kernel_attention, kernel_linear, kernel_moe, kernel_rows, kernel_step
 from bench.__main__ import main
 from bench.floors import Case, Floors
 from bench.frontend import Measurement, summary
@@ -85,6 +85,17 @@ def test_cases_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     }
     assert all(case.of_memory is not None and case.of_memory > 0 for case in samplers + elements)
     assert "-" in str(Case("k", "c", 1e-6, 1.0, "GB/s"))
+
+
+def test_a_step_beside_its_weights() -> None:
+    names = [ops.compute_dtype(), "w8a8"]
+    cases = list(kernel_step.step_cases(names=names, rows=[1, 3], shape="tiny", budget=0.001))
+    assert [case.kernel for case in cases[::2]] == [f"step {name}" for name in names for _ in range(2)]
+    for step, products in zip(cases[::2], cases[1::2], strict=True):
+        assert step.of_memory is not None
+        assert products.of_memory is not None
+        assert products.rate == pytest.approx(100 * step.of_memory / products.of_memory)
+    assert cases[2].rate == pytest.approx(3 / cases[2].seconds)
 
 
 def test_the_kernels_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

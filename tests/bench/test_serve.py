@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 
 from bench import server_metrics
 from bench.__main__ import main
+from bench.timeline import read_steps, steps_of_run
 from tests.bench.scripted import ScriptedServer, stream
 from tests.http.processes import ServerProcess
 
@@ -18,8 +20,15 @@ LOAD = ["--random-input-len", "20", "--random-output-len", "6", "--vocab-size", 
 
 
 @pytest.fixture(scope="module")
-def url() -> Iterator[str]:
-    with ServerProcess("-m", "fdserve", "--port", "0", "--kv-cache-memory", "64M") as server:
+def step_log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the server of `url` writes its steps to."""
+    return tmp_path_factory.mktemp("server") / "steps.jsonl"
+
+
+@pytest.fixture(scope="module")
+def url(step_log: Path) -> Iterator[str]:
+    options = ["--port", "0", "--kv-cache-memory", "64M", "--step-log", str(step_log)]
+    with ServerProcess("-m", "fdserve", *options) as server:
         server.listening()
         server.wait_line("^ready")
         yield f"http://127.0.0.1:{server.port}"
@@ -70,7 +79,7 @@ def test_a_server_that_is_not_fdserve(capsys: pytest.CaptureFixture[str]) -> Non
     assert "Ranks idle" not in shown
 
 
-def test_comparing_and_plotting(url: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_comparing_and_plotting(url: str, step_log: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     path = tmp_path / "runs.json"
     servers = ["--base-url", f"A={url}", "--base-url", f"B={url}/v1"]
     arguments = ["compare", *servers, "--runs", "2", *LOAD, "--num-prompts", "4", "--max-concurrency", "2"]
@@ -81,10 +90,18 @@ def test_comparing_and_plotting(url: str, capsys: pytest.CaptureFixture[str], tm
     assert results[0]["seed"] == results[1]["seed"] != results[2]["seed"] == results[3]["seed"]
     assert main(["plot", "curves", str(path), "--out", str(tmp_path / "curves.svg")]) == 0
     assert "<svg" in (tmp_path / "curves.svg").read_text()
-    path.write_text(json.dumps(results[0]))
-    assert main(["plot", "timeline", str(path), "--out", str(tmp_path / "line.png")]) == 0
+    path.write_text(json.dumps(results[-1]))
+    steps = read_steps(step_log)
+    # The log is written twice a second.
+    while not steps or steps[-1].ended < results[-1]["begin_time"] + 0.9 * results[-1]["duration"]:
+        time.sleep(0.1)
+        steps = read_steps(step_log)
+    during = steps_of_run(steps, results[-1])
+    assert sum(step.prefill_tokens + step.decode_tokens for step in during) == 4 * (20 + 5)
+    assert main(["plot", "timeline", str(step_log), str(path), "--out", str(tmp_path / "line.png")]) == 0
     assert (tmp_path / "line.png").read_bytes().startswith(b"\x89PNG")
     assert main(["plot", "timeline", str(path), str(path), "--out", "x.png"]) == 1
+    assert main(["plot", "timeline", str(step_log), str(step_log), "--out", "x.png"]) == 1
 
 
 @pytest.mark.parametrize(

@@ -371,14 +371,3 @@ def test_waiting_requests_cost_a_step_nothing() -> None:
     few = min(seconds_a_step(10) for _ in range(3))
     many = min(seconds_a_step(10_000) for _ in range(3))
     assert many < 3 * few + 50e-6
-
-
-def test_cancelled_waiting_requests_leave_the_queue() -> None:
-    scheduler = make_scheduler(seqs=1)
-    scheduler.add(make_request([1]))
-    sequences = [scheduler.add(make_request([2], name=str(index))) for index in range(1000)]
-    for sequence in reversed(sequences):
-        scheduler.finish(sequence, "cancelled")
-    assert scheduler.num_waiting == 1
-    assert len(scheduler._waiting) < 100
-    scheduler.check_integrity()

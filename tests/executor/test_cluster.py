@@ -13,9 +13,12 @@ from anyio.abc import SocketStream, UNIXSocketStream
 
 from fdserve.errors import RankError, StartupError
 from fdserve.executor.cluster import Cluster, NotTrusted, check_secret, greet, read_cluster, welcome
+from fdserve.executor.fingerprint import Fingerprint, show
+from fdserve.executor.frames import FrameStream
 from fdserve.executor.remote import accept_ranks
 
 SECRET = "a secret of this cluster"
+SAME = Fingerprint("1", {}, {}, {})
 LAUNCHED = {
     "PADDLE_TRAINERS_NUM": "4",
     "PADDLE_TRAINER_ID": "3",
@@ -101,6 +104,7 @@ async def test_all_ranks_are_waited_for_whatever_else_connects() -> None:
         stream = await connect(cluster)
         try:
             await greet(stream, secret, rank)
+            await show(FrameStream(stream, "the server"), SAME)
             streams.append(stream)
         except (NotTrusted, anyio.EndOfStream):
             await stream.aclose()
@@ -110,7 +114,7 @@ async def test_all_ranks_are_waited_for_whatever_else_connects() -> None:
             group.start_soon(come, 2, SECRET)
             group.start_soon(come, 1, "another secret, as long")
             group.start_soon(come, 1, SECRET)
-            ranks = await accept_ranks(cluster, SECRET, 10)
+            ranks = await accept_ranks(cluster, SECRET, SAME, 10)
     assert [rank.rank for rank in ranks] == [1, 2]
     for stream in streams:
         await stream.aclose()
@@ -125,7 +129,7 @@ async def test_all_ranks_are_waited_for_whatever_else_connects() -> None:
 @pytest.mark.anyio
 async def test_ranks_that_do_not_come_are_named() -> None:
     with pytest.raises(RankError, match="these did not come: 1, 2"):
-        await accept_ranks(Cluster(0, 3, 1, "127.0.0.1", free_port()), SECRET, 0.1)
+        await accept_ranks(Cluster(0, 3, 1, "127.0.0.1", free_port()), SECRET, SAME, 0.1)
 
 
 def free_port() -> int:

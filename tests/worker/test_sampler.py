@@ -8,7 +8,7 @@ from fdserve.executor.wire import NewRow, Plan, SamplingParams
 from fdserve.ops.sampling import NOTHING_ALLOWED
 from fdserve.worker.limits import Limits, id_mask
 from fdserve.worker.rows import Rows
-from fdserve.worker.sampler import Sampled, sample
+from fdserve.worker.sampler import Sampled, Sampler
 
 VOCAB = 50
 EOS, END = 2, 9
@@ -30,7 +30,9 @@ def params(**changes: object) -> SamplingParams:
 
 def run(rows: Rows, logits: np.ndarray, masks: dict[int, bytes] | None = None) -> Sampled:
     row_ids = np.arange(len(logits), dtype=np.int32)
-    sampled = sample(rows, row_ids, rows.num_tokens[row_ids], paddle.to_tensor(logits.astype(np.float32)), VOCAB, masks)
+    sampled = Sampler(rows, VOCAB).sample(
+        row_ids, rows.num_tokens[row_ids], paddle.to_tensor(logits.astype(np.float32)), masks or {}
+    )
     rows.append(row_ids, sampled.token_ids)
     return sampled
 
@@ -103,9 +105,33 @@ def test_each_place_of_a_draft_has_its_own_past() -> None:
         rows = make_rows(([1], [], asks))
         rows.tokens[0, 1:6] = output
         lens = np.arange(1, 7, dtype=np.int32)
-        sampled = sample(rows, np.zeros(6, np.int32), lens, paddle.to_tensor(logits.astype(np.float32)), VOCAB)
+        sampled = Sampler(rows, VOCAB).sample(np.zeros(6, np.int32), lens, paddle.to_tensor(logits.astype(np.float32)))
         assert sampled.token_ids.tolist() == one_by_one
         assert len(set(one_by_one)) > 1, asks
+
+
+def test_a_row_that_another_sequence_enters_is_sampled_as_that_one_asks() -> None:
+    rows = make_rows(([1], [], params()), ([1], [], params()))
+    sampler = Sampler(rows, VOCAB)
+    logits = np.stack([logits_favouring(5, 6, 7)] * 2)
+
+    def tokens(*row_ids: int) -> list[int]:
+        ids = np.array(row_ids, np.int32)
+        logits_of = paddle.to_tensor(logits[: len(ids)].astype(np.float32))
+        return sampler.sample(ids, rows.num_tokens[ids], logits_of).token_ids.tolist()
+
+    assert tokens(0, 1) == [5, 5]
+    for asks, expected in (
+        (params(allowed_token_ids=(7,)), 7),
+        (params(presence_penalty=1.5), 6),
+        (params(temperature=1.0, top_k=1), 5),
+    ):
+        row = NewRow(1, np.array([1, 5], np.int32).tobytes(), 1, 1, (0,), asks)
+        rows.take_changes(Plan(1, [row], [], [], []))
+        assert tokens(0, 1) == [5, expected]
+        assert tokens(0, 1) == [5, expected]
+        assert tokens(1) == [expected]
+        assert tokens(0) == [5]
 
 
 def test_a_row_of_nan_gives_no_token_and_leaves_the_others_alone() -> None:
