@@ -23,7 +23,20 @@ struct Unfold {
 
 #ifdef FD_BF16
 
-FD_INLINE uint16_t bf16_of(int x) { return static_cast<uint16_t>(__builtin_bit_cast(uint32_t, static_cast<float>(x)) >> 16); }
+// What the look-ups choose from, made by the compiler.
+struct TableData {
+  alignas(64) uint16_t nibbles[32] = {};
+  alignas(64) uint8_t high[128] = {};
+  alignas(64) uint8_t low[128] = {};
+  static constexpr uint16_t bf16_of(int x) {
+    return static_cast<uint16_t>(__builtin_bit_cast(uint32_t, static_cast<float>(x)) >> 16);
+  }
+  constexpr TableData() {
+    for (int i = 0; i < 32; ++i) nibbles[i] = bf16_of(i % 16 - 8);
+    for (int i = 0; i < 128; ++i) high[i] = static_cast<uint8_t>(bf16_of(i) >> 8), low[i] = static_cast<uint8_t>(bf16_of(i));
+  }
+};
+constexpr TableData TABLE_DATA;
 
 template <int BITS>
 struct Tables;
@@ -31,11 +44,7 @@ struct Tables;
 template <>
 struct Tables<4> {
   __m512i values;
-  FD_MEMBER Tables() {
-    alignas(64) uint16_t table[32];
-    for (int i = 0; i < 32; ++i) table[i] = bf16_of(i % 16 - 8);
-    values = _mm512_load_si512(table);
-  }
+  FD_MEMBER Tables() : values(_mm512_load_si512(TABLE_DATA.nibbles)) {}
   // Five bits of a word choose among 32: the fifth changes nothing.
   template <int PAIR>
   FD_MEMBER __m512i pair(__m512i packed) const {
@@ -50,9 +59,10 @@ template <>
 struct Tables<8> {
   __m512i upper[2], lower[2];
   FD_MEMBER Tables() {
-    alignas(64) uint8_t high[128], low[128];
-    for (int i = 0; i < 128; ++i) high[i] = static_cast<uint8_t>(bf16_of(i) >> 8), low[i] = static_cast<uint8_t>(bf16_of(i));
-    for (int i = 0; i < 2; ++i) upper[i] = _mm512_load_si512(high + 64 * i), lower[i] = _mm512_load_si512(low + 64 * i);
+    for (int i = 0; i < 2; ++i) {
+      upper[i] = _mm512_load_si512(TABLE_DATA.high + 64 * i);
+      lower[i] = _mm512_load_si512(TABLE_DATA.low + 64 * i);
+    }
   }
   FD_MEMBER void unfold(__m512i packed, __m512i* pairs) const {
     const __m512i high = _mm512_permutex2var_epi8(upper[0], packed, upper[1]);
