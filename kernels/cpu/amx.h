@@ -65,26 +65,30 @@ FD_INLINE void zero_sums() {
   _tile_zero(3);
 }
 
-template <int LINES>
+constexpr int STREAM_LINES = WEIGHTS_BYTES / LINE;  // all of a step: the panel that is being read
+
+// Into the first-level cache what is wanted at once, into the second what is wanted after this panel.
+template <int LINES, bool SOON>
 FD_INLINE void fetch(const char* from) {
-  for (int i = 0; i < LINES; ++i) __builtin_prefetch(from + i * LINE, 0, 2);
+  for (int i = 0; i < LINES; ++i) __builtin_prefetch(from + i * LINE, 0, SOON ? 3 : 2);
 }
 
 // One tile of rows by the whole panel, into sums 0 to 3.
 template <class Math, int LINES>
 FD_INLINE void add_one(const char* a, int64_t stride, const char* panel, int64_t steps, const char* ahead) {
+  constexpr bool SOON = LINES == STREAM_LINES;
   for (int64_t k = 0; k < steps; ++k, a += TILE_LINE, panel += WEIGHTS_BYTES, ahead += LINES * LINE) {
     _tile_loadd(4, a, stride);
-    fetch<LINES / 4>(ahead);
+    fetch<LINES / 4, SOON>(ahead);
     _tile_loadd(5, panel, STEP_BYTES);
     FD_TILE_DOT(0, 4, 5);
-    fetch<LINES / 4>(ahead + LINES / 4 * LINE);
+    fetch<LINES / 4, SOON>(ahead + LINES / 4 * LINE);
     _tile_loadd(6, panel + 64, STEP_BYTES);
     FD_TILE_DOT(1, 4, 6);
-    fetch<LINES / 4>(ahead + LINES / 2 * LINE);
+    fetch<LINES / 4, SOON>(ahead + LINES / 2 * LINE);
     _tile_loadd(7, panel + 128, STEP_BYTES);
     FD_TILE_DOT(2, 4, 7);
-    fetch<LINES / 4>(ahead + LINES / 4 * 3 * LINE);
+    fetch<LINES / 4, SOON>(ahead + LINES / 4 * 3 * LINE);
     _tile_loadd(5, panel + 192, STEP_BYTES);
     FD_TILE_DOT(3, 4, 5);
   }
@@ -103,14 +107,14 @@ FD_INLINE void add_two(const char* const* rows, int64_t stride, const char* pane
     _tile_loadd(4, a, stride);
     _tile_loadd(6, panel, STEP_BYTES);
     FD_TILE_DOT(0, 4, 6);
-    fetch<LINES / 2>(ahead);
+    fetch<LINES / 2, false>(ahead);
     fetch_tile(panel + WEIGHTS_BYTES, STEP_BYTES);
     _tile_loadd(5, b, stride);
     FD_TILE_DOT(2, 5, 6);
     fetch_tile(panel + WEIGHTS_BYTES + 64, STEP_BYTES);
     _tile_loadd(7, panel + 64, STEP_BYTES);
     FD_TILE_DOT(1, 4, 7);
-    fetch<LINES / 2>(ahead + LINES / 2 * LINE);
+    fetch<LINES / 2, false>(ahead + LINES / 2 * LINE);
     fetch_tile(a + TILE_LINE, stride);
     FD_TILE_DOT(3, 5, 7);
     fetch_tile(b + TILE_LINE, stride);
@@ -194,7 +198,7 @@ void tile_gemm(const void* a_, int64_t stride, int64_t rows, const void* panel_,
   const char *a = static_cast<const char*>(a_), *panel = static_cast<const char*>(panel_);
   const RowTiles tiles(rows);
   shape_tiles(rows);
-  if (tiles.count == 1) tile_pass<Math, 64>(&a, 1, tiles.height(), stride, panel, depth, &acc, panel + AHEAD_BYTES);
+  if (tiles.count == 1) tile_pass<Math, STREAM_LINES>(&a, 1, tiles.height(), stride, panel, depth, &acc, panel + AHEAD_BYTES);
   else if (tiles.count <= 3) tile_passes<Math, 32>(a, stride, tiles, panel, depth, acc);
   else if (tiles.count < 8) tile_passes<Math, 16>(a, stride, tiles, panel, depth, acc);
   else tile_passes<Math, 8>(a, stride, tiles, panel, depth, acc);
