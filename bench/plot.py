@@ -20,7 +20,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench.timeline import Step, draw_timeline, read_steps
+from bench.timeline import draw_timeline, read_steps
+from fdserve.engine.step_log import StepRecord
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -40,9 +41,9 @@ def read_results(paths: Sequence[Path]) -> list[Result]:
     return results
 
 
-def read_timeline(paths: Sequence[Path]) -> tuple[list[Step] | None, Result | None]:
+def read_timeline(paths: Sequence[Path]) -> tuple[list[StepRecord] | None, Result | None]:
     """The step log and the result among the files, of which one may be missing. Raises ValueError otherwise."""
-    steps: list[Step] | None = None
+    steps: list[StepRecord] | None = None
     result: Result | None = None
     for path in paths:
         try:

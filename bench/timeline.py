@@ -11,6 +11,8 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from fdserve.engine.step_log import StepRecord
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -19,24 +21,10 @@ Result = dict[str, Any]
 Array = NDArray[np.float64]
 
 
-class Step(msgspec.Struct, frozen=True):
-    """A line of fdserve's step log: see docs/operations.md. Times are in seconds."""
-
-    step: int
-    began: float
-    ended: float
-    computed: float
-    gap: float | None
-    prefill_tokens: int
-    decode_tokens: int
-    running: int
-    waiting: int
+_decode_lines = msgspec.json.Decoder(StepRecord).decode_lines
 
 
-_decode_lines = msgspec.json.Decoder(Step).decode_lines
-
-
-def read_steps(path: Path) -> list[Step]:
+def read_steps(path: Path) -> list[StepRecord]:
     """The steps of a log, without a last line that is not whole. ValueError if there is none."""
     content = path.read_bytes()
     try:
@@ -57,7 +45,7 @@ def token_times(result: Result) -> list[list[float]]:
     return [[start, *accumulate(itls, initial=start + ttft)] for start, ttft, itls in requests]
 
 
-def steps_of_run(steps: Sequence[Step], result: Result) -> list[Step]:
+def steps_of_run(steps: Sequence[StepRecord], result: Result) -> list[StepRecord]:
     """The steps during a run. ValueError if there were none: the log is of another server, or another time."""
     begin = result["begin_time"]
     during = [step for step in steps if begin <= step.ended and step.began <= begin + result["duration"]]
@@ -66,7 +54,7 @@ def steps_of_run(steps: Sequence[Step], result: Result) -> list[Step]:
     return during
 
 
-def shares(steps: Sequence[Step]) -> dict[str, float]:
+def shares(steps: Sequence[StepRecord]) -> dict[str, float]:
     """How the time from the first step to the last was spent, as parts of 1."""
     total = steps[-1].ended - steps[0].began
     computed = sum(step.computed for step in steps)
@@ -81,7 +69,7 @@ def shares(steps: Sequence[Step]) -> dict[str, float]:
     return {name: time / total for name, time in times.items()}
 
 
-def draw_timeline(steps: Sequence[Step] | None, result: Result | None, figure: Figure) -> None:
+def draw_timeline(steps: Sequence[StepRecord] | None, result: Result | None, figure: Figure) -> None:
     """Requests of the result, where there is one, above three panels of the steps, where there are some.
 
     A request is grey until its first token, then a tick a chunk.
@@ -106,7 +94,7 @@ def _draw_requests(times: Sequence[Sequence[float]], axes: Axes) -> None:
     axes.invert_yaxis()
 
 
-def _draw_steps(steps: Sequence[Step], begin: float, axes: Sequence[Axes]) -> None:
+def _draw_steps(steps: Sequence[StepRecord], begin: float, axes: Sequence[Axes]) -> None:
     """The tokens that each step computed, how long it and the gap before it took, and the queue."""
     tokens, durations, queue = axes
 

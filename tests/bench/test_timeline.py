@@ -11,7 +11,8 @@ import pytest
 from matplotlib.figure import Figure
 
 from bench.plot import main, read_timeline
-from bench.timeline import Step, draw_timeline, read_steps, shares, steps_of_run
+from bench.timeline import draw_timeline, read_steps, shares, steps_of_run
+from fdserve.engine.step_log import StepRecord
 
 LINE: dict[str, Any] = {
     "step": 1, "began": 100.0, "ended": 100.2, "computed": 0.15, "gap": None, "prefill_tokens": 256,
@@ -42,7 +43,7 @@ def files(tmp_path: Path) -> Files:
 def test_a_log_is_read_but_for_a_line_that_is_not_whole(files: Files) -> None:
     steps = read_steps(files.steps)
     assert [step.step for step in steps] == [1, 2, 3]
-    assert steps[0] == Step(**LINE)
+    assert steps[0] == StepRecord(**LINE)
 
 
 def test_how_the_time_was_spent(files: Files) -> None:
@@ -58,7 +59,7 @@ def test_the_steps_of_a_run(files: Files) -> None:
         steps_of_run(steps, {**RESULT, "begin_time": 200.0})
 
 
-def panels(steps: list[Step] | None, result: dict[str, Any] | None) -> list[str]:
+def panels(steps: list[StepRecord] | None, result: dict[str, Any] | None) -> list[str]:
     figure = Figure()
     draw_timeline(steps, result, figure)
     return [axes.get_ylabel() for axes in figure.axes]
