@@ -119,8 +119,9 @@ void gemm_passes(const char* a, int64_t stride, int64_t rows, const char* panel,
 }
 
 template <class Math>
-void gemm_slices(const void* a_, int64_t stride, int64_t rows, const void* panel_, int64_t depth, typename Math::Sum* acc) {
-  const char *a = static_cast<const char*>(a_), *panel = static_cast<const char*>(panel_);
+void gemm_slices(Rows x, int64_t rows, const void* panel_, int64_t depth, typename Math::Sum* acc) {
+  const char *a = x.data, *panel = static_cast<const char*>(panel_);
+  const int64_t stride = x.stride;
   const int64_t slice = (rows <= FEW_ROWS ? FEW_SLICE_BYTES : SLICE_BYTES) / STEP_BYTES;
   for (int64_t done = 0; done < depth; done += slice, a += slice * 4, panel += slice * STEP_BYTES) {
     const int64_t count = depth - done < slice ? depth - done : slice;
@@ -135,12 +136,12 @@ void gemm_slices(const void* a_, int64_t stride, int64_t rows, const void* panel
 }
 
 template <class E>
-void gemm(const void* a, int64_t stride, int64_t rows, const void* panel, int64_t depth, float* acc) {
-  gemm_slices<typename MathOf<E>::type>(a, stride, rows, panel, depth, acc);
+void gemm(Rows a, int64_t rows, const void* panel, int64_t depth, float* acc) {
+  gemm_slices<typename MathOf<E>::type>(a, rows, panel, depth, acc);
 }
 
-inline void gemm_bytes(const void* a, int64_t stride, int64_t rows, const void* panel, int64_t depth, int32_t* acc) {
-  gemm_slices<Bytes>(a, stride, rows, panel, depth, acc);
+inline void gemm_bytes(Rows a, int64_t rows, const void* panel, int64_t depth, int32_t* acc) {
+  gemm_slices<Bytes>(a, rows, panel, depth, acc);
 }
 
 }  // namespace FD_ISA

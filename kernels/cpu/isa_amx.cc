@@ -13,6 +13,7 @@
 #include "gemm.h"
 #include "weight_only.h"
 #include "amx.h"
+#include "amx_weight_only.h"
 #include "quantize.h"
 #include "rows.h"
 #include "attend.h"

@@ -25,7 +25,7 @@ constexpr int64_t GROUP = 64;      // inputs that share a scale
 constexpr int64_t KEY_GROUP = 16;  // keys stored together
 constexpr int64_t KEY_TILE = 64;   // keys scored together, at absolute positions
 constexpr int64_t KEY_PART = 512;  // keys between two merges of the softmax state, at absolute positions
-constexpr int64_t SPARE_ROWS = 15;  // that attention may compute to fill a tile
+constexpr int64_t SPARE_ROWS = 15;  // that a kernel may compute to fill a tile
 constexpr int MAX_HEAD_DIM = 256;
 
 // Bytes of a group of a panel: the scales in bf16, then the integers.
@@ -76,17 +76,32 @@ struct AttendState {
   float *peak, *mass, *values;
 };
 
+// Rows of activations as the panels of one format want them, `stride` bytes apart; or `tiled`, which is 16 rows by 64 bytes
+// one after the other, so that 16 rows take 16 strides. `scales` are of bytes alone.
+struct Rows {
+  const char* data;
+  int64_t stride;
+  const float* scales;
+  bool tiled = false;
+
+  // Those from `row` on; of tiled rows a multiple of 16.
+  Rows from(int64_t row) const { return {data + row * stride, stride, scales == nullptr ? nullptr : scales + row, tiled}; }
+};
+
 // The functions of one instruction set for one element type.
 struct RowKernels {
   // Rows that one pass of a product takes: cut work at multiples of it.
   int64_t pass_rows;
-  // acc[rows][64] = a[rows][depth] x panel, in order of depth; depth counts K (bf16: pairs, zero-padded).
-  void (*gemm)(const void* a, int64_t row_stride, int64_t rows, const void* panel, int64_t depth, float* acc);
+  // The next 16 rows of x, or `rows` and zeros, as tiles; `bytes` of each, a multiple of 64. Null where rows are best left
+  // as they are.
+  void (*to_tiles)(const char* x, int64_t stride, int64_t rows, int64_t bytes, char* out);
+  // acc[rows][64] = a[rows][depth] x panel, in order of depth; depth counts K (bf16: pairs, zero-padded). Where `a` is
+  // tiled, acc has room for whole tiles.
+  void (*gemm)(Rows a, int64_t rows, const void* panel, int64_t depth, float* acc);
   // acc[rows][64] = a[rows][groups of inputs] x panel, of a weight-only format.
-  void (*gemm_groups)(const void* a, int64_t row_stride, int64_t rows, const void* panel, Format format, int64_t groups,
-                      float* acc);
+  void (*gemm_groups)(Rows a, int64_t rows, const void* panel, Format format, int64_t groups, float* acc);
   // acc[rows][64] = a[rows][4 depth] x panel, bytes that are 128 too large times signed ones.
-  void (*gemm_bytes)(const void* a, int64_t row_stride, int64_t rows, const void* panel, int64_t depth, int32_t* acc);
+  void (*gemm_bytes)(Rows a, int64_t rows, const void* panel, int64_t depth, int32_t* acc);
   // acc[rows][64] = (sums - offsets[64]) * (row_scales[rows] * scales[64]); acc and sums may be the same memory.
   void (*scale_sums)(const int32_t* sums, int64_t rows, const int32_t* offsets, const float* scales,
                      const float* row_scales, float* acc);

@@ -2,6 +2,8 @@
 //
 // Work is cut into (block of rows, panel) tasks, of which a thread takes consecutive ones: a long stream for the hardware
 // to fetch ahead. Every output element is one chain over k whatever the cut; which thread does what changes nothing.
+#include <unistd.h>
+
 #include <algorithm>
 #include <cstring>
 
@@ -12,7 +14,8 @@
 namespace fdserve {
 namespace {
 
-constexpr int64_t ROW_BLOCK = 192;         // rows whose sums and inputs share L2 with a slice
+constexpr int64_t ROW_BLOCK = 192;         // rows whose sums and inputs share the second-level cache with a slice
+constexpr int64_t TILED_ROWS = 32;         // up to which a copy costs more than it gains
 constexpr int64_t BYTES_CHUNK = 32 << 10;  // of activations a task rounds
 
 }  // namespace
@@ -45,12 +48,30 @@ Rows prepared_rows(const void* x_, int64_t rows, int64_t k, Dtype dtype, Format 
 
 namespace {
 
+// Many rows as tiles, where there is such a thing: then loads are one stream, and rows a power of two apart do not take
+// each other's place in the first-level cache.
+Rows tiled_rows(const RowKernels& kernels, Rows x, int64_t rows, int64_t bytes) {
+  if (kernels.to_tiles == nullptr || rows <= TILED_ROWS || bytes % 64 != 0) return x;
+  const int64_t strips = (rows + 15) / 16;
+  char* tiles = scratch<char>(kScratchTiled, strips * 16 * bytes);
+  parallel(strips, [&](int64_t s) {
+    kernels.to_tiles(x.data + s * 16 * x.stride, x.stride, std::min<int64_t>(16, rows - s * 16), bytes, tiles + s * 16 * bytes);
+  });
+  return {tiles, bytes, x.scales, true};
+}
+
+// More rows share a panel where that cache is large.
+int64_t row_block_of(int64_t row_bytes) {
+  static const int64_t cache = sysconf(_SC_LEVEL2_CACHE_SIZE);
+  return 2 * ROW_BLOCK * row_bytes <= cache / 2 ? 2 * ROW_BLOCK : ROW_BLOCK;
+}
+
 // Bytes times bytes: exact, then scaled once.
 void byte_product(const RowKernels& kernels, Rows x, int64_t rows, int64_t k, const char* panel, float* acc) {
   const float* scales = reinterpret_cast<const float*>(panel);
   const int32_t* offsets = reinterpret_cast<const int32_t*>(panel) + PANEL;
   int32_t* sums = reinterpret_cast<int32_t*>(acc);
-  kernels.gemm_bytes(x.data, x.stride, rows, panel + W8A8_HEAD_BYTES, padded_inputs(Format::kW8a8, k) / 4, sums);
+  kernels.gemm_bytes(x, rows, panel + W8A8_HEAD_BYTES, padded_inputs(Format::kW8a8, k) / 4, sums);
   kernels.scale_sums(sums, rows, offsets, scales, x.scales, acc);
 }
 
@@ -61,17 +82,19 @@ void panel_product(const RowKernels& kernels, Format format, Rows x, int64_t row
   const char* panel = static_cast<const char*>(panel_);
   if (format == Format::kW8a8) return byte_product(kernels, x, rows, k, panel, acc);
   const int64_t inputs = padded_inputs(format, k);
-  if (is_weight_only(format)) return kernels.gemm_groups(x.data, x.stride, rows, panel, format, inputs / GROUP, acc);
-  kernels.gemm(x.data, x.stride, rows, panel, format == Format::kBfloat16 ? inputs / 2 : inputs, acc);
+  if (is_weight_only(format)) return kernels.gemm_groups(x, rows, panel, format, inputs / GROUP, acc);
+  kernels.gemm(x, rows, panel, format == Format::kBfloat16 ? inputs / 2 : inputs, acc);
 }
 
 void linear(const void* x, int64_t tokens, Dtype dtype, const Matrix& weight, void* out, Dtype out_dtype) {
   const RowKernels& kernels = row_kernels(dtype);
   const RowKernels& out_kernels = row_kernels(out_dtype);
   const int64_t n = weight.n, k = weight.k;
-  const Rows rows = prepared_rows(x, tokens, k, dtype, weight.format, kScratchCall);
+  const Rows plain = prepared_rows(x, tokens, k, dtype, weight.format, kScratchCall);
+  const int64_t element = weight.format == Format::kW8a8 ? 1 : size_of(dtype);
+  const Rows rows = tiled_rows(kernels, plain, tokens, padded_inputs(weight.format, k) * element);
   const int64_t bytes = panel_bytes(weight.format, k), count = (n + PANEL - 1) / PANEL;
-  const int64_t row_blocks = (tokens + ROW_BLOCK - 1) / ROW_BLOCK;
+  const int64_t most = row_block_of(rows.stride), row_blocks = (tokens + most - 1) / most;
   const int64_t out_size = size_of(out_dtype);
   // Blocks as even as can be, in whole passes of the panel product.
   const auto row_block = [&](int64_t block) {
@@ -80,7 +103,7 @@ void linear(const void* x, int64_t tokens, Dtype dtype, const Matrix& weight, vo
   parallel(row_blocks * count, [&](int64_t task) {
     const int64_t first = row_block(task / count), end = row_block(task / count + 1);
     const int64_t p = task % count, width = std::min(PANEL, n - p * PANEL);
-    float* acc = scratch<float>(kScratchTile, (end - first) * PANEL);
+    float* acc = scratch<float>(kScratchTile, (end - first + SPARE_ROWS) * PANEL);
     panel_product(kernels, weight.format, rows.from(first), end - first, k,
                   static_cast<const char*>(weight.panels) + p * bytes, acc);
     out_kernels.put(acc, end - first, width, static_cast<char*>(out) + (first * n + p * PANEL) * out_size, n * out_size);

@@ -6,15 +6,6 @@
 
 namespace fdserve {
 
-// Rows of activations as the panels of one format want them. `stride` in bytes; `scales` are of bytes alone.
-struct Rows {
-  const char* data;
-  int64_t stride;
-  const float* scales;
-
-  Rows from(int64_t row) const { return {data + row * stride, stride, scales == nullptr ? nullptr : scales + row}; }
-};
-
 // x[rows][k] (dtype) for a product with panels of `format`: as it is, or copied into the scratch `slot`.
 Rows prepared_rows(const void* x, int64_t rows, int64_t k, Dtype dtype, Format format, ScratchSlot slot);
 

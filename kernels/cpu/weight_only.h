@@ -4,9 +4,10 @@
 // magnitude) or by 8 inputs (4 bits: value + 8), in the order in which they unfold to bf16 pairs. Unfolding is table look-up:
 // a nibble is an index into 16 bf16 values that one register holds (4 permutes and 3 shifts give 128 weights); of a byte
 // the upper and the lower half of its bf16 are each a look-up among 128 (2 permutes, an OR for the sign and 2 unpacks
-// give 64). Integers of this size are exact in bf16, so sums are those of gemm.h over a group, times its scale.
-// Up to 6 rows are multiplied as the weights unfold (floor: memory); for more a group is unfolded into the first-level
-// cache and all rows pass over it (floor: multiply-adds). Both give the same bits.
+// give 64), or among 64 where a permute of two registers takes twice as long: from 64 on both follow from the byte.
+// Integers of this size are exact in bf16, so sums are those of gemm.h over a group, times its scale. Up to 6 rows are
+// multiplied as the weights unfold (floor: memory); for more a group is unfolded into the first-level cache and all rows
+// pass over it (floor: multiply-adds). Both give the same bits.
 
 namespace fdserve {
 namespace FD_ISA {
@@ -65,34 +66,31 @@ struct Tables<8> {
     }
   }
   FD_MEMBER void unfold(__m512i packed, __m512i* pairs) const {
+#ifdef FD_AMX
+    // From 64 on the bf16 is 0x4200 plus twice the magnitude.
+    const __m512i twice = _mm512_add_epi8(packed, packed);
+    const __mmask64 small = ~_mm512_movepi8_mask(twice);
+    const __m512i low = _mm512_mask_permutexvar_epi8(twice, small, packed, lower[0]);
+    const __m512i high = _mm512_mask_permutexvar_epi8(_mm512_set1_epi8(0x42), small, packed, upper[0]);
+#else
     const __m512i high = _mm512_permutex2var_epi8(upper[0], packed, upper[1]);
     const __m512i low = _mm512_permutex2var_epi8(lower[0], packed, lower[1]);
+#endif
     const __m512i signed_high = _mm512_ternarylogic_epi32(high, packed, _mm512_set1_epi8(-128), 0xf8);  // high | packed & sign
     pairs[0] = _mm512_unpacklo_epi8(low, signed_high);
     pairs[1] = _mm512_unpackhi_epi8(low, signed_high);
   }
 };
 
-constexpr int64_t UNFOLD_AHEAD_BYTES = 8192;
-
-// A part of a group, vectors [first, first + COUNT) of it.
-template <int BITS, int64_t COUNT, bool FETCH>
-FD_INLINE void unfold_part(const Tables<BITS>& tables, const char* packed, int64_t first, bf16* slice) {
+template <int BITS>
+FD_INLINE void unfold_group(const Tables<BITS>& tables, const char* packed, bf16* slice) {
   constexpr int PAIRS = Unfold<BITS>::PAIRS;
-  for (int64_t i = first; i < first + COUNT; i += 4) {
-    // Into the second-level cache, which can wait for more lines at once.
-    for (int v = 0; FETCH && v < 4; ++v) __builtin_prefetch(packed + UNFOLD_AHEAD_BYTES + (i + v) * 64, 0, 2);
+  for (int64_t i = 0; i < Unfold<BITS>::VECTORS; i += 4)
     for (int v = 0; v < 4; ++v) {
       __m512i pairs[PAIRS];
       tables.unfold(_mm512_loadu_si512(packed + (i + v) * 64), pairs);
       for (int p = 0; p < PAIRS; ++p) _mm512_store_si512(slice + ((i / 4 * PAIRS + p) * 4 + v) * 32, pairs[p]);
     }
-  }
-}
-
-template <int BITS>
-FD_INLINE void unfold_group(const Tables<BITS>& tables, const char* packed, bf16* slice) {
-  unfold_part<BITS, Unfold<BITS>::VECTORS, false>(tables, packed, 0, slice);
 }
 
 template <int BITS, int ROWS>
@@ -172,11 +170,10 @@ void multiply_groups(const char* a, int64_t stride, int64_t rows, const char* gr
 }
 
 template <class E>
-void gemm_groups(const void* a_, int64_t stride, int64_t rows, const void* panel_, Format format, int64_t groups,
-                 float* acc) {
-  const char *a = static_cast<const char*>(a_), *panel = static_cast<const char*>(panel_);
-  if (format == Format::kWint4) multiply_groups<E, 4>(a, stride, rows, panel, groups, acc);
-  else multiply_groups<E, 8>(a, stride, rows, panel, groups, acc);
+void gemm_groups(Rows a, int64_t rows, const void* panel_, Format format, int64_t groups, float* acc) {
+  const char* panel = static_cast<const char*>(panel_);
+  if (format == Format::kWint4) multiply_groups<E, 4>(a.data, a.stride, rows, panel, groups, acc);
+  else multiply_groups<E, 8>(a.data, a.stride, rows, panel, groups, acc);
 }
 
 }  // namespace FD_ISA
