@@ -29,15 +29,32 @@ FD_INLINE vf exp_of_score(vf x) {
   return (vf)_mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(y, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ), (__m512)p, n);
 }
 
-// Lines [16 step, 16 step + 16) of the next tile's groups.
-FD_INLINE void fetch_groups(const void* const* groups, int64_t lines, int64_t step) {
-  const int64_t end = step * 16 + 16 < lines ? step * 16 + 16 : lines;
-  for (int g = 0; g < KEY_TILE / KEY_GROUP; ++g)
-    for (int64_t i = step * 16; i < end; ++i) __builtin_prefetch(static_cast<const char*>(groups[g]) + i * LINE, 0, 2);
-}
+// Fetches the tile that follows, a line of each of its groups by turns as in amx.h: two rounds between tiles, which is all
+// of it where head_dim is 128.
+struct NextTile {
+  static constexpr int GROUPS = KEY_TILE / KEY_GROUP;
+  const char *keys[GROUPS], *values[GROUPS];
+  int64_t at = 0, end;
+  FD_MEMBER explicit NextTile(const KeyTile& tile) : end(tile.next_lines * LINE) {
+    for (int g = 0; g < GROUPS; ++g) {
+      keys[g] = static_cast<const char*>(tile.next_keys[g]);
+      values[g] = static_cast<const char*>(tile.next_values[g]);
+    }
+  }
+  FD_MEMBER void round() {
+    if (at == end) return;
+    for (int g = 0; g < GROUPS; ++g) __builtin_prefetch(keys[g] + at, 0, 3);
+    for (int g = 0; g < GROUPS; ++g) __builtin_prefetch(values[g] + at, 0, 3);
+    at += LINE;
+  }
+  FD_MEMBER void operator()() {
+    round();
+    round();
+  }
+};
 
 // scores[16][64] of 16 rows.
-inline void tile_scores(const bf16* q, int64_t head_dim, const KeyTile& tile, float* scores) {
+inline void tile_scores(const bf16* q, int64_t head_dim, const KeyTile& tile, float* scores, NextTile& next) {
   const char* keys[4];
   for (int g = 0; g < 4; ++g) keys[g] = static_cast<const char*>(tile.keys[tile.keys[g] != nullptr ? g : 0]);
   zero_sums();
@@ -45,13 +62,16 @@ inline void tile_scores(const bf16* q, int64_t head_dim, const KeyTile& tile, fl
     _tile_loadd(4, q + step * 32, head_dim * 2);
     _tile_loadd(5, keys[0] + step * TILE_BYTES, TILE_LINE);
     _tile_dpbf16ps(0, 4, 5);
+    next();
     _tile_loadd(6, keys[1] + step * TILE_BYTES, TILE_LINE);
     _tile_dpbf16ps(1, 4, 6);
+    next();
     _tile_loadd(7, keys[2] + step * TILE_BYTES, TILE_LINE);
     _tile_dpbf16ps(2, 4, 7);
+    next();
     _tile_loadd(5, keys[3] + step * TILE_BYTES, TILE_LINE);
     _tile_dpbf16ps(3, 4, 5);
-    fetch_groups(tile.next_keys, tile.next_lines, step);
+    next();
   }
   _tile_stored(0, scores, ACC_BYTES);
   _tile_stored(1, scores + 16, ACC_BYTES);
@@ -92,25 +112,28 @@ struct ValueRows {
 };
 
 // values[16][stride] += weights[16][64] times the tile's values.
-FD_INLINE void tile_values(const bf16* weights, int64_t head_dim, const ValueRows& rows, const KeyTile& tile, float* values,
-                           int64_t stride) {
-  for (int64_t column = 0, part = 0; column < head_dim; column += 64, values += 64) {
+inline void tile_values(const bf16* weights, int64_t head_dim, const ValueRows& rows, float* values, int64_t stride,
+                           NextTile& next) {
+  for (int64_t column = 0; column < head_dim; column += 64, values += 64) {
     _tile_loadd(0, values, stride * 4);
     _tile_loadd(1, values + 16, stride * 4);
     _tile_loadd(2, values + 32, stride * 4);
     _tile_loadd(3, values + 48, stride * 4);
-    for (int s = 0; s < rows.count; ++s, ++part) {
+    for (int s = 0; s < rows.count; ++s) {
       const char* at = rows.steps[s] + column * 4;
       _tile_loadd(4, weights + s * VALUE_STEP, KEY_TILE * 2);
       _tile_loadd(5, at, head_dim * 4);
       _tile_dpbf16ps(0, 4, 5);
+      next();
       _tile_loadd(6, at + 64, head_dim * 4);
       _tile_dpbf16ps(1, 4, 6);
+      next();
       _tile_loadd(7, at + 128, head_dim * 4);
       _tile_dpbf16ps(2, 4, 7);
+      next();
       _tile_loadd(5, at + 192, head_dim * 4);
       _tile_dpbf16ps(3, 4, 5);
-      fetch_groups(tile.next_values, tile.next_lines, part);
+      next();
     }
     _tile_stored(0, values, stride * 4);
     _tile_stored(1, values + 16, stride * 4);
@@ -142,21 +165,21 @@ FD_INLINE bool tile_softmax(float* scores, int rows, const KeyTile& tile, const 
   return same;
 }
 
-inline void tile_attend(const void* q_, int64_t rows, int64_t head_dim, const KeyTile& first, const int* seen, float scale,
+inline void tile_attend(const void* q_, int64_t rows, int64_t head_dim, const KeyTile& tile, const int* seen, float scale,
                         AttendState state, int64_t stride) {
-  if (head_dim % 64 != 0) return attend<bf16>(q_, rows, head_dim, first, seen, scale, state, stride);
+  if (head_dim % 64 != 0) return attend<bf16>(q_, rows, head_dim, tile, seen, scale, state, stride);
   const bf16* q = static_cast<const bf16*>(q_);
   alignas(64) float scores[TILE_ROWS * KEY_TILE], decay[TILE_ROWS];
   alignas(64) bf16 weights[TILE_ROWS * KEY_TILE] = {};
-  KeyTile tile = first;
   int keys = 0;
   for (int64_t r = 0; r < rows; ++r) keys = seen[r] > keys ? seen[r] : keys;
   const ValueRows values(tile, head_dim, keys);
+  NextTile next(tile);
   shape_tiles(TILE_ROWS);
   for (int64_t r = 0; r < rows; r += TILE_ROWS) {
     const int n = static_cast<int>(rows - r < TILE_ROWS ? rows - r : TILE_ROWS);
     const AttendState part = {state.peak + r, state.mass + r, state.values + r * stride};
-    tile_scores(q + r * head_dim, head_dim, tile, scores);
+    tile_scores(q + r * head_dim, head_dim, tile, scores, next);
     if (!tile_softmax(scores, n, tile, seen + r, scale, part, weights, decay))
       for (int i = 0; i < n; ++i)
         for (int64_t d = 0; d < head_dim; d += VL) {
@@ -164,8 +187,7 @@ inline void tile_attend(const void* q_, int64_t rows, int64_t head_dim, const Ke
           store(value, load(value) * splat(decay[i]));
         }
     tile_fence();
-    tile_values(weights, head_dim, values, tile, part.values, stride);
-    tile.next_lines = 0;  // all is fetched
+    tile_values(weights, head_dim, values, part.values, stride, next);
   }
 }
 
