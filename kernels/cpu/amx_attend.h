@@ -1,18 +1,20 @@
-// Attention of query rows over one tile of 64 keys by AMX; see attend.h for the caches' layout and the softmax's state.
+// Attention of query rows over a part of up to 512 keys by AMX; see attend.h for the caches' layout.
 //
 // Layout: 16 keys of a head are already tiles of weights, [head_dim/32] of 16 pairs of dimensions by 16 keys; two groups
 // of 16 values are, too, 16 pairs of keys by 16 dimensions each, where they lie one after the other, as in a block of 32
-// keys or more; others, and keys that no row sees, are copied first. Tiling: 16 rows by 64 keys (scores), then 16 rows by
-// 64 dimensions (values), over all keys of the tile. Rows past the last are computed and thrown away, so that tiles keep
-// their shape. A row's arithmetic is the same in any company: scores and values are chains of steps as in amx.h, and a key
-// that a row does not see weighs exactly 0. Floor: memory for a decode; for a prefill the exponentials, one for each
-// score, which take longer than the products around it.
+// keys or more; others, keys that no row sees, and bytes are copied first. Tiling: all scores of up to 48 rows, 16 rows by
+// 64 keys at a time; then the softmax, once; then 16 rows by 64 dimensions over all keys, whose sums stay in the tiles. Rows
+// past the last are computed and thrown away, so that tiles keep their shape. A row's arithmetic is the same in any company:
+// scores and values are chains of steps as in amx.h, and a key that a row does not see weighs exactly 0. While scores are
+// computed, their values and the keys that follow are fetched. Floor: memory for a decode; for a prefill the exponentials,
+// one for each score, which take longer than the products around it.
 
 namespace fdserve {
 namespace FD_ISA {
 
 constexpr int64_t VALUE_STEP = 32;  // keys in a tile of values
-constexpr int VALUE_STEPS = KEY_TILE / VALUE_STEP;
+constexpr int64_t VALUE_STEPS = KEY_PART / VALUE_STEP, PART_GROUPS = KEY_PART / KEY_GROUP, TILE_GROUPS = KEY_TILE / KEY_GROUP;
+constexpr int64_t STRIP_ROWS = 3 * TILE_ROWS;  // whose scores and weights share the second-level cache with the part
 
 // e^x for x <= 0 within 4e-6, which disappears when weights are rounded to bf16: 2^x by a Taylor polynomial of degree 5 on
 // [-1/2, 1/2]. 0 where that is under 2^-126, NaN for NaN.
@@ -29,165 +31,192 @@ FD_INLINE vf exp_of_score(vf x) {
   return (vf)_mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(y, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ), (__m512)p, n);
 }
 
-// Fetches the tile that follows, a line of each of its groups by turns as in amx.h: two rounds between tiles, which is all
-// of it where head_dim is 128.
-struct NextTile {
-  static constexpr int GROUPS = KEY_TILE / KEY_GROUP;
-  const char *keys[GROUPS], *values[GROUPS];
+// Fetches 8 groups of a cache, a line of each by turns as in amx.h: `rounds` lines between tiles.
+struct Groups {
+  const char* of[2 * TILE_GROUPS];
   int64_t at = 0, end;
-  FD_MEMBER explicit NextTile(const KeyTile& tile) : end(tile.next_lines * LINE) {
-    for (int g = 0; g < GROUPS; ++g) {
-      keys[g] = static_cast<const char*>(tile.next_keys[g]);
-      values[g] = static_cast<const char*>(tile.next_values[g]);
+  FD_MEMBER Groups(const KeyPart& part, int64_t first, int64_t bytes) : end(bytes / LINE * LINE) {
+    for (int64_t g = 0; g < TILE_GROUPS; ++g) {
+      const int64_t next = first + TILE_GROUPS + g, now = first + g;
+      const bool more = next < PART_GROUPS && part.keys[next] != nullptr;
+      const void* values = part.values[part.values[now] != nullptr ? now : first];
+      of[g] = static_cast<const char*>(more ? part.keys[next] : values);
+      of[TILE_GROUPS + g] = static_cast<const char*>(values);
     }
   }
-  FD_MEMBER void round() {
-    if (at == end) return;
-    for (int g = 0; g < GROUPS; ++g) __builtin_prefetch(keys[g] + at, 0, 3);
-    for (int g = 0; g < GROUPS; ++g) __builtin_prefetch(values[g] + at, 0, 3);
-    at += LINE;
-  }
-  FD_MEMBER void operator()() {
-    round();
-    round();
+  FD_MEMBER void fetch(int64_t rounds) {
+    for (int64_t round = 0; round < rounds && at < end; ++round, at += LINE)
+      for (int g = 0; g < 2 * TILE_GROUPS; ++g) __builtin_prefetch(of[g] + at, 0, 3);
   }
 };
 
-// scores[16][64] of 16 rows.
-inline void tile_scores(const bf16* q, int64_t head_dim, const KeyTile& tile, float* scores, NextTile& next) {
-  const char* keys[4];
-  for (int g = 0; g < 4; ++g) keys[g] = static_cast<const char*>(tile.keys[tile.keys[g] != nullptr ? g : 0]);
+// scores[16][KEY_PART] of 16 rows and a tile of keys.
+FD_INLINE void tile_scores(const bf16* q, int64_t head_dim, const char* const* keys, float* scores, Groups& next,
+                           int64_t rounds) {
   zero_sums();
   for (int64_t step = 0; step < head_dim / 32; ++step) {
     _tile_loadd(4, q + step * 32, head_dim * 2);
     _tile_loadd(5, keys[0] + step * TILE_BYTES, TILE_LINE);
     _tile_dpbf16ps(0, 4, 5);
-    next();
+    next.fetch(rounds);
     _tile_loadd(6, keys[1] + step * TILE_BYTES, TILE_LINE);
     _tile_dpbf16ps(1, 4, 6);
-    next();
+    next.fetch(rounds);
     _tile_loadd(7, keys[2] + step * TILE_BYTES, TILE_LINE);
     _tile_dpbf16ps(2, 4, 7);
-    next();
+    next.fetch(rounds);
     _tile_loadd(5, keys[3] + step * TILE_BYTES, TILE_LINE);
     _tile_dpbf16ps(3, 4, 5);
-    next();
+    next.fetch(rounds);
   }
-  _tile_stored(0, scores, ACC_BYTES);
-  _tile_stored(1, scores + 16, ACC_BYTES);
-  _tile_stored(2, scores + 32, ACC_BYTES);
-  _tile_stored(3, scores + 48, ACC_BYTES);
-  tile_fence();
+  _tile_stored(0, scores, KEY_PART * 4);
+  _tile_stored(1, scores + 16, KEY_PART * 4);
+  _tile_stored(2, scores + 32, KEY_PART * 4);
+  _tile_stored(3, scores + 48, KEY_PART * 4);
 }
 
-// A tile's values as VALUE_STEPS matrices of 16 pairs of keys by head_dim, of which `keys` keys are seen by any row.
-struct ValueRows {
-  const char* steps[VALUE_STEPS];
-  int count;
+// Scores of a strip of rows over the first `keys` keys, tile after tile.
+inline void strip_scores(const bf16* q, int64_t rows, int64_t head_dim, const KeyPart& part, const int* seen, int64_t keys,
+                         float* scores) {
+  const int64_t size = KEY_GROUP * head_dim;
+  const int64_t bytes = part.bytes ? byte_group(head_dim) : size * 2, rounds = (bytes / LINE + head_dim / 8 - 1) / (head_dim / 8);
+  alignas(64) bf16 room[KEY_TILE * MAX_HEAD_DIM];
+  for (int64_t first = 0; first < keys; first += KEY_TILE) {
+    const char* groups[TILE_GROUPS];
+    for (int64_t g = 0; g < TILE_GROUPS; ++g) {
+      const int64_t number = first / KEY_GROUP + g;
+      const void* group = part.keys[part.keys[number] != nullptr ? number : first / KEY_GROUP];
+      if (part.bytes) unfold_keys(group, head_dim, room + g * size);
+      groups[g] = part.bytes ? reinterpret_cast<const char*>(room + g * size) : static_cast<const char*>(group);
+    }
+    Groups next(part, first / KEY_GROUP, bytes);
+    tile_fence();
+    for (int64_t r = 0; r < rows; r += TILE_ROWS) {
+      const int64_t last = r + TILE_ROWS < rows ? r + TILE_ROWS : rows;
+      if (seen[last - 1] > first) tile_scores(q + r * head_dim, head_dim, groups, scores + r * KEY_PART + first, next, rounds);
+    }
+    tile_fence();
+  }
+}
+
+// One row's scores to weights, zeros from the keys that it sees up to `end`; its peak and mass.
+FD_INLINE void row_weights(float* scores, const KeyPart& part, int64_t head_dim, int64_t seen, int64_t end, float scale,
+                           float* peak, float* mass, bf16* weights) {
+  vf highest = splat(-__builtin_inff()), total = {};
+  for (int64_t key = 0; key < seen; key += VL) {
+    vf x = load(scores + key) * splat(scale);
+    if (part.bytes) x = x * load(scales_of_bytes(part.keys[key / KEY_GROUP], head_dim));
+    x = before(static_cast<int>(key), static_cast<int>(seen), x, splat(-__builtin_inff()));
+    store(scores + key, x);
+    highest = max(x, highest);
+  }
+  const float top = max_lane(highest);
+  int64_t key = 0;
+  for (; key < seen; key += VL) {
+    vf w = exp_of_score(load(scores + key) - splat(top));
+    total = total + w;
+    // A stale block's scales may be NaNs.
+    if (part.bytes)
+      w = before(static_cast<int>(key), static_cast<int>(seen),
+                 w * load(scales_of_bytes(part.values[key / KEY_GROUP], head_dim)), vf{});
+    store(weights + key, w);
+  }
+  for (; key < end; key += VL) store(weights + key, vf{});
+  *peak = top;
+  *mass = seen > 0 ? sum(total) : 0.0f;
+}
+
+// The values of the first `keys` keys as matrices of 16 pairs of keys by head_dim. What is not so in the cache is copied.
+struct ValueSteps {
+  const char* at[VALUE_STEPS];
   alignas(64) bf16 copies[VALUE_STEPS][VALUE_STEP * MAX_HEAD_DIM];
 
-  FD_MEMBER ValueRows(const KeyTile& tile, int64_t head_dim, int keys)
-      : count(static_cast<int>((keys + VALUE_STEP - 1) / VALUE_STEP)) {
-    for (int s = 0; s < count; ++s) {
-      const char* first = static_cast<const char*>(tile.values[2 * s]);
-      const bool joined = tile.values[2 * s + 1] == first + KEY_GROUP * head_dim * 2;
-      const bool seen = keys >= (s + 1) * VALUE_STEP;
-      steps[s] = joined && seen ? first : reinterpret_cast<const char*>(copies[s]);
-      if (!joined || !seen) copy(tile, head_dim, s, keys - static_cast<int>(s * VALUE_STEP));
+  FD_MEMBER ValueSteps(const KeyPart& part, int64_t head_dim, int64_t keys) {
+    for (int64_t s = 0; s * VALUE_STEP < keys; ++s) {
+      const void* const* groups = part.values + 2 * s;
+      const bool joined = groups[1] == static_cast<const char*>(groups[0]) + KEY_GROUP * head_dim * 2;
+      const int64_t left = keys - s * VALUE_STEP;
+      at[s] = reinterpret_cast<const char*>(copies[s]);
+      if (part.bytes) unfold(groups, head_dim, left, copies[s]);
+      else if (joined && left >= VALUE_STEP) at[s] = static_cast<const char*>(groups[0]);
+      else copy(groups, head_dim, left, copies[s]);
     }
   }
 
-  // An unseen key's values are zeros, for a stale block may hold NaNs.
-  FD_MEMBER void copy(const KeyTile& tile, int64_t head_dim, int step, int keys) {
-    for (int pair = 0; pair < VALUE_STEP / 2; ++pair) {
-      const bf16* group = static_cast<const bf16*>(tile.values[2 * step + pair / 8]);
-      const int left = keys - 2 * pair;
+  // A value that no row sees is zeros, for a stale block may hold NaNs.
+  FD_MEMBER static void copy(const void* const* groups, int64_t head_dim, int64_t keys, bf16* out) {
+    for (int64_t pair = 0; pair < VALUE_STEP / 2; ++pair) {
+      const bf16* group = static_cast<const bf16*>(groups[pair / 8]);
+      const int64_t left = keys - 2 * pair;
       const auto lanes = static_cast<__mmask32>(left > 1 ? ~0u : left == 1 ? 0x55555555u : 0);
       for (int64_t d = 0; d < 2 * head_dim; d += 32) {
         const __m512i x = left > 0 ? _mm512_maskz_loadu_epi16(lanes, group + pair % 8 * 2 * head_dim + d) : __m512i{};
-        _mm512_store_si512(copies[step] + pair * 2 * head_dim + d, x);
+        _mm512_store_si512(out + pair * 2 * head_dim + d, x);
       }
+    }
+  }
+
+  FD_MEMBER static void unfold(const void* const* groups, int64_t head_dim, int64_t keys, bf16* out) {
+    for (int64_t g = 0; g < 2; ++g) {
+      if (g * KEY_GROUP < keys) unfold_values(groups[g], head_dim, out + g * KEY_GROUP * head_dim);
+      else __builtin_memset(out + g * KEY_GROUP * head_dim, 0, static_cast<size_t>(KEY_GROUP * head_dim) * 2);
     }
   }
 };
 
-// values[16][stride] += weights[16][64] times the tile's values.
-inline void tile_values(const bf16* weights, int64_t head_dim, const ValueRows& rows, float* values, int64_t stride,
-                           NextTile& next) {
+// values[16][stride] = weights[16][KEY_PART] times the values of `steps` steps.
+inline void tile_values(const bf16* weights, int64_t head_dim, const ValueSteps& rows, int64_t steps, float* values,
+                        int64_t stride) {
   for (int64_t column = 0; column < head_dim; column += 64, values += 64) {
-    _tile_loadd(0, values, stride * 4);
-    _tile_loadd(1, values + 16, stride * 4);
-    _tile_loadd(2, values + 32, stride * 4);
-    _tile_loadd(3, values + 48, stride * 4);
-    for (int s = 0; s < rows.count; ++s) {
-      const char* at = rows.steps[s] + column * 4;
-      _tile_loadd(4, weights + s * VALUE_STEP, KEY_TILE * 2);
+    zero_sums();
+    for (int64_t s = 0; s < steps; ++s) {
+      const char* at = rows.at[s] + column * 4;
+      _tile_loadd(4, weights + s * VALUE_STEP, KEY_PART * 2);
       _tile_loadd(5, at, head_dim * 4);
       _tile_dpbf16ps(0, 4, 5);
-      next();
       _tile_loadd(6, at + 64, head_dim * 4);
       _tile_dpbf16ps(1, 4, 6);
-      next();
       _tile_loadd(7, at + 128, head_dim * 4);
       _tile_dpbf16ps(2, 4, 7);
-      next();
       _tile_loadd(5, at + 192, head_dim * 4);
       _tile_dpbf16ps(3, 4, 5);
-      next();
     }
     _tile_stored(0, values, stride * 4);
     _tile_stored(1, values + 16, stride * 4);
     _tile_stored(2, values + 32, stride * 4);
     _tile_stored(3, values + 48, stride * 4);
   }
+}
+
+inline void attend_strip(const bf16* q, int64_t rows, int64_t head_dim, const KeyPart& part, const int* seen, float scale,
+                         AttendState state, int64_t stride) {
+  alignas(64) float scores[STRIP_ROWS * KEY_PART];
+  alignas(64) bf16 weights[STRIP_ROWS * KEY_PART];
+  const int64_t keys = seen[rows - 1];
+  strip_scores(q, rows, head_dim, part, seen, keys, scores);
+  const int64_t end = (keys + VALUE_STEP - 1) / VALUE_STEP * VALUE_STEP;
+  for (int64_t r = 0; r < rows; ++r)
+    row_weights(scores + r * KEY_PART, part, head_dim, seen[r], end, scale, state.peak + r, state.mass + r,
+                weights + r * KEY_PART);
+  const ValueSteps values(part, head_dim, keys);
+  tile_fence();
+  for (int64_t r = 0; r < rows; r += TILE_ROWS) {
+    const int64_t last = r + TILE_ROWS < rows ? r + TILE_ROWS : rows;
+    const int64_t steps = (seen[last - 1] + VALUE_STEP - 1) / VALUE_STEP;
+    tile_values(weights + r * KEY_PART, head_dim, values, steps, state.values + r * stride, stride);
+  }
   tile_fence();
 }
 
-// Scores of up to 16 rows to weights, and the state's peaks and masses; decay[r] is what the values so far are worth.
-// Returns whether all are worth what they were.
-FD_INLINE bool tile_softmax(float* scores, int rows, const KeyTile& tile, const int* seen, float scale, AttendState state,
-                            bf16* weights, float* decay) {
-  alignas(64) float old[TILE_ROWS] = {}, top[TILE_ROWS] = {}, mass[TILE_ROWS];
-  vf lanes[TILE_ROWS];
-  for (int r = 0; r < TILE_ROWS; ++r) lanes[r] = r < rows ? scaled(scores + r * KEY_TILE, tile, seen[r], scale) : vf{};
-  join_lanes<Largest, TILE_ROWS>(lanes, top);
-  bool same = true;
-  for (int r = 0; r < rows; ++r) {
-    old[r] = state.peak[r];
-    same = same && !(top[r] > old[r]);
-    state.peak[r] = top[r] = top[r] > old[r] ? top[r] : old[r];
-  }
-  store(decay, exp(load(old) - load(top)));
-  for (int r = 0; r < rows; ++r)
-    lanes[r] = weigh<exp_of_score>(scores + r * KEY_TILE, tile, seen[r], top[r], weights + r * KEY_TILE);
-  join_lanes<Sum, TILE_ROWS>(lanes, mass);
-  for (int r = 0; r < rows; ++r) state.mass[r] = state.mass[r] * decay[r] + mass[r];
-  return same;
-}
-
-inline void tile_attend(const void* q_, int64_t rows, int64_t head_dim, const KeyTile& tile, const int* seen, float scale,
+inline void tile_attend(const void* q_, int64_t rows, int64_t head_dim, const KeyPart& part, const int* seen, float scale,
                         AttendState state, int64_t stride) {
-  if (head_dim % 64 != 0) return attend<bf16>(q_, rows, head_dim, tile, seen, scale, state, stride);
+  if (head_dim % 64 != 0) return attend<bf16>(q_, rows, head_dim, part, seen, scale, state, stride);
   const bf16* q = static_cast<const bf16*>(q_);
-  alignas(64) float scores[TILE_ROWS * KEY_TILE], decay[TILE_ROWS];
-  alignas(64) bf16 weights[TILE_ROWS * KEY_TILE] = {};
-  int keys = 0;
-  for (int64_t r = 0; r < rows; ++r) keys = seen[r] > keys ? seen[r] : keys;
-  const ValueRows values(tile, head_dim, keys);
-  NextTile next(tile);
   shape_tiles(TILE_ROWS);
-  for (int64_t r = 0; r < rows; r += TILE_ROWS) {
-    const int n = static_cast<int>(rows - r < TILE_ROWS ? rows - r : TILE_ROWS);
-    const AttendState part = {state.peak + r, state.mass + r, state.values + r * stride};
-    tile_scores(q + r * head_dim, head_dim, tile, scores, next);
-    if (!tile_softmax(scores, n, tile, seen + r, scale, part, weights, decay))
-      for (int i = 0; i < n; ++i)
-        for (int64_t d = 0; d < head_dim; d += VL) {
-          float* value = part.values + i * stride + d;
-          store(value, load(value) * splat(decay[i]));
-        }
-    tile_fence();
-    tile_values(weights, head_dim, values, part.values, stride, next);
+  for (int64_t r = 0; r < rows; r += STRIP_ROWS) {
+    const int64_t n = rows - r < STRIP_ROWS ? rows - r : STRIP_ROWS;
+    attend_strip(q + r * head_dim, n, head_dim, part, seen + r, scale,
+                 {state.peak + r, state.mass + r, state.values + r * stride}, stride);
   }
 }
 

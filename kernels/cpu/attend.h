@@ -5,11 +5,21 @@
 // a dot product takes a pair of keys. Tiling: 6 rows by 64 keys (scores), then 6 rows by 64 dimensions (values): the rows
 // of a group of heads share every load. A row's arithmetic is the same in any company: each score is one chain over the
 // dimensions, each value one chain over the keys, and keys a row may not see weigh exactly 0.
-// While one tile is computed the next is fetched. A cache of bytes is unfolded into a tile first, see cache_bytes.h; its
-// scales join the scores and the weights. Floor: memory for a decode (the cache is read once), dot products for a prefill.
+// While one tile is computed the next is fetched. Scales of a cache of bytes join the scores and the weights. Floor: memory for a decode (the cache is read once), dot products for a prefill.
 
 namespace fdserve {
 namespace FD_ISA {
+
+// 64 keys of a part.
+struct KeyTile {
+  const void* keys[KEY_TILE / KEY_GROUP];  // null past the last key
+  const void* values[KEY_TILE / KEY_GROUP];
+  const float* key_scales[KEY_TILE / KEY_GROUP];  // of each of the 16; null where there are none
+  const float* value_scales[KEY_TILE / KEY_GROUP];
+  const void* next_keys[KEY_TILE / KEY_GROUP];  // what to fetch meanwhile: `next_lines` cache lines of each
+  const void* next_values[KEY_TILE / KEY_GROUP];
+  int64_t next_lines;
+};
 
 template <class E>
 void rotate(const void* x_, int64_t heads, int64_t head_dim, const float* rope, void* out_) {
@@ -297,49 +307,6 @@ void attend_rows(const E* q, int64_t head_dim, const KeyTile& tile, const int* s
   for (int r = 0; r < ROWS; ++r) state.mass[r] = state.mass[r] * decay[r] + mass[r];
   for (int r = 0; r < ROWS; r += PART)
     value_rows<PART>(weights + r * KEY_TILE, head_dim, tile, keys, decay + r, state.values + r * stride, stride);
-}
-
-template <class E>
-void attend(const void* q_, int64_t rows, int64_t head_dim, const KeyTile& first, const int* seen, float scale,
-            AttendState state, int64_t stride) {
-  const E* q = static_cast<const E*>(q_);
-  KeyTile tile = first;
-  while (rows > 0) {
-    // 8 rows and a rest as two halves: heads come in groups of 4 to 8.
-    const int n = static_cast<int>(rows == 7 ? 4 : rows < ATTEND_ROWS || rows == 8 ? rows : ATTEND_ROWS);
-    switch (n) {
-      case 8: attend_rows<E, 8>(q, head_dim, tile, seen, scale, state, stride); break;
-      case 6: attend_rows<E, 6>(q, head_dim, tile, seen, scale, state, stride); break;
-      case 5: attend_rows<E, 5>(q, head_dim, tile, seen, scale, state, stride); break;
-      case 4: attend_rows<E, 4>(q, head_dim, tile, seen, scale, state, stride); break;
-      case 3: attend_rows<E, 3>(q, head_dim, tile, seen, scale, state, stride); break;
-      case 2: attend_rows<E, 2>(q, head_dim, tile, seen, scale, state, stride); break;
-      default: attend_rows<E, 1>(q, head_dim, tile, seen, scale, state, stride); break;
-    }
-    rows -= n, q += n * head_dim, seen += n;
-    state.peak += n, state.mass += n, state.values += n * stride;
-    tile.next_lines = 0;  // all is fetched
-  }
-}
-
-inline void merge(AttendState total, AttendState part, int64_t rows, int64_t head_dim, int64_t stride) {
-  for (int64_t r = 0; r < rows; ++r) {
-    if (part.mass[r] == 0.0f) continue;  // this row sees no key of the part
-    const float top = total.peak[r] > part.peak[r] ? total.peak[r] : part.peak[r];
-    const float keep = exp1(total.peak[r] - top), take = exp1(part.peak[r] - top);
-    total.peak[r] = top;
-    total.mass[r] = total.mass[r] * keep + part.mass[r] * take;
-    float *into = total.values + r * stride, *from = part.values + r * stride;
-    for (int64_t i = 0; i < head_dim; i += VL) store(into + i, load(into + i) * splat(keep) + load(from + i) * splat(take));
-  }
-}
-
-inline void finish(AttendState state, int64_t rows, int64_t head_dim, int64_t stride) {
-  for (int64_t r = 0; r < rows; ++r) {
-    const vf inverse = splat(1.0f / state.mass[r]);
-    float* values = state.values + r * stride;
-    for (int64_t i = 0; i < head_dim; i += VL) store(values + i, load(values + i) * inverse);
-  }
 }
 
 }  // namespace FD_ISA

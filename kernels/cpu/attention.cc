@@ -108,59 +108,29 @@ class Attention {
     return q;
   }
 
-  // The tile of keys from `first` on, and what to fetch meanwhile: the tile after it.
-  KeyTile tile_at(const Item& item, int64_t first) const {
-    KeyTile tile = {};
-    for (int64_t g = 0; g < KEY_TILE / KEY_GROUP; ++g) {
-      const int64_t key = first + g * KEY_GROUP, next = key + KEY_TILE;
-      tile.next_keys[g] = tile.next_values[g] = tile.keys[0];
-      if (key >= keys_of(item)) continue;
-      tile.keys[g] = cache_group(c.k_cache, item.sequence, key, item.kv_head);
-      tile.values[g] = cache_group(c.v_cache, item.sequence, key, item.kv_head);
-      const bool more = next < keys_of(item);
-      tile.next_keys[g] = more ? cache_group(c.k_cache, item.sequence, next, item.kv_head) : tile.keys[g];
-      tile.next_values[g] = more ? cache_group(c.v_cache, item.sequence, next, item.kv_head) : tile.values[g];
+  KeyPart part_at(const Item& item, int64_t part) const {
+    KeyPart found = {};
+    found.bytes = c.byte_cache;
+    const int64_t first = part * KEY_PART, end = std::min(first + KEY_PART, keys_of(item));
+    const int32_t* block = c.block_tables + item.sequence * c.blocks_per_sequence + first / c.block_size;
+    int64_t offset = first % c.block_size;
+    for (int64_t key = first; key < end; key += KEY_GROUP, offset += KEY_GROUP) {
+      if (offset == c.block_size) offset = 0, ++block;
+      const int64_t slot = (*block * c.kv_heads + item.kv_head) * c.block_size + offset, group_number = (key - first) / KEY_GROUP;
+      found.keys[group_number] = static_cast<const char*>(c.k_cache) + slot / KEY_GROUP * group_bytes;
+      found.values[group_number] = static_cast<const char*>(c.v_cache) + slot / KEY_GROUP * group_bytes;
     }
-    tile.next_lines = group_bytes / 64;
-    if (c.byte_cache) unfold(tile);
-    return tile;
-  }
-
-  // A tile of bytes as one of dtype with scales.
-  void unfold(KeyTile& tile) const {
-    const int64_t size = KEY_GROUP * padded_head(c.head_dim) * element, scales = KEY_GROUP * padded_head(c.head_dim);
-    char* out = scratch<char>(kScratchUnfold, 2 * KEY_TILE / KEY_GROUP * size);
-    char* values = out + KEY_TILE / KEY_GROUP * size;
-    for (int64_t g = 0; g < KEY_TILE / KEY_GROUP && tile.keys[g] != nullptr; ++g, out += size, values += size) {
-      tile.key_scales[g] = reinterpret_cast<const float*>(static_cast<const char*>(tile.keys[g]) + scales);
-      tile.value_scales[g] = reinterpret_cast<const float*>(static_cast<const char*>(tile.values[g]) + scales);
-      kernels.unfold_keys(tile.keys[g], c.head_dim, out);
-      kernels.unfold_values(tile.values[g], c.head_dim, values);
-      tile.keys[g] = out, tile.values[g] = values;
-    }
+    return found;
   }
 
   // The state of the item's rows over the keys of one part alone.
   void run_part(const Item& item, const char* q, int64_t part, AttendState state) const {
-    const int64_t rows = rows_of(item);
-    reset(state, rows);
+    const int64_t rows = rows_of(item), first = part * KEY_PART;
     int* seen = scratch<int>(kScratchSeen, rows);
-    const int64_t end = std::min((part + 1) * KEY_PART, keys_of(item));
+    for (int64_t r = 0; r < rows; ++r)
+      seen[r] = static_cast<int>(std::clamp<int64_t>(item.position + r / group + 1 - first, 0, KEY_PART));
     const float scale = 1.0f / std::sqrt(static_cast<float>(c.head_dim));
-    for (int64_t first = part * KEY_PART; first < end; first += KEY_TILE) {
-      const int64_t skipped = std::max<int64_t>(0, first - item.position) * group;  // rows that see none of this tile
-      for (int64_t r = skipped; r < rows; ++r)
-        seen[r] = static_cast<int>(std::min(KEY_TILE, item.position + r / group + 1 - first));
-      kernels.attend(q + skipped * c.head_dim * element, rows - skipped, c.head_dim, tile_at(item, first),
-                     seen + skipped, scale,
-                     {state.peak + skipped, state.mass + skipped, state.values + skipped * stride}, stride);
-    }
-  }
-
-  void reset(AttendState state, int64_t rows) const {
-    std::fill(state.peak, state.peak + rows, -INFINITY);
-    std::fill(state.mass, state.mass + rows, 0.0f);
-    std::memset(state.values, 0, static_cast<size_t>(rows * stride) * sizeof(float));
+    kernels.attend(q, rows, c.head_dim, part_at(item, part), seen, scale, state, stride);
   }
 
   int64_t state_floats(int64_t rows) const { return ((rows + SPARE_ROWS) * stride + 2 * rows + 15) / 16 * 16; }

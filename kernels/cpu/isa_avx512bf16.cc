@@ -13,6 +13,7 @@
 #include "weight_only.h"
 #include "quantize.h"
 #include "rows.h"
-#include "attend.h"
 #include "cache_bytes.h"
+#include "attend.h"
+#include "attend_part.h"
 #include "isa_kernels.h"

@@ -61,14 +61,11 @@ struct Matrix {
 inline int64_t padded_head(int64_t head_dim) { return (head_dim + 15) / 16 * 16; }
 inline int64_t byte_group(int64_t head_dim) { return KEY_GROUP * (padded_head(head_dim) + 4); }
 
-struct KeyTile {
-  const void* keys[KEY_TILE / KEY_GROUP];  // each 16 keys of one head, see attend.h; null past the last key
-  const void* values[KEY_TILE / KEY_GROUP];
-  const float* key_scales[KEY_TILE / KEY_GROUP];  // of each of the 16; null where there are none
-  const float* value_scales[KEY_TILE / KEY_GROUP];
-  const void* next_keys[KEY_TILE / KEY_GROUP];  // what to fetch meanwhile: `next_lines` cache lines of each
-  const void* next_values[KEY_TILE / KEY_GROUP];
-  int64_t next_lines;
+// Up to KEY_PART keys of one head, and their values.
+struct KeyPart {
+  const void* keys[KEY_PART / KEY_GROUP];    // each 16 keys, see attend.h; null past the last key
+  const void* values[KEY_PART / KEY_GROUP];
+  bool bytes;  // see cache_bytes.h
 };
 
 // The softmax state of `rows` query rows: running maximum, sum of weights, and weighted values [rows][stride].
@@ -118,14 +115,12 @@ struct RowKernels {
   // One token's key and value of one head, into lane position % 16 of its group.
   void (*store_key)(const void* key, int64_t head_dim, int64_t lane, void* group);
   void (*store_value)(const void* value, int64_t head_dim, int64_t lane, void* group);
-  // The same into a cache of bytes, and 16 of them out of it, as the other cache holds them but for the scales.
+  // The same into a cache of bytes.
   void (*store_key_bytes)(const void* key, int64_t head_dim, int64_t lane, void* group);
   void (*store_value_bytes)(const void* value, int64_t head_dim, int64_t lane, void* group);
-  void (*unfold_keys)(const void* group, int64_t head_dim, void* out);
-  void (*unfold_values)(const void* group, int64_t head_dim, void* out);
-  // Fold one tile into the state of rows whose query is q[rows][head_dim]; row r sees the first `seen[r]` keys of it
-  // (at least 1, at most 64). After the last row q and the state's values have room for SPARE_ROWS more.
-  void (*attend)(const void* q, int64_t rows, int64_t head_dim, const KeyTile& tile, const int* seen, float scale,
+  // The state of rows whose query is q[rows][head_dim] over one part alone; row r sees the first `seen[r]` keys of it (none:
+  // its mass is 0), no fewer than the row before. After the last row q and the state's values have room for SPARE_ROWS more.
+  void (*attend)(const void* q, int64_t rows, int64_t head_dim, const KeyPart& part, const int* seen, float scale,
                  AttendState state, int64_t stride);
 };
 
