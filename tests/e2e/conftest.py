@@ -18,7 +18,7 @@ SETTINGS = {
 }
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def server() -> Iterator[ServerProcess]:
     with ServerProcess("-m", "fdserve", "--port", "0", **SETTINGS) as process:
         process.listening()
@@ -26,7 +26,7 @@ def server() -> Iterator[ServerProcess]:
         yield process
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def client(server: ServerProcess) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="null", max_retries=0) as client:
         yield client

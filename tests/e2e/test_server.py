@@ -98,7 +98,7 @@ def test_clients_that_leave_at_any_moment_leave_nothing_behind(server: ServerPro
 
 
 def test_many_clients_at_once_get_what_they_get_alone(server: ServerProcess) -> None:
-    questions = [f"What is {a} + {3 * a + 7}?" for a in range(10, 42)]
+    questions = [f"What is {a} + {3 * a + 7}?" for a in range(10, 30)]
 
     def answer(question: str) -> str:
         with openai.OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="null") as client:
@@ -108,7 +108,7 @@ def test_many_clients_at_once_get_what_they_get_alone(server: ServerProcess) -> 
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
         together = list(pool.map(answer, questions))
     assert together[:4] == alone
-    assert sum(str(4 * a + 7) in text for a, text in zip(range(10, 42), together, strict=True)) >= 30
+    assert sum(str(4 * a + 7) in text for a, text in zip(range(10, 30), together, strict=True)) >= 18
     until(lambda: metric(server, "kv_blocks_used") == 0)
 
 
