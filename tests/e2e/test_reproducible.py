@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import anyio
 import pytest
@@ -31,7 +31,7 @@ SAMPLING = {"max_tokens": 40, "seed": 7, "temperature": 0.0, "logprobs": 5}
 
 
 @asynccontextmanager
-async def serving(checkpoint: Path = CHECKPOINT, **settings: int | bool | str) -> AsyncIterator[Engine]:
+async def serving(checkpoint: Path = CHECKPOINT, **settings: Any) -> AsyncIterator[Engine]:
     config = Config(**{"max_model_len": 512, "max_num_seqs": 32, "block_size": 16, **settings})
     engine = create_engine(config, checkpoint, check_checkpoint(checkpoint))
     with anyio.fail_after(120):
@@ -146,7 +146,7 @@ async def test_a_seed_reproduces_a_sampled_text_in_any_company() -> None:
 
 @pytest.mark.parametrize(("quantization", "kv_cache_dtype"), [("wint8", "auto"), ("wint4", "int8"), ("w8a8", "int8")])
 async def test_quantized(quantization: str, kv_cache_dtype: str) -> None:
-    settings = {"quantization": quantization, "kv_cache_dtype": kv_cache_dtype}
+    settings: dict[str, Any] = {"quantization": quantization, "kv_cache_dtype": kv_cache_dtype}
 
     async def alone() -> list[Output]:
         async with serving(**settings) as engine:

@@ -94,9 +94,9 @@ class MixedStep:
 @cache_results
 def mixed_steps(dtype: str, sizes: tuple[int, int, int, int]) -> tuple[list[list[int]], list[MixedStep]]:
     """The block tables and the steps: once for all instruction sets, because the reference is slow."""
-    *heads, head_dim, block_size = sizes
+    heads, kv_heads, head_dim, block_size = sizes
     rng = np.random.default_rng(head_dim)
-    model = Model(*heads, head_dim, block_size, 4096 // block_size, dtype)
+    model = Model(heads, kv_heads, head_dim, block_size, 4096 // block_size, dtype)
     lengths = np.array([1, 7, 200, 65, 650, 16])
     tables = model.scattered(rng, *(int(length) + 40 for length in lengths))
     contexts = [0] * len(lengths)
@@ -112,8 +112,8 @@ def mixed_steps(dtype: str, sizes: tuple[int, int, int, int]) -> tuple[list[list
 def test_mixed_batches(dtype: str, cache: str, sizes: tuple[int, int, int, int]) -> None:
     """Chunks of a prefill, decodes and a sequence without new tokens, in one call after another."""
     tables, steps = mixed_steps(dtype, sizes)
-    *heads, head_dim, block_size = sizes
-    model = Model(*heads, head_dim, block_size, 4096 // block_size, dtype, cache)
+    heads, kv_heads, head_dim, block_size = sizes
+    model = Model(heads, kv_heads, head_dim, block_size, 4096 // block_size, dtype, cache)
     for step in steps:
         for actual, expected in zip(model.run(step.qkv, step.contexts, tables), step.expected, strict=True):
             # Weights of a bfloat16 softmax are rounded before they meet the values.
