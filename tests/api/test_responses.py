@@ -1,70 +1,17 @@
 from __future__ import annotations
 
 import json
-import threading
-from collections.abc import Iterable
 from typing import Any
 
 import anyio
 import pytest
-from openai.types.responses import Response as OpenAIResponse
-from openai.types.responses import ResponseStreamEvent
-from pydantic import TypeAdapter
 
-from fdserve.api.response_store import ResponseStore, StoredResponse
-from fdserve.config import Config
 from fdserve.errors import Unavailable
-from tests.http.client import Client, Response, serving
-from tests.http.fake_engine import ByteTokenizer, FakeEngine, Script, broken, endless, say
+from tests.api.responses import ADD, CALLS, THINKS, config, events, respond, short, whole, without_ids
+from tests.http.client import Response, serving
+from tests.http.fake_engine import FakeEngine, Script, broken, endless, say
 
 pytestmark = pytest.mark.anyio
-
-EVENT: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
-THINKS = "ab</think>\n\n<response>\nHello</response>"
-CALLS = 'x</think>\n\n<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>\n'
-ADD = {"type": "function", "name": "add", "parameters": {"type": "object"}}
-
-
-def config(**fields: Any) -> Config:
-    return Config(enable_logprob=True, reasoning_parser="ernie_x1", tool_call_parser="ernie_x1", **fields)
-
-
-async def respond(client: Client, text: Any = "Hi", **fields: Any) -> Response:
-    return await client.post("/v1/responses", {"input": text, **fields})
-
-
-def whole(response: Response) -> dict[str, Any]:
-    """The response's body, which openai's client takes without converting anything."""
-    assert response.status == 200, response.body
-    content: dict[str, Any] = response.json()
-    OpenAIResponse.model_validate(content, strict=True)
-    return content
-
-
-def events(response: Response) -> list[dict[str, Any]]:
-    """The events, each as openai's client takes it, without an end mark, numbered in order."""
-    assert response.status == 200, response.body
-    assert response.headers["content-type"] == "text/event-stream; charset=utf-8"
-    parts = response.body.decode().split("\n\n")
-    assert parts.pop() == ""
-    result = []
-    for part in parts:
-        name, data = part.split("\n")
-        event = json.loads(data.removeprefix("data: "))
-        assert name == f"event: {event['type']}"
-        EVENT.validate_python(event, strict=True)
-        result.append(event)
-    assert [event["sequence_number"] for event in result] == list(range(len(result)))
-    return result
-
-
-def short(given: Iterable[dict[str, Any]]) -> list[str]:
-    """The types of events without what they have in common."""
-    return [event["type"].removeprefix("response.") for event in given]
-
-
-def without_ids(output: Any) -> Any:
-    return [{name: value for name, value in item.items() if name != "id"} for item in output]
 
 
 async def test_a_response() -> None:
@@ -200,127 +147,6 @@ async def test_logprobs_are_those_of_the_text(delay: float) -> None:
         done = next(e for e in got if e["type"] == "response.output_text.done")
         assert [entry["bytes"] for entry in done["logprobs"]] == streamed
         assert done["logprobs"][0]["top_logprobs"] == []
-
-
-async def test_a_conversation_goes_on_from_a_stored_response() -> None:
-    async with serving(FakeEngine(say(THINKS)), config()) as client:
-        first = whole(await respond(client, "one", instructions="sys"))
-        second = events(await respond(client, "two", previous_response_id=first["id"], stream=True))[-1]["response"]
-        third = whole(await respond(client, "three", previous_response_id=second["id"], instructions="new"))
-        assert third["previous_response_id"] == second["id"]
-        prompts = [bytes(request.prompt).decode() for request in client.engine.requests]
-        assert prompts[0] == "system: sys\nuser: one\n"
-        assert prompts[1] == "user: one\nassistant: Hello\nuser: two\n"
-        assert prompts[2] == "system: new\nuser: one\nassistant: Hello\nuser: two\nassistant: Hello\nuser: three\n"
-
-
-async def test_results_of_calls_follow_a_stored_response() -> None:
-    async with serving(FakeEngine(say(CALLS)), config()) as client:
-        first = whole(await respond(client, tools=[ADD]))
-        result = {"type": "function_call_output", "call_id": first["output"][-1]["call_id"], "output": "2"}
-        await respond(client, [result], previous_response_id=first["id"])
-        assert bytes(client.engine.requests[1].prompt).decode() == "user: Hi\nassistant: \ntool: 2\n"
-
-
-async def test_stored_responses_can_be_had_and_deleted() -> None:
-    async with serving() as client:
-        first = whole(await respond(client))
-        path = f"/v1/responses/{first['id']}"
-        assert whole(await client.get(path)) == first
-        deleted = await client.request("DELETE", path)
-        assert deleted.json() == {"id": first["id"], "object": "response", "deleted": True}
-        for method in ("GET", "DELETE"):
-            missing = await client.request(method, path)
-            assert missing.status == 404
-            assert missing.error["message"] == f"Response with id '{first['id']}' not found."
-        after = await respond(client, previous_response_id=first["id"])
-        assert after.status == 400
-        assert after.error == {
-            "message": f"Previous response with id '{first['id']}' not found.",
-            "type": "invalid_request_error",
-            "param": "previous_response_id",
-            "code": "previous_response_not_found",
-        }
-
-
-async def test_items_by_reference() -> None:
-    async with serving(FakeEngine(say(THINKS)), config()) as client:
-        first = whole(await respond(client, "one"))
-        (message,) = (item for item in first["output"] if item["type"] == "message")
-        items = [
-            {"role": "user", "content": "one"},
-            {"type": "item_reference", "id": message["id"]},
-            {"role": "user", "content": "two"},
-        ]
-        assert whole(await respond(client, items))["status"] == "completed"
-        assert bytes(client.engine.requests[1].prompt) == b"user: one\nassistant: Hello\nuser: two\n"
-        await respond(client, [{"role": "user", "content": "mine", "id": "guessable"}])
-        for id in ("msg_none", "guessable"):
-            unknown = await respond(client, [{"type": "item_reference", "id": id}])
-            assert (unknown.status, unknown.error["param"]) == (404, "input[0].id")
-
-
-async def test_many_references_read_a_stored_response_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    async with serving() as client:
-        first = whole(await respond(client, "one"))
-        looked_up: list[str] = []
-        holder = ResponseStore.holder
-
-        def watched(self: ResponseStore, item_id: str) -> StoredResponse | None:
-            looked_up.append(item_id)
-            return holder(self, item_id)
-
-        monkeypatch.setattr(ResponseStore, "holder", watched)
-        ids = [item["id"] for item in first["output"]]
-        again = await respond(client, [{"type": "item_reference", "id": id} for id in ids * 3])
-        assert again.status == 200
-        assert looked_up == ids[:1]
-
-
-async def test_a_long_stored_conversation_is_tokenized_in_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    async with serving(FakeEngine(max_model_len=100_000)) as client:
-        first = whole(await respond(client, "x" * 20_000))
-        threads: list[int] = []
-        encode = ByteTokenizer.encode
-
-        def watched(self: ByteTokenizer, text: str) -> list[int]:
-            threads.append(threading.get_ident())
-            return encode(self, text)
-
-        monkeypatch.setattr(ByteTokenizer, "encode", watched)
-        await respond(client, "short")
-        await respond(client, "short", previous_response_id=first["id"])
-        assert threads[0] == threading.get_ident()
-        assert threads[-1] != threading.get_ident()
-
-
-async def test_what_is_not_to_be_stored_is_not() -> None:
-    async with serving() as client:
-        content = whole(await respond(client, store=False))
-        assert content["store"] is False
-        assert (await client.get(f"/v1/responses/{content['id']}")).status == 404
-
-
-async def test_truncation_leaves_out_the_oldest_turns() -> None:
-    async with serving(FakeEngine(max_model_len=100)) as client:
-        items: list[Any] = [{"role": "developer", "content": "dev"}]
-        for word in ("one", "two", "three", "four", "five"):
-            items += [{"role": "user", "content": word}, {"role": "assistant", "content": "yes, " + word}]
-        items.append({"role": "user", "content": "six"})
-        refused = await respond(client, items)
-        assert (refused.status, refused.error["code"]) == (400, "context_length_exceeded")
-        assert refused.error["param"] == "input"
-        assert "your input resulted in" in refused.error["message"]
-        content = whole(await respond(client, items, truncation="auto"))
-        assert content["truncation"] == "auto"
-        prompt = bytes(client.engine.requests[-1].prompt).decode()
-        assert prompt == "system: dev\nuser: four\nassistant: yes, four\nuser: five\nassistant: yes, five\nuser: six\n"
-        await respond(client, items, truncation="auto", max_output_tokens=45)
-        assert bytes(client.engine.requests[-1].prompt).decode().startswith("system: dev\nuser: five\n")
-        await respond(client, "short", truncation="auto")
-        assert bytes(client.engine.requests[-1].prompt) == b"user: short\n"
-        too_long = await respond(client, "x" * 200, truncation="auto")
-        assert too_long.error["code"] == "context_length_exceeded"
 
 
 @pytest.mark.parametrize(

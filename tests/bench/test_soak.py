@@ -47,7 +47,7 @@ def test_threads_may_end_meanwhile() -> None:
     with ThreadPoolExecutor(1) as pool:
 
         def come_and_go() -> None:
-            for _ in range(1000):
+            for _ in range(400):
                 thread = threading.Thread(target=lambda: None)
                 thread.start()
                 thread.join()

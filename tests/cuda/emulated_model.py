@@ -1,4 +1,4 @@
-"""`python -m tests.cuda.emulated_model LIBRARY CHECKPOINT DTYPE QUANTIZATION OUT`: a model on the CUDA ops, emulated.
+"""`python -m tests.cuda.emulated_model LIBRARY [CHECKPOINT DTYPE QUANTIZATION OUT]...`: models on emulated CUDA ops.
 
 A process of its own, because the CPU's ops have the same names.
 """
@@ -53,11 +53,9 @@ def _gather_of_any_type(x: Any, index: Any) -> Any:
 _matmul, _gather = paddle.matmul, paddle.gather
 
 
-def main() -> None:
-    """Write the logits, and the greedy tokens that the sampler takes from them."""
-    library, checkpoint, dtype, quantization, out = sys.argv[1:]
-    emulate(Path(library))
-    logits = logits_of(Path(checkpoint), dtype, None if quantization == "none" else quantization)
+def write(checkpoint: Path, dtype: str, quantization: str | None, out: Path) -> None:
+    """The logits, and the greedy tokens that the sampler takes from them."""
+    logits = logits_of(checkpoint, dtype, quantization)
     rows, vocab = logits.shape
     zeros = paddle.zeros([rows + 1], "int32")
     empty, floats = paddle.zeros([0], "int32"), np.tile(np.float32([0, 1, 0, 1, 0, 0]), (rows, 1))
@@ -67,6 +65,16 @@ def main() -> None:
         empty.cast("float32"), zeros, vocab_size=vocab, num_top=3,
     )  # fmt: skip
     np.savez(out, logits=logits, tokens=tokens.numpy(), logprobs=logprobs.numpy(), top_ids=top_ids.numpy())
+
+
+def main() -> None:
+    """One model after the other."""
+    library, *models = sys.argv[1:]
+    emulate(Path(library))
+    for checkpoint, dtype, quantization, out in zip(*[iter(models)] * 4, strict=True):
+        # An emulator that aborts says less.
+        print(f"{checkpoint}: {dtype}, {quantization}", file=sys.stderr, flush=True)
+        write(Path(checkpoint), dtype, None if quantization == "none" else quantization, Path(out))
 
 
 if __name__ == "__main__":

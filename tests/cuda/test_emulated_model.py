@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -37,29 +38,47 @@ def checkpoint_of(directory: Path, config: dict[str, Any], quantization: str) ->
 SPARSE = MOE | {"moe_intermediate_size": 64}
 
 
-@pytest.mark.parametrize(
-    ("config", "dtype", "quantization"),
-    [
-        *(
-            (config, "bfloat16", quantization)
-            for config in (DENSE, SPARSE)
-            for quantization in ("none", "wint8", "wint4")
-        ),
-        *((DENSE, "float16", quantization) for quantization in ("none", "wint8")),
-    ],
-)
-def test_logits_are_those_of_the_cpu(
-    library: Path, tmp_path: Path, config: dict[str, Any], dtype: str, quantization: str
-) -> None:
-    checkpoint = checkpoint_of(tmp_path, config | SHAPE, quantization)
-    out = tmp_path / "out.npz"
-    command = [sys.executable, "-W", "ignore", "-m", "tests.cuda.emulated_model"]
-    arguments = [str(library), str(checkpoint), dtype, quantization, str(out)]
-    subprocess.run(
-        [*command, *arguments], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True, timeout=120
-    )
-    emulated = np.load(out)
-    expected = logits_of(checkpoint, "float32")
+MODELS = [
+    *(
+        (kind, config | SHAPE, "bfloat16", quantization)
+        for kind, config in (("dense", DENSE), ("sparse", SPARSE))
+        for quantization in ("none", "wint8", "wint4")
+    ),
+    *(("dense", DENSE | SHAPE, "float16", quantization) for quantization in ("none", "wint8")),
+]
+NAMES = [f"{kind}-{dtype}-{quantization}" for kind, _, dtype, quantization in MODELS]
+
+
+@pytest.fixture(scope="module")
+def directories(library: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Each model's checkpoint, and beside it what the emulated ops make of it; half of them by each of 2 processes."""
+    directories = {name: tmp_path_factory.mktemp(name) for name in NAMES}
+    arguments: list[list[str]] = []
+    for (_, config, dtype, quantization), directory in zip(MODELS, directories.values(), strict=True):
+        checkpoint = checkpoint_of(directory, config, quantization)
+        arguments.append([str(checkpoint), dtype, quantization, str(directory / "out.npz")])
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-m", "tests.cuda.emulated_model", str(library), *chain(*half)],
+            cwd=ROOT,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+        )
+        for half in (arguments[::2], arguments[1::2])
+    ]
+    try:
+        for process in processes:
+            process.wait(240)  # a failure is that of the models it has not written
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait(10)
+    return directories
+
+
+@pytest.mark.parametrize(("name", "dtype"), [(name, model[2]) for name, model in zip(NAMES, MODELS, strict=True)])
+def test_logits_are_those_of_the_cpu(directories: dict[str, Path], name: str, dtype: str) -> None:
+    emulated = np.load(directories[name] / "out.npz")
+    expected = logits_of(directories[name], "float32")
     # Of the logits' own spread: bfloat16 keeps eight bits and float16 eleven, and the head's results have that, too.
     error = np.abs(emulated["logits"] - expected).max(axis=1) / expected.std(axis=1)
     assert np.median(error) < {"bfloat16": 0.05, "float16": 0.008}[dtype], error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,7 @@ import pytest
 from fdserve.engine.engine import Engine
 from fdserve.engine.request import Constraint, Request, SamplingParams, TokenDelta, TokenLogprobs
 from fdserve.errors import InvalidRequest
-from tests.e2e.test_reproducible import CHECKPOINT, prompt, serving
+from tests.e2e.test_reproducible import CHECKPOINT, at_once, prompt, serving
 from tests.e2e.test_tensor_parallel import SHAPE, random_checkpoint
 from tests.models.checkpoints import DENSE
 from tests.models.stepping import BLOCK_SIZE, BLOCKS_PER_SEQUENCE, Chunk, Stepper, load
@@ -64,8 +64,8 @@ def check(report: list[TokenLogprobs], expected: Logprobs, ids: list[int], num_t
 
 async def test_prompt_logprobs_are_those_of_a_direct_forward_however_the_prompt_is_chunked() -> None:
     ids = prompt()[:PROMPT]
-    reports = []
-    for budget in (2048, 7, 70):
+
+    async def report(budget: int) -> list[TokenLogprobs]:
         async with serving(dtype="float32", max_num_batched_tokens=budget) as engine:
             await generate(engine, ids)  # its blocks are cached now
             first, *others = await deltas(engine, ids, prompt_logprobs=4, logprobs=4)
@@ -76,7 +76,9 @@ async def test_prompt_logprobs_are_those_of_a_direct_forward_however_the_prompt_
             assert (alone.token_ids, alone.finish_reason) == ([], "length")
             assert alone.prompt_logprobs is not None
             assert [each.logprob for each in alone.prompt_logprobs] == [each.logprob for each in first.prompt_logprobs]
-            reports.append(first.prompt_logprobs)
+            return first.prompt_logprobs
+
+    reports = await at_once(*[partial(report, budget) for budget in (2048, 7, 70)])
     check(reports[0], direct(ids), ids, 4)
     assert reports[1] == reports[0]
     assert reports[2] == reports[0]
@@ -85,12 +87,14 @@ async def test_prompt_logprobs_are_those_of_a_direct_forward_however_the_prompt_
 async def test_prompt_logprobs_of_two_ranks(tmp_path: Path) -> None:
     checkpoint = random_checkpoint(tmp_path / "model", {**DENSE, **SHAPE})
     ids = [3 + 7 * i % 37 for i in range(100)]
-    reports = []
-    for ranks in (1, 2):
+
+    async def report(ranks: int) -> list[TokenLogprobs]:
         async with serving(checkpoint, tensor_parallel_size=ranks, max_num_batched_tokens=96) as engine:
             (delta,) = await deltas(engine, ids, prompt_logprobs=3, max_tokens=0)
             assert delta.prompt_logprobs is not None
-            reports.append(delta.prompt_logprobs)
+            return delta.prompt_logprobs
+
+    reports = await at_once(partial(report, 1), partial(report, 2))
     assert len(reports[0]) == 99
     for one, two in zip(*reports, strict=True):
         assert one.top_ids == two.top_ids

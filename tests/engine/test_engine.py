@@ -176,6 +176,7 @@ async def test_a_request_may_be_cancelled_while_its_first_plan_is_sent() -> None
         assert engine.stats().rank_restarts == 0
 
 
+@pytest.mark.usefixtures("quick_restarts")
 async def test_a_defect_in_the_loop_costs_the_requests_and_not_the_server(caplog: pytest.LogCaptureFixture) -> None:
     ranks = FakeRanks()
 
@@ -228,6 +229,7 @@ async def test_a_slow_reader_is_told_why_its_request_ended(monkeypatch: pytest.M
         assert engine.stats().kv_blocks_used == 0
 
 
+@pytest.mark.usefixtures("quick_restarts")
 async def test_a_lost_rank_ends_what_ran_and_what_waited_then_runs() -> None:
     ranks = FakeRanks()
     ranks.step_seconds = 0.002
@@ -256,6 +258,7 @@ async def test_a_lost_rank_ends_what_ran_and_what_waited_then_runs() -> None:
         assert engine.stats().kv_blocks_used == 0
 
 
+@pytest.mark.usefixtures("quick_restarts")
 async def test_while_ranks_restart_health_tells_and_new_requests_are_refused() -> None:
     ranks = FakeRanks()
 
@@ -279,6 +282,7 @@ async def test_while_ranks_restart_health_tells_and_new_requests_are_refused() -
         assert last.finish_reason == "length"
 
 
+@pytest.mark.usefixtures("quick_restarts")
 async def test_a_step_that_takes_too_long_counts_as_a_lost_rank() -> None:
     ranks = FakeRanks()
     ranks.step_seconds = 10
@@ -303,7 +307,7 @@ async def test_a_lost_rank_is_told_before_it_has_stopped() -> None:
 
 
 async def test_ranks_that_never_come_back_end_what_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fdserve.engine.engine.MAX_BACKOFF_SECONDS", 0.001)
+    monkeypatch.setattr("fdserve.engine.engine.MAX_BACKOFF_SECONDS", 0.0001)
     ranks = FakeRanks()
     ranks.step_seconds = 0.002
 

@@ -164,6 +164,7 @@ async def test_a_request_may_be_cancelled_while_its_masks_are_computed() -> None
         assert engine.stats().rank_restarts == 0
 
 
+@pytest.mark.usefixtures("quick_restarts")
 async def test_ranks_lost_under_constraints_end_what_ran() -> None:
     ranks = FakeRanks()
 

@@ -66,6 +66,7 @@ async def test_the_engine_tells_every_step(tmp_path: Path) -> None:
 
 
 @pytest.mark.anyio
+@pytest.mark.usefixtures("quick_restarts")
 async def test_after_a_lost_rank_there_is_no_gap(tmp_path: Path) -> None:
     path = tmp_path / "steps.jsonl"
     ranks = FakeRanks()

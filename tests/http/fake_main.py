@@ -29,7 +29,7 @@ async def flood(request: Request) -> AsyncIterator[TokenDelta]:
 
 
 async def scripted(request: Request) -> AsyncIterator[TokenDelta]:
-    """ "endless", "flood" (endless, as fast as it goes), "silent", "broken", "slow" (2 s), else a greeting.
+    """ "endless", "flood" (endless, as fast as it goes), "silent", "broken", "slow" (2 s), "steady" (0.6 s), or greets.
 
     A request that ignores eos gets as many digits as it wants.
     """
@@ -40,6 +40,7 @@ async def scripted(request: Request) -> AsyncIterator[TokenDelta]:
         "silent": silent,
         "broken": broken("half an ans"),
         "slow": say("0123456789" * 2, delay=0.1),
+        "steady": say("0123456789" * 2, delay=0.03),
     }
     greeting = say("Hello, world!") if request.params.ending_ids else say("0123456789" * 10_000, batch=1000)
     script = next((script for name, script in scripts.items() if name in prompt), greeting)

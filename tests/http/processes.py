@@ -146,9 +146,11 @@ def until(condition: Callable[[], bool], seconds: float = TIMEOUT) -> float:
 
 def read_until(sock: socket.socket, mark: bytes) -> bytes:
     """What comes up to the mark and with it."""
-    data = b""
-    while mark not in data:
+    data = bytearray()
+    searched = 0  # of what comes in many pieces each is looked at once
+    while data.find(mark, max(0, searched - len(mark))) < 0:
+        searched = len(data)
         part = sock.recv(1 << 16)
         assert part, f"the connection ended before {mark!r}"
         data += part
-    return data
+    return bytes(data)

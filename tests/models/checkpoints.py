@@ -9,8 +9,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pytest
 
-from fdserve.models.checkpoint import INDEX, SINGLE
+from fdserve.errors import StartupError
+from fdserve.models.checkpoint import INDEX, SINGLE, check_checkpoint
 from fdserve.models.config import read_config
 from fdserve.models.layout import Layout, expected_tensors
 
@@ -104,3 +106,13 @@ def write_checkpoint(directory: Path, config: Mapping[str, Any] = DENSE, *, layo
     tensors = zeros(directory, layout)
     write_file(directory / SINGLE, tensors)
     return tensors
+
+
+def refusal(directory: Path) -> str:
+    """Why it is refused, in one sentence."""
+    with pytest.raises(StartupError) as caught:
+        check_checkpoint(directory)
+    message = str(caught.value)
+    assert message.endswith(".")
+    assert "\n" not in message
+    return message

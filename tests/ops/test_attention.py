@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache as cache_results
 from typing import Any
 
 import numpy as np
@@ -81,21 +82,43 @@ def cache(request: pytest.FixtureRequest) -> str:
 SIZES = [(16, 2, 128, 64), (4, 4, 16, 16), (5, 1, 24, 48), (20, 4, 64, 32), (2, 1, 256, 128), (3, 3, 2, 16)]
 
 
-@pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "block_size"), SIZES)
-def test_mixed_batches(dtype: str, cache: str, heads: int, kv_heads: int, head_dim: int, block_size: int) -> None:
-    """Chunks of a prefill, decodes and a sequence without new tokens, in one call after another."""
+@dataclass
+class MixedStep:
+    """A call of `test_mixed_batches`, and what the reference answers."""
+
+    qkv: list[Float]
+    contexts: list[int]
+    expected: list[Float]
+
+
+@cache_results
+def mixed_steps(dtype: str, sizes: tuple[int, int, int, int]) -> tuple[list[list[int]], list[MixedStep]]:
+    """The block tables and the steps: once for all instruction sets, because the reference is slow."""
+    heads, kv_heads, head_dim, block_size = sizes
     rng = np.random.default_rng(head_dim)
-    model = Model(heads, kv_heads, head_dim, block_size, 4096 // block_size, dtype, cache)
+    model = Model(heads, kv_heads, head_dim, block_size, 4096 // block_size, dtype)
     lengths = np.array([1, 7, 200, 65, 650, 16])
     tables = model.scattered(rng, *(int(length) + 40 for length in lengths))
     contexts = [0] * len(lengths)
+    steps = []
     for news in (lengths, [1] * 6, [30, 1, 0, 1, 2, 1]):
         qkv = [normal(rng, int(new), model.width, dtype=dtype) for new in news]
-        for actual, expected in zip(model.run(qkv, contexts, tables), model.expect(qkv, contexts, tables), strict=True):
+        steps.append(MixedStep(qkv, contexts, model.expect(qkv, contexts, tables)))
+        contexts = [context + int(new) for context, new in zip(contexts, news, strict=True)]
+    return tables, steps
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+def test_mixed_batches(dtype: str, cache: str, sizes: tuple[int, int, int, int]) -> None:
+    """Chunks of a prefill, decodes and a sequence without new tokens, in one call after another."""
+    tables, steps = mixed_steps(dtype, sizes)
+    heads, kv_heads, head_dim, block_size = sizes
+    model = Model(heads, kv_heads, head_dim, block_size, 4096 // block_size, dtype, cache)
+    for step in steps:
+        for actual, expected in zip(model.run(step.qkv, step.contexts, tables), step.expected, strict=True):
             # Weights of a bfloat16 softmax are rounded before they meet the values.
             bound = 0.05 if cache else 0.03 if dtype == "bfloat16" else 2e-5
             assert np.abs(actual - expected).max(initial=0) < bound
-        contexts = [context + int(new) for context, new in zip(contexts, news, strict=True)]
 
 
 def test_a_short_context_is_exact(dtype: str) -> None:

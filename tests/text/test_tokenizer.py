@@ -79,12 +79,12 @@ class TestEveryTokenizer:
         assert joined(tokenizer, ids).decode() == "a\ufffdb😀"
 
     @pytest.mark.parametrize("unit", ["hello world ", "a", " ", "\n", "<", "<think>", "😀", "你好"])
-    def test_a_megabyte_takes_linear_time(self, tokenizer: Tokenizer, unit: str) -> None:
-        text = unit * (1_000_000 // len(unit.encode()))
+    def test_a_long_text_takes_linear_time(self, tokenizer: Tokenizer, unit: str) -> None:
+        text = unit * (300_000 // len(unit.encode()))
         started = time.process_time()
         ids = tokenizer.encode(text)
-        # Native code does it in under a second; anything quadratic would take hours.
-        assert time.process_time() - started < 10
+        # Native code does it in under a second; anything quadratic would take many minutes.
+        assert time.process_time() - started < 5
         assert joined(tokenizer, ids) == text.encode()
 
 

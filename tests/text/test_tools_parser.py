@@ -302,7 +302,7 @@ def written_block(draw: st.DrawFn) -> Written:
     return Written(f"<tool_call>{space}{inside}{space}</tool_call>", [said for _, said in calls])
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     blocks=st.lists(written_block(), min_size=1, max_size=2), space=LAYOUT, text=st.sampled_from(["", "Well: é", "<"])
 )
@@ -312,7 +312,7 @@ def test_every_call_comes_out_as_written_wherever_it_is_split(blocks: list[Writt
     assert parse_anyhow(whole) == Seen(text + text, calls, len(calls))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(block=written_block())
 def test_a_call_that_is_cut_off_is_the_beginning_of_the_whole(block: Written) -> None:
     for length in range(len(block.text)):
