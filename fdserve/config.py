@@ -75,6 +75,9 @@ class Config:
         "", "NAME", "format of the model's tool calls, or none; empty to detect it from the checkpoint"
     )
     chat_template: str = _setting("", "FILE|JINJA", "chat template; empty for the checkpoint's own")
+    trust_request_chat_template: bool = _setting(
+        False, "true|false", "let requests bring chat templates of their own: only for clients that are trusted"
+    )
     api_key: str = _setting("", "KEY[,KEY…]", "keys that clients must present; better given as a variable", secret=True)
     max_concurrency: int = _setting(
         1024, "N", "generation requests in the server at once, waiting ones included; more get a 429", low=1

@@ -209,7 +209,8 @@ BAD_CHAT: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.anyio
 async def test_fields_that_cannot_be_honoured() -> None:
-    async with serving(config=Config(enable_logprob=True, max_concurrency=64)) as client:
+    config = Config(enable_logprob=True, max_concurrency=64, trust_request_chat_template=True)
+    async with serving(config=config) as client:
         for fields, param in BAD_CHAT:
             response = await client.chat(**fields)
             assert (response.status, response.error["param"]) == (400, param), fields
