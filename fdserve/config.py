@@ -80,7 +80,10 @@ class Config:
     )
     api_key: str = _setting("", "KEY[,KEY…]", "keys that clients must present; better given as a variable", secret=True)
     max_concurrency: int = _setting(
-        1024, "N", "generation requests in the server at once, waiting ones included; more get a 429", low=1
+        1024,
+        "N",
+        "requests that generate or tokenize in the server at once, waiting ones included; more get a 429",
+        low=1,
     )
     device: str = _setting(
         "auto",
