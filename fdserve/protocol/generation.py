@@ -22,7 +22,8 @@ Text = Annotated[str, Meta(min_length=1)]
 # No model has ids beyond it. Integers of any size could be chosen to have one hash, and a set of them takes for ever.
 TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 TokenIds = list[TokenId]
-RequestId = Annotated[str, Meta(pattern=r"^[A-Za-z0-9._:-]{1,128}$")]
+# "$" alone also matches before a line break at the end; JSON schemas, which the pattern goes into, know no \Z.
+RequestId = Annotated[str, Meta(pattern=r"^[A-Za-z0-9._:-]{1,128}$(?!\n)")]
 FinishReason = Literal["stop", "length", "tool_calls"]
 
 

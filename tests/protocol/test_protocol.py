@@ -63,7 +63,7 @@ def test_unknown_fields_are_ignored() -> None:
         ("truncate_prompt_tokens", [-1, 1], [-2, "1"]),
         ("max_streaming_response_tokens", [1, 100], [0]),
         ("cache_salt", ["a"], ["", 5]),
-        ("request_id", ["a-b.c:d_9"], ["", "a b", "é", "x" * 129]),
+        ("request_id", ["a-b.c:d_9"], ["", "a b", "é", "x" * 129, "abc\n", "\nabc", "abc\n\n"]),
         ("response_format", [{"type": "text"}], [{}, {"type": "yaml"}, "text"]),
         ("guided_json", [{}, "{}", True], [5]),
         ("guided_choice", [["a", 1]], ["a", [[1]]]),
