@@ -109,6 +109,15 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["--dtype", "int4"], {}, "dtype is 'int4': choose one of auto, bfloat16, float32, float16."),
         (["--enable-logprob", "maybe"], {}, "--enable-logprob is 'maybe': expected true or false."),
         (["--kv-cache-memory", "lots"], {}, "kv_cache_memory is 'lots': expected a number of bytes"),
+        (["--kv-cache-memory", "9" * 400], {}, "9: expected a number of bytes"),
+        (["--kv-cache-memory", "99999999999G"], {}, "kv_cache_memory is '99999999999G': expected a number of bytes"),
+        (["--max-request-bytes", "9" * 400], {}, "9: expected a number of bytes"),
+        (
+            ["--num-gpu-blocks-override", "9" * 400],
+            {},
+            f"num_gpu_blocks_override is too large: it must be at most {2**63 - 1}.",
+        ),
+        (["--max-model-len", "9" * 5000], {}, "9: expected an integer."),
         (["--block-size", "40"], {}, "block_size is 40: it must be a multiple of 16."),
         (["--host", ""], {}, "host is empty"),
         (["--speculative-config", "ngram"], {}, "speculative_config is 'ngram': expected a JSON object"),
@@ -177,6 +186,12 @@ def test_bad_settings_stop_the_start(argv: list[str], environ: dict[str, str], m
         ("- port", "must hold settings"),
         ("port: [", "is not valid YAML"),
         ("config: other.yaml", "the setting config is unknown"),
+        ("speculative_config: {method: ngram, num_speculative_tokens: 2024-01-01}", "speculative_config in"),
+        ("speculative_config: {method: ngram, 2024-01-01: 1}", "is not JSON: keys must be str"),
+        ("speculative_config: &a {method: *a}", "is not JSON: Circular reference"),
+        ("port: 2024-13-45", "is not valid YAML: month must be in 1..12."),
+        ("port: " + "9" * 5000, "is not valid YAML: Exceeds the limit"),
+        ("[" * 3000, "is not valid YAML: maximum recursion depth exceeded"),
     ],
 )
 def test_bad_files_stop_the_start(tmp_path: Path, content: str, message: str) -> None:
