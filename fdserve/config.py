@@ -287,13 +287,31 @@ def _read_variables(environ: Mapping[str, str]) -> dict[str, Any]:
             raise _unknown("the environment variable", PREFIX, upper, [known.upper() for known in (*fields, "config")])
         # Compose files and manifests write "not set" as an empty value.
         if text:
+            if name in values:
+                raise StartupError(f"the environment variable {variable} stands for the second time, in other letters.")
             values[name] = text if name == "config" else _convert(fields[name], text, variable)
     return values
 
 
+class _Loader(yaml.SafeLoader):
+    """Raises StartupError for a key that stands twice, be it once with hyphens, where YAML takes the later one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            name = key.value.replace("-", "_") if isinstance(key, yaml.ScalarNode) else None
+            if name is not None and name in seen:
+                where = f"in {self.name}, line {key.start_mark.line + 1}"
+                raise StartupError(f"{where}, the setting {key.value} stands for the second time.")
+            seen.add(name)
+        return super().construct_mapping(node, deep)
+
+
 def _read_file(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        loader = _Loader(path.read_text(encoding="utf-8"))
+        loader.name = str(path)
+        content = loader.get_single_data()
     except OSError as error:
         raise StartupError(f"the configuration file {path} cannot be read: {error.strerror}.") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # besides YAML's own, those of dates and integers

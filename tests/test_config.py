@@ -155,6 +155,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         ([], {"FDSERVE_PORTS": "1"}, "FDSERVE_PORTS is unknown: did you mean FDSERVE_PORT?"),
         ([], {"FDSERVE_ZZZ": "1"}, "the environment variable FDSERVE_ZZZ is unknown."),
         ([], {"FDSERVE_PORT": "x"}, "FDSERVE_PORT is 'x': expected an integer."),
+        ([], {"FDSERVE_PORT": "1", "FDSERVE_port": "2"}, "FDSERVE_port stands for the second time"),
         (
             ["--kv-cache-memory", "1G", "--num-gpu-blocks-override", "5"],
             {},
@@ -189,6 +190,10 @@ def test_bad_settings_stop_the_start(argv: list[str], environ: dict[str, str], m
         ("speculative_config: {method: ngram, num_speculative_tokens: 2024-01-01}", "speculative_config in"),
         ("speculative_config: {method: ngram, 2024-01-01: 1}", "is not JSON: keys must be str"),
         ("speculative_config: &a {method: *a}", "is not JSON: Circular reference"),
+        ("max-num-seqs: 1\nport: 1\nmax_num_seqs: 2", "line 3, the setting max_num_seqs stands for the second time."),
+        ("port: 1\n\nport: 1", "line 3, the setting port stands for the second time."),
+        ("port:\nport: 1", "line 2, the setting port stands for the second time."),
+        ("speculative_config: {method: ngram, method: x}", "line 1, the setting method stands for the second time."),
         ("port: 2024-13-45", "is not valid YAML: month must be in 1..12."),
         ("port: " + "9" * 5000, "is not valid YAML: Exceeds the limit"),
         ("[" * 3000, "is not valid YAML: maximum recursion depth exceeded"),
