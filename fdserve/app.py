@@ -44,7 +44,7 @@ class App:
 
     @property
     def active(self) -> int:
-        """How many generation requests are being answered."""
+        """How many requests that generate or tokenize are being answered."""
         return self._dispatcher.active if self._dispatcher else 0
 
     def stop_engine(self) -> None:

@@ -21,6 +21,8 @@ from fdserve.errors import StartupError
 PREFIX = "FDSERVE_"
 BLOCK_MULTIPLE = 16
 """The attention kernels take blocks of a multiple of this many tokens."""
+MAX_INTEGER = 2**63 - 1
+"""Beyond it nothing can be counted: the ranks are told in 64 bits."""
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 _BOOLEANS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
 
@@ -75,9 +77,15 @@ class Config:
         "", "NAME", "format of the model's tool calls, or none; empty to detect it from the checkpoint"
     )
     chat_template: str = _setting("", "FILE|JINJA", "chat template; empty for the checkpoint's own")
+    trust_request_chat_template: bool = _setting(
+        False, "true|false", "let requests bring chat templates of their own: only for clients that are trusted"
+    )
     api_key: str = _setting("", "KEY[,KEY…]", "keys that clients must present; better given as a variable", secret=True)
     max_concurrency: int = _setting(
-        1024, "N", "generation requests in the server at once, waiting ones included; more get a 429", low=1
+        1024,
+        "N",
+        "requests that generate or tokenize in the server at once, waiting ones included; more get a 429",
+        low=1,
     )
     device: str = _setting(
         "auto",
@@ -181,10 +189,10 @@ class Config:
 
 def parse_bytes(name: str, text: str) -> int:
     """A size such as "4096", "512M" or "1.5GiB" in bytes (K, M and G are powers of 1024); StartupError if garbled."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?)(?:i?B)?", text.strip(), re.IGNORECASE)
+    match = re.fullmatch(r"(\d{1,20}(?:\.\d{1,20})?)\s*([KMG]?)(?:i?B)?", text.strip(), re.IGNORECASE)
     size = int(float(match[1]) * _UNITS[match[2].upper()]) if match else 0
-    if size <= 0:
-        raise StartupError(f"{name} is {text!r}: expected a number of bytes such as 4096, 512M or 4G.")
+    if not 0 < size <= MAX_INTEGER:
+        raise StartupError(f"{name} is {text!r:.200}: expected a number of bytes such as 4096, 512M or 4G.")
     return size
 
 
@@ -226,6 +234,8 @@ def _check_value(field: dataclasses.Field[Any], value: Any) -> None:
     low, high, choices = (field.metadata[key] for key in ("low", "high", "choices"))
     if choices and value not in choices:
         raise StartupError(f"{field.name} is {value!r}: choose one of {', '.join(choices)}.")
+    if isinstance(value, int) and value > MAX_INTEGER:
+        raise StartupError(f"{field.name} is too large: it must be at most {MAX_INTEGER}.")
     # Written so that a NaN fails.
     if low is not None and not value >= low:
         raise StartupError(f"{field.name} is {value}: it must be at least {low}.")
@@ -243,7 +253,10 @@ def _convert(field: dataclasses.Field[Any], value: object, origin: str) -> Any:
     if kind == "str" and isinstance(value, (str, int)) and not isinstance(value, bool):
         return str(value)
     if isinstance(value, dict) and field.metadata["metavar"] == "JSON":
-        return json.dumps(value)
+        try:
+            return json.dumps(value)
+        except (TypeError, ValueError, RecursionError) as error:  # dates, say, or a mapping inside itself
+            raise StartupError(f"{origin} is not JSON: {error}.") from None
     if kind == "bool":
         if isinstance(value, bool):
             return value
@@ -259,7 +272,7 @@ def _convert(field: dataclasses.Field[Any], value: object, origin: str) -> Any:
         except ValueError:
             pass
     expected = {"int": "an integer", "float": "a number", "bool": "true or false", "str": "text"}[str(kind)]
-    raise StartupError(f"{origin} is {value!r}: expected {expected}.")
+    raise StartupError(f"{origin} is {value!r:.200}: expected {expected}.")
 
 
 def _read_variables(environ: Mapping[str, str]) -> dict[str, Any]:
@@ -274,16 +287,34 @@ def _read_variables(environ: Mapping[str, str]) -> dict[str, Any]:
             raise _unknown("the environment variable", PREFIX, upper, [known.upper() for known in (*fields, "config")])
         # Compose files and manifests write "not set" as an empty value.
         if text:
+            if name in values:
+                raise StartupError(f"the environment variable {variable} stands for the second time, in other letters.")
             values[name] = text if name == "config" else _convert(fields[name], text, variable)
     return values
 
 
+class _Loader(yaml.SafeLoader):
+    """Raises StartupError for a key that stands twice, be it once with hyphens, where YAML takes the later one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            name = key.value.replace("-", "_") if isinstance(key, yaml.ScalarNode) else None
+            if name is not None and name in seen:
+                where = f"in {self.name}, line {key.start_mark.line + 1}"
+                raise StartupError(f"{where}, the setting {key.value} stands for the second time.")
+            seen.add(name)
+        return super().construct_mapping(node, deep)
+
+
 def _read_file(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        loader = _Loader(path.read_text(encoding="utf-8"))
+        loader.name = str(path)
+        content = loader.get_single_data()
     except OSError as error:
         raise StartupError(f"the configuration file {path} cannot be read: {error.strerror}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # besides YAML's own, those of dates and integers
         problem = " ".join(str(error).split())
         raise StartupError(f"the configuration file {path} is not valid YAML: {problem}.") from None
     if content is None:

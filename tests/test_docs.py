@@ -15,6 +15,7 @@ from fdserve.api.metrics import Metrics
 from fdserve.config import Config
 from fdserve.engine.engine import EngineStats
 from fdserve.errors import ServerError
+from fdserve.http.request import BODY_SECONDS
 from fdserve.protocol.chat import ChatMessage, ChatRequest
 from fdserve.protocol.completion import CompletionRequest
 from fdserve.protocol.messages import CountTokensRequest, MessagesRequest
@@ -149,6 +150,12 @@ def test_every_error_is_documented() -> None:
     assert len(codes) > 4
     for code in codes:
         assert f"| `{code}` |" in table
+
+
+def test_both_documents_say_how_long_a_body_may_take() -> None:
+    assert f"the body did not come within {BODY_SECONDS:g} seconds" in PROTOCOL
+    limits = " ".join(section(OPERATIONS, "## Limits and back-pressure").split())
+    assert f"body takes more than {BODY_SECONDS:g} seconds gets a 408" in limits
 
 
 def test_every_metric_has_its_row() -> None:

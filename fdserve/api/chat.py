@@ -95,6 +95,12 @@ async def rendered(request: ChatRequest, server: Server, http: Request) -> tuple
 def check_chat(request: ChatRequest, server: Server) -> None:
     """Raise InvalidRequest for what only a chat can have wrong."""
     check_prompt(request)
+    if request.chat_template is not None and not server.config.trust_request_chat_template:
+        message = (
+            "This server takes no chat_template in a request: --trust-request-chat-template "
+            "(trust_request_chat_template) allows it."
+        )
+        raise InvalidRequest(message, param="chat_template")
     if request.top_logprobs and not request.logprobs:
         raise InvalidRequest("top_logprobs needs logprobs to be true.", param="top_logprobs")
     check_logprobs(bool(request.logprobs), server)

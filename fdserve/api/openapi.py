@@ -28,7 +28,7 @@ _BODY_ERRORS = (
     errors.PayloadTooLarge,
     errors.UnsupportedMediaType,
 )
-_GENERATION_ERRORS = (errors.RequestCancelled, errors.Overloaded)
+_COUNTED_ERRORS = (errors.RequestCancelled, errors.Overloaded)
 _ANY_ERRORS = (errors.InternalError, errors.Unavailable)
 _RETRIED = (errors.Overloaded, errors.Unavailable)
 
@@ -125,7 +125,9 @@ class Description:
         if has_parameters:
             yield errors.NotFound
         if route.counted:
-            yield from _GENERATION_ERRORS
+            yield errors.Overloaded
+        if route.events is not None:
+            yield errors.RequestCancelled
         if self._keys and not route.public:
             yield errors.Unauthorized
 
@@ -174,7 +176,7 @@ def _error_name(error: type[ServerError], kind: type[msgspec.Struct]) -> str:
 
 
 def _error_responses(kind: type[msgspec.Struct], body: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    for error in (*_BODY_ERRORS, *_GENERATION_ERRORS, *_ANY_ERRORS, errors.Unauthorized):
+    for error in (*_BODY_ERRORS, *_COUNTED_ERRORS, *_ANY_ERRORS, errors.Unauthorized):
         headers: dict[str, Any] = dict(_REQUEST_ID)
         if error in _RETRIED:
             headers["retry-after"] = {"$ref": "#/components/headers/RetryAfter"}

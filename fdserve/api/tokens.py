@@ -5,6 +5,7 @@ None of them needs the engine, so they work while the model loads, too.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -44,34 +45,35 @@ _FORM = msgspec.json.Decoder(_Form)
 _PROMPT = msgspec.json.Decoder(TokenizePrompt)
 _DETOKENIZE = msgspec.json.Decoder(DetokenizeRequest)
 
+MAX_TOKENS = 1 << 20
+"""That one request may ask about: answers take memory in proportion."""
+
 
 async def tokenize(server: Server, http: Request, reply: Reply) -> None:
     """The token ids of a prompt, or of the prompt that messages lead to. Cancellation waits for a thread."""
     form = decode(http.body, _FORM)
+    if form.prompt is not None and form.messages is not None:
+        raise InvalidRequest("A request to tokenize has either a prompt or messages.", param="prompt")
     if form.messages is None:
         request = decode(http.body, _PROMPT)
         check_model(server, request.model)
-        token_ids = await off_loop_if_long(server, len(http.body), lambda: server.tokenizer.encode(request.prompt))
-    elif form.prompt is None:
-        _, token_ids = await _render(server, http)
+        await _answer(server, http, reply, lambda: _tokenization(server, form, server.tokenizer.encode(request.prompt)))
     else:
-        raise InvalidRequest("A request to tokenize has either a prompt or messages.", param="prompt")
-    http.prompt_tokens = len(token_ids)
-    result = Tokenization(count=len(token_ids), max_model_len=server.max_model_len, tokens=token_ids)
-    if form.return_token_strs:
-        result.token_strs = [token_text(server.tokenizer, token_id)[0] for token_id in token_ids]
-    await reply.json(result)
+        chat = _chat(server, http)
+        await _answer(server, http, reply, lambda: _tokenization(server, form, render_prompt(chat, server)[1]), chat)
 
 
 async def detokenize(server: Server, http: Request, reply: Reply) -> None:
     """The text of token ids, control tokens included. Cancellation waits for a thread."""
     request = decode(http.body, _DETOKENIZE)
     check_model(server, request.model)
+    _check_count(len(request.tokens), "tokens")
     check_token_ids(request.tokens, server, "tokens")
-    text = await off_loop_if_long(
-        server, len(http.body), lambda: detokenized(server.tokenizer, request.tokens, skip_special_tokens=False)
-    )
-    await reply.json(Detokenization(text))
+
+    def detokenization() -> Detokenization:
+        return Detokenization(detokenized(server.tokenizer, request.tokens, skip_special_tokens=False))
+
+    await _answer(server, http, reply, detokenization)
 
 
 async def tokenizer_info(server: Server, http: Request, reply: Reply) -> None:
@@ -90,15 +92,52 @@ async def tokenizer_info(server: Server, http: Request, reply: Reply) -> None:
 
 async def render_chat(server: Server, http: Request, reply: Reply) -> None:
     """The prompt that a chat request leads to, as text and as token ids. Cancellation waits for a thread."""
-    text, token_ids = await _render(server, http)
-    http.prompt_tokens = len(token_ids)
-    await reply.json(
-        RenderedChat(prompt=text, prompt_token_ids=token_ids, count=len(token_ids), max_model_len=server.max_model_len)
-    )
+    chat = _chat(server, http)
+
+    def rendered_chat() -> RenderedChat:
+        text, token_ids = render_prompt(chat, server)
+        _check_count(len(token_ids), "messages")
+        return RenderedChat(
+            prompt=text, prompt_token_ids=token_ids, count=len(token_ids), max_model_len=server.max_model_len
+        )
+
+    await _answer(server, http, reply, rendered_chat, chat)
 
 
-async def _render(server: Server, http: Request) -> tuple[str, list[int]]:
+def _chat(server: Server, http: Request) -> ChatRequest:
     request = read_request(http.body, ChatRequest)
     check_request(request, server)
     check_chat(request, server)
-    return await off_loop_if_long(server, len(http.body), lambda: render_prompt(request, server))
+    return request
+
+
+def _tokenization(server: Server, form: _Form, token_ids: list[int]) -> Tokenization:
+    _check_count(len(token_ids), "prompt" if form.messages is None else "messages")
+    result = Tokenization(count=len(token_ids), max_model_len=server.max_model_len, tokens=token_ids)
+    if form.return_token_strs:
+        result.token_strs = [token_text(server.tokenizer, token_id)[0] for token_id in token_ids]
+    return result
+
+
+def _check_count(count: int, param: str) -> None:
+    if count > MAX_TOKENS:
+        raise InvalidRequest(f"There are {count} tokens; a request may ask about {MAX_TOKENS} at most.", param=param)
+
+
+async def _answer(
+    server: Server,
+    http: Request,
+    reply: Reply,
+    work: Callable[[], Tokenization | Detokenization | RenderedChat],
+    chat: ChatRequest | None = None,
+) -> None:
+    """Send what `work` comes to, which is worked out and encoded in a thread where that may take long."""
+
+    def encoded() -> bytes:
+        result = work()
+        if not isinstance(result, Detokenization):
+            http.prompt_tokens = result.count
+        return msgspec.json.encode(result)
+
+    slow = chat is not None and chat.chat_template is not None  # whoever wrote it may have written a slow one
+    await reply.text(await off_loop_if_long(server, len(http.body), encoded, always=slow), "application/json")

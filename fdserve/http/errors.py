@@ -9,7 +9,10 @@ from fdserve.errors import InvalidRequest, MethodNotAllowed, Overloaded, ServerE
 from fdserve.http.allowed_values import allowed_values
 from fdserve.protocol.errors import ErrorBody, ErrorDetail
 
-_PATH = re.compile(r" - at (?P<key>`key` in )?`\$\.?(?P<path>.*)`$", re.DOTALL)
+MAX_TEXT = 220
+"""Characters of a complaint: some quote the whole value."""
+
+_PATH = re.compile(r"(?P<key>`key` in )?`\$\.?(?P<path>.*)`", re.DOTALL)
 _MISSING = re.compile(r"Object missing required field `(?P<field>[^`]*)`")
 
 
@@ -36,9 +39,13 @@ def invalid_field(message: str, kind: Any) -> InvalidRequest:
 
     `param` is the JSON path that it names, without the root.
     """
-    match = _PATH.search(message)
+    # Before it may stand a value of the client's, which reads as it likes.
+    text, found, place = message.rpartition(" - at ")
+    match = _PATH.fullmatch(place) if found else None
     path = match["path"] if match else ""
-    text = message[: match.start()] if match else message
+    text = text if match else message
+    if len(text) > MAX_TEXT:
+        text = f"{text[:MAX_TEXT]}…{text[-1]}"  # the last one closes the value's quotes
     if missing := _MISSING.match(text):
         param = f"{path}.{missing['field']}" if path else missing["field"]
         return InvalidRequest(f"Missing required parameter: '{param}'.", param=param, code="missing_required_parameter")

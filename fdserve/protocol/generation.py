@@ -19,8 +19,11 @@ Probability = Annotated[float, Meta(ge=0.0, le=1.0)]
 Bias = Annotated[float, Meta(ge=-100.0, le=100.0)]
 TopLogprobs = Annotated[int, Meta(ge=0, le=20)]
 Text = Annotated[str, Meta(min_length=1)]
-TokenIds = list[Count]
-RequestId = Annotated[str, Meta(pattern=r"^[A-Za-z0-9._:-]{1,128}$")]
+# No model has ids beyond it. Integers of any size could be chosen to have one hash, and a set of them takes for ever.
+TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+TokenIds = list[TokenId]
+# "$" alone also matches before a line break at the end; JSON schemas, which the pattern goes into, know no \Z.
+RequestId = Annotated[str, Meta(pattern=r"^[A-Za-z0-9._:-]{1,128}$(?!\n)")]
 FinishReason = Literal["stop", "length", "tool_calls"]
 
 
@@ -52,7 +55,7 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     repetition_penalty: Annotated[float, Meta(ge=1e-3, le=1e3)] | None = None
-    logit_bias: Annotated[dict[Count, Bias], Meta(max_length=4096)] | None = None
+    logit_bias: Annotated[dict[TokenId, Bias], Meta(max_length=4096)] | None = None
     bad_words: Annotated[list[Text], Meta(max_length=1024)] | None = None
     bad_words_token_ids: TokenIds | None = None
     allowed_token_ids: Annotated[TokenIds, Meta(min_length=1)] | None = None

@@ -146,7 +146,7 @@ _MEANINGS = (
 
 def clean_message(message: str) -> str:
     """The compiler's own words, without the dumps of its state and of the grammar's source, or what they mean."""
-    message = re.split(r"\n\s*\d+ \| |\n<state>|\n<backtrace>|; consider making", message.strip(), maxsplit=1)[0]
+    message = re.split(r"\n[ \t]*\d+ \| |\n<state>|\n<backtrace>|; consider making", message.strip(), maxsplit=1)[0]
     message = message.removeprefix("Parser Error: ")
     for told in (
         "failed to compile JSON schema: ",

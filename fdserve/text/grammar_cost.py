@@ -15,6 +15,9 @@ MAX_MULTIPLE = 100_000
 MAX_PATTERNS = 10
 """Patterns that one string has to match together are intersected in time exponential in their number."""
 
+MAX_STEPS = 1_000_000
+"""Values looked at in all. References into what is nested have it walked through once for each of them."""
+
 _MAPS = ("properties", "patternProperties")
 _LISTS = ("prefixItems", "items")
 _ONE = ("items", "additionalItems", "additionalProperties", "unevaluatedProperties", "contains", "propertyNames")
@@ -22,61 +25,79 @@ _ONE = ("items", "additionalItems", "additionalProperties", "unevaluatedProperti
 
 def check_cost(schema: object) -> None:
     """Raise InvalidRequest, without a param, for a schema that would take too long to compile."""
+    steps = _Steps()
     try:
-        _check_multiples(schema)
-        together = _Patterns(schema).together(schema)
+        _check_multiples(schema, steps)
+        together = _Patterns(schema, steps).together(schema)
     except RecursionError:
         raise InvalidRequest("the schema is nested too deeply") from None
     if together > MAX_PATTERNS:
         raise InvalidRequest(f"more than {MAX_PATTERNS} patterns may have to match together")
 
 
-def _check_multiples(schema: object) -> None:
-    values = {Decimal(str(value)) for value in _values_of(schema, "multipleOf") if _is_number(value)}
-    values = {value for value in values if value.is_finite() and value > 0}
+class _Steps:
+    """What checking one schema has taken."""
+
+    def __init__(self) -> None:
+        self._left = MAX_STEPS
+
+    def take(self) -> None:
+        self._left -= 1
+        if self._left < 0:
+            raise InvalidRequest("the schema has too many references into each other")
+
+    def values_of(self, schema: object, key: str) -> Iterator[Any]:
+        """The values of this key, at any depth."""
+        pending = [schema]
+        while pending:
+            self.take()
+            value = pending.pop()
+            if isinstance(value, Mapping):
+                if key in value:
+                    yield value[key]
+                pending.extend(value.values())
+            elif isinstance(value, (list, tuple)):
+                pending.extend(value)
+
+
+def _check_multiples(schema: object, steps: _Steps) -> None:
+    values = [Decimal(str(value)) for value in steps.values_of(schema, "multipleOf") if _is_number(value)]
+    values = [value for value in values if value.is_finite() and value > 0]
     if any(abs(value.adjusted()) > 12 for value in values):
         raise InvalidRequest("multipleOf has a value that is too large or too small")
     digits = max((-int(value.as_tuple().exponent) for value in values), default=0)
-    if math.lcm(*(int(value.scaleb(max(digits, 0))) for value in values)) > MAX_MULTIPLE:
-        raise InvalidRequest(f"multipleOf: the values' least common multiple is more than {MAX_MULTIPLE} steps")
+    common = 1
+    for value in values:
+        common = math.lcm(common, int(value.scaleb(max(digits, 0))))
+        if common > MAX_MULTIPLE:  # at once: of all of them it would have as many digits as they have together
+            raise InvalidRequest(f"multipleOf: the values' least common multiple is more than {MAX_MULTIPLE} steps")
 
 
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _values_of(schema: object, key: str) -> Iterator[Any]:
-    pending = [schema]
-    while pending:
-        value = pending.pop()
-        if isinstance(value, Mapping):
-            if key in value:
-                yield value[key]
-            pending.extend(value.values())
-        elif isinstance(value, (list, tuple)):
-            pending.extend(value)
-
-
 class _Patterns:
     """How many patterns may come to hold for one string: an upper bound."""
 
-    def __init__(self, root: object) -> None:
+    def __init__(self, root: object, steps: _Steps) -> None:
         self._root = root
-        self._all = sum(1 for _ in _values_of(root, "pattern"))
+        self._steps = steps
+        self._all = sum(1 for _ in steps.values_of(root, "pattern"))
         self._known: dict[int, int] = {}  # by the identity of what a reference leads to
         self._count_references()
 
     def _count_references(self) -> None:
         """Fill `_known`, what is referred to first; a schema inside itself describes another value and counts 0."""
         seen: set[int] = set()
-        path: list[tuple[object, Iterator[Any]]] = [(None, _values_of(self._root, "$ref"))]
+        path: list[tuple[object, Iterator[Any]]] = [(None, self._steps.values_of(self._root, "$ref"))]
         while path:
             target, references = path[-1]
             for reference in references:
                 node = self._resolve(reference)
                 if isinstance(node, Mapping) and id(node) not in seen:
                     seen.add(id(node))
-                    path.append((node, _values_of(node, "$ref")))
+                    path.append((node, self._steps.values_of(node, "$ref")))
                     break
             else:
                 path.pop()
@@ -84,6 +105,7 @@ class _Patterns:
 
     def together(self, schema: object) -> int:
         """Of any one value that the schema, or a schema inside it, describes."""
+        self._steps.take()
         if not isinstance(schema, Mapping):
             return 0
         own = int("pattern" in schema)

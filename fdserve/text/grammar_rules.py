@@ -24,7 +24,9 @@ MAX_SOURCE = 1 << 19
 MAX_LARK = 1 << 16
 MAX_LARK_RULES = 1000
 
-_RULE = re.compile(r"^\s*[?!]?[A-Za-z_][\w-]*(\[[^\]\n]*\]|\{[^}\n]*\}|\.-?\d+)?\s*(?=:(?!:))", re.MULTILINE)
+# White space at the beginning of a line is no more than of that line: a run of line breaks would be tried from each.
+_RULE = re.compile(r"^[^\S\n]*[?!]?[A-Za-z_][\w-]*(\[[^\]\n]*\]|\{[^}\n]*\}|\.-?\d+)?\s*(?=:(?!:))", re.MULTILINE)
+_LARK = re.compile(r"^[^\S\n]*(%llguidance\b|[?!]?start\s*:(?!:))", re.MULTILINE)
 _CONTROL_CHARACTER = re.compile(r"\\u00[01]|\x7f")
 
 
@@ -76,6 +78,8 @@ class Rules:
         return self.rule("%json " + json_options(schema, strict))
 
     def regex(self, pattern: str) -> str:
+        if len(pattern) > MAX_SOURCE:
+            raise InvalidRequest(f"the regular expression is longer than {MAX_SOURCE} characters")
         escaped: str = llguidance.regex_to_lark(pattern, "dws")
         return self.rule("/" + re.sub(r"\\?\n", r"\\n", escaped) + "/")
 
@@ -105,28 +109,33 @@ def json_options(schema: Mapping[str, Any] | bool | None, strict: bool) -> str:
 
     Raises InvalidRequest, without a param, for one that would cost too much.
     """
-    schema = {"type": "object"} if schema is None else schema
-    check_cost(schema)
-    if isinstance(schema, bool):
-        if not schema:
-            raise InvalidRequest("the schema is false, so nothing matches it")
-        schema = {}
-    try:
-        text = json.dumps(schema, ensure_ascii=False, allow_nan=False)
-        options = {
-            "whitespace_flexible": False,
-            "whitespace_pattern": WHITESPACE,
-            "lenient": not strict,
-            # Without \u no half of a surrogate pair can be written, which many parsers refuse. A schema that names
-            # control characters needs it.
-            "json_allowed_escapes": 'nrbtf\\"' + ("u" if _CONTROL_CHARACTER.search(text) else ""),
-        }
-        text = json.dumps({**schema, "x-guidance": options}, ensure_ascii=False)
-    except (ValueError, TypeError, RecursionError) as error:
-        raise InvalidRequest(f"the schema is not JSON: {error}") from None
+    if schema is False:
+        raise InvalidRequest("the schema is false, so nothing matches it")
+    schema = {"type": "object"} if schema is None else {} if schema is True else schema
+    text = json_text(schema)
+    # Before anything walks through it.
     if len(text) > MAX_SOURCE:
         raise InvalidRequest(f"the schema is longer than {MAX_SOURCE} characters")
-    return text
+    check_cost(schema)
+    options = {
+        "whitespace_flexible": False,
+        "whitespace_pattern": WHITESPACE,
+        "lenient": not strict,
+        # Without \u no half of a surrogate pair can be written, which many parsers refuse. A schema that names
+        # control characters needs it.
+        "json_allowed_escapes": 'nrbtf\\"' + ("u" if _CONTROL_CHARACTER.search(text) else ""),
+    }
+    return json_text({**schema, "x-guidance": options})
+
+
+def json_text(value: Mapping[str, Any]) -> str:
+    """A schema or the like as JSON. Raises InvalidRequest, without a param, where it is not."""
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except RecursionError:
+        raise InvalidRequest("it is nested too deeply") from None
+    except (ValueError, TypeError) as error:
+        raise InvalidRequest(f"it is not JSON: {error}") from None
 
 
 def lark_source(source: str) -> str:
@@ -136,7 +145,7 @@ def lark_source(source: str) -> str:
     """
     if len(source) > MAX_LARK:
         raise InvalidRequest(f"the grammar is longer than {MAX_LARK} characters")
-    if "::=" in source and not re.search(r"(?m)^\s*(%llguidance\b|[?!]?start\s*:(?!:))", source):
+    if "::=" in source and not _LARK.search(source):
         if source.count("::=") > MAX_LARK_RULES:
             raise InvalidRequest(f"the grammar has more than {MAX_LARK_RULES} rules")
         try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 from fdserve.errors import InvalidRequest
 from fdserve.text.grammar_rules import MAX_SOURCE, Rules, quoted
@@ -12,6 +12,7 @@ from fdserve.text.grammar_vocabulary import GrammarVocabulary
 
 MAX_CALLS = 128
 """Calls in one answer; OpenAI's own limit."""
+MAX_CHOICES = 100_000
 _CALL = ("<tool_call>", "</tool_call>")
 _RESPONSE = ("<response>", "</response>")
 
@@ -46,7 +47,9 @@ def _start(spec: Spec, rules: Rules, vocabulary: GrammarVocabulary, tag: str) ->
     return _calls(spec, rules, vocabulary, tag)
 
 
-def _choice(choices: Iterable[str], rules: Rules) -> str:
+def _choice(choices: Sequence[str], rules: Rules) -> str:
+    if len(choices) > MAX_CHOICES:
+        raise InvalidRequest(f"there are more than {MAX_CHOICES} choices")
     unique = sorted(set(choices))
     if not unique:
         raise InvalidRequest("there is nothing to choose from")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from fdserve.errors import InvalidRequest
-from fdserve.text.grammar_rules import ANY_TEXT, Rules, quoted
+from fdserve.text.grammar_rules import ANY_TEXT, MAX_SOURCE, Rules, json_text, quoted
 
 MAX_DEPTH = 32
 
@@ -16,6 +16,8 @@ def write_structural_tag(rules: Rules, value: Mapping[str, Any]) -> str:
 
     Raises InvalidRequest, without a param, for what is not well-formed, and for what cannot be expressed, by name.
     """
+    if len(json_text(value)) > MAX_SOURCE:
+        raise InvalidRequest(f"the structural tag is longer than {MAX_SOURCE} characters")
     if "format" in value:
         return _Formats(rules).write(value["format"], "format", last=True, depth=0)
     structures = _sequence(value, "structures", "structural tag")
@@ -112,20 +114,17 @@ class _Formats:
         """Free text in which each trigger begins one of its tags."""
         rules = self._rules
         triggers = _shortest(_strings(format, "triggers", where))
+        sizes = {len(trigger) for trigger in triggers}
         tags = _sequence(format, "tags", where)
         text = rules.text_without(triggers)
-        options, placed = [], set()
-        for trigger in triggers:
-            bodies = []
-            for at, tag in enumerate(tags):
-                begin = _text(tag, "begin", f"{where}.tags[{at}]")
-                if begin.startswith(trigger):
-                    placed.add(at)
-                    bodies.append(self._tag(tag, f"{where}.tags[{at}]", trigger, depth + 1))
-            if bodies:
-                options.append(f"{self._up_to(trigger, text)} {rules.either(bodies)}")
-        if missing := [at for at in range(len(tags)) if at not in placed]:
-            raise InvalidRequest(f"{where}.tags[{missing[0]}]: no trigger begins its begin")
+        bodies: dict[str, list[str]] = {trigger: [] for trigger in triggers}
+        for at, tag in enumerate(tags):
+            begin = _text(tag, "begin", f"{where}.tags[{at}]")
+            trigger = _beginning(begin, bodies, sizes)
+            if trigger is None:
+                raise InvalidRequest(f"{where}.tags[{at}]: no trigger begins its begin")
+            bodies[trigger].append(self._tag(tag, f"{where}.tags[{at}]", trigger, depth + 1))
+        options = [f"{self._up_to(trigger, text)} {rules.either(some)}" for trigger, some in bodies.items() if some]
         tagged = rules.either(options)
         least = format.get("at_least_one") is True
         if format.get("stop_after_first") is True:
@@ -151,8 +150,18 @@ class _Formats:
 
 def _shortest(words: Iterable[str]) -> list[str]:
     """Those words that begin with no other of them."""
-    words = sorted(set(words), key=len)
-    return [word for at, word in enumerate(words) if not word.startswith(tuple(words[:at]))]
+    kept: dict[str, None] = {}
+    sizes: set[int] = set()
+    for word in sorted(set(words), key=len):
+        if _beginning(word, kept, sizes) is None:
+            kept[word] = None
+            sizes.add(len(word))
+    return list(kept)
+
+
+def _beginning(text: str, words: Collection[str], sizes: Iterable[int]) -> str | None:
+    """One of the words that the text begins with. `sizes` are the words' lengths."""
+    return next((text[:size] for size in sizes if text[:size] in words), None)
 
 
 def _mapping(value: object, where: str) -> Mapping[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -18,6 +19,9 @@ from fdserve.text.tokenizer import Tokenizer
 __all__ = ["FAMILY_TEMPLATES", "ChatTemplate", "load_template"]
 
 MAX_SOURCE_CHARS = 128 << 10
+MAX_INDENT = 16
+MAX_DATE_CHARS = 100
+_DATE_FIELD = re.compile(r"%-?[a-zA-Z%]")
 
 
 class ChatTemplate:
@@ -25,7 +29,7 @@ class ChatTemplate:
 
     It may use `messages`, `tools`, `add_generation_prompt`, the special tokens by name, `raise_exception`,
     `strftime_now`, `tojson` (which leaves non-ASCII text as it is), `break` and `continue`. It runs
-    sandboxed and bounded, so its source may come from a request. Safe to render from several threads. `blamed` is the
+    sandboxed and bounded, so its source may come from anybody. Safe to render from several threads. `blamed` is the
     field that an error of rendering names.
     Raises InvalidRequest(param="chat_template") when the source does not compile.
     """
@@ -103,6 +107,8 @@ def _raise_exception(message: str) -> None:
 
 
 def _strftime_now(format: str) -> str:
+    if len(format) > MAX_DATE_CHARS or "%" in _DATE_FIELD.sub("", format):
+        raise TemplateError("strftime_now takes a short format of plain fields")
     return datetime.now().strftime(format)
 
 
@@ -113,9 +119,11 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Plain JSON: Jinja's own filter escapes HTML. With an indent it comes in pieces, each counted."""
+    """Plain JSON: Jinja's own filter escapes HTML. It comes in pieces, each counted."""
+    if (indent if isinstance(indent, int) else len(indent or "")) > MAX_INDENT:
+        raise TemplateError(f"tojson takes an indent of {MAX_INDENT} at most")
     encoder = json.JSONEncoder(ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-    return "".join(current_meter().stream(encoder.iterencode(value)))
+    return current_meter().joined(encoder.iterencode(value))
 
 
 _ENVIRONMENT = BoundedEnvironment()

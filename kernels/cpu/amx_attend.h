@@ -50,6 +50,21 @@ struct Groups {
   }
 };
 
+// Fetches the keys that follow after a part in the same way, into the second-level cache.
+struct Following {
+  const KeyPart& part;
+  int64_t group = 0, at = 0, end;
+  FD_MEMBER Following(const KeyPart& whole, int64_t bytes) : part(whole), end(bytes / LINE * LINE) {}
+  FD_MEMBER int64_t rounds() const { return PART_GROUPS / 8 * end / LINE; }
+  FD_MEMBER void fetch(int64_t count) {
+    for (int64_t round = 0; round < count && group < PART_GROUPS; ++round) {
+      for (int g = 0; g < 8; ++g) __builtin_prefetch(static_cast<const char*>(part.following[group + g]) + at, 0, 2);
+      at += LINE;
+      if (at == end) at = 0, group += 8;
+    }
+  }
+};
+
 // scores[16][KEY_PART] of 16 rows and a tile of keys.
 FD_INLINE void tile_scores(const bf16* q, int64_t head_dim, const char* const* keys, float* scores, Groups& next,
                            int64_t rounds) {
@@ -166,7 +181,7 @@ struct ValueSteps {
 
 // values[16][stride] = weights[16][KEY_PART] times the values of `steps` steps.
 inline void tile_values(const bf16* weights, int64_t head_dim, const ValueSteps& rows, int64_t steps, float* values,
-                        int64_t stride) {
+                        int64_t stride, Following& following) {
   for (int64_t column = 0; column < head_dim; column += 64, values += 64) {
     zero_sums();
     for (int64_t s = 0; s < steps; ++s) {
@@ -174,12 +189,16 @@ inline void tile_values(const bf16* weights, int64_t head_dim, const ValueSteps&
       _tile_loadd(4, weights + s * VALUE_STEP, KEY_PART * 2);
       _tile_loadd(5, at, head_dim * 4);
       _tile_dpbf16ps(0, 4, 5);
+      following.fetch(1);
       _tile_loadd(6, at + 64, head_dim * 4);
       _tile_dpbf16ps(1, 4, 6);
+      following.fetch(1);
       _tile_loadd(7, at + 128, head_dim * 4);
       _tile_dpbf16ps(2, 4, 7);
+      following.fetch(1);
       _tile_loadd(5, at + 192, head_dim * 4);
       _tile_dpbf16ps(3, 4, 5);
+      following.fetch(1);
     }
     _tile_stored(0, values, stride * 4);
     _tile_stored(1, values + 16, stride * 4);
@@ -195,15 +214,18 @@ inline void attend_strip(const bf16* q, int64_t rows, int64_t head_dim, const Ke
   const int64_t keys = seen[rows - 1];
   strip_scores(q, rows, head_dim, part, seen, keys, scores);
   const int64_t end = (keys + VALUE_STEP - 1) / VALUE_STEP * VALUE_STEP;
-  for (int64_t r = 0; r < rows; ++r)
+  Following following(part, part.bytes ? byte_group(head_dim) : KEY_GROUP * head_dim * 2);
+  for (int64_t r = 0; r < rows; ++r) {
     row_weights(scores + r * KEY_PART, part, head_dim, seen[r], end, scale, state.peak + r, state.mass + r,
                 weights + r * KEY_PART);
+    following.fetch(following.rounds() / 2 / rows + 1);
+  }
   const ValueSteps values(part, head_dim, keys);
   tile_fence();
   for (int64_t r = 0; r < rows; r += TILE_ROWS) {
     const int64_t last = r + TILE_ROWS < rows ? r + TILE_ROWS : rows;
     const int64_t steps = (seen[last - 1] + VALUE_STEP - 1) / VALUE_STEP;
-    tile_values(weights + r * KEY_PART, head_dim, values, steps, state.values + r * stride, stride);
+    tile_values(weights + r * KEY_PART, head_dim, values, steps, state.values + r * stride, stride, following);
   }
   tile_fence();
 }

@@ -42,7 +42,7 @@ class Attention {
     for (const Item& item : items) longest = std::max(longest, work_of(item)), total += work_of(item);
     if (longest * 2 * num_threads() > total && longest > KEY_PART) return run_parts();
     std::stable_sort(items.begin(), items.end(), [&](const Item& x, const Item& y) { return work_of(x) > work_of(y); });
-    parallel(static_cast<int64_t>(items.size()), [&](int64_t i) { run_item(items[static_cast<size_t>(i)]); });
+    parallel(static_cast<int64_t>(items.size()), [&](int64_t i) { run_item(static_cast<size_t>(i)); });
   }
 
  private:
@@ -108,29 +108,46 @@ class Attention {
     return q;
   }
 
-  KeyPart part_at(const Item& item, int64_t part) const {
-    KeyPart found = {};
-    found.bytes = c.byte_cache;
-    const int64_t first = part * KEY_PART, end = std::min(first + KEY_PART, keys_of(item));
+  struct Part {
+    const Item* item;
+    int64_t number;
+  };
+
+  // found(g, slot) for each group of 16 keys of the part and the slot of the first.
+  template <class Found>
+  void each_group(Part part, const Found& found) const {
+    const Item& item = *part.item;
+    const int64_t first = part.number * KEY_PART, count = std::min(KEY_PART, keys_of(item) - first);
     const int32_t* block = c.block_tables + item.sequence * c.blocks_per_sequence + first / c.block_size;
     int64_t offset = first % c.block_size;
-    for (int64_t key = first; key < end; key += KEY_GROUP, offset += KEY_GROUP) {
+    for (int64_t g = 0; g * KEY_GROUP < count; ++g, offset += KEY_GROUP) {
       if (offset == c.block_size) offset = 0, ++block;
-      const int64_t slot = (*block * c.kv_heads + item.kv_head) * c.block_size + offset, group_number = (key - first) / KEY_GROUP;
-      found.keys[group_number] = static_cast<const char*>(c.k_cache) + slot / KEY_GROUP * group_bytes;
-      found.values[group_number] = static_cast<const char*>(c.v_cache) + slot / KEY_GROUP * group_bytes;
+      found(g, (*block * c.kv_heads + item.kv_head) * c.block_size + offset);
     }
+  }
+
+  KeyPart keys_at(Part part, Part following) const {
+    KeyPart found = {};
+    found.bytes = c.byte_cache;
+    const auto group_at = [&](void* cache, int64_t slot) { return static_cast<char*>(cache) + slot / KEY_GROUP * group_bytes; };
+    each_group(part, [&](int64_t g, int64_t slot) {
+      found.keys[g] = group_at(c.k_cache, slot);
+      found.values[g] = group_at(c.v_cache, slot);
+    });
+    if (following.item != nullptr)
+      each_group(following, [&](int64_t g, int64_t slot) { found.following[g] = group_at(c.k_cache, slot); });
     return found;
   }
 
-  // The state of the item's rows over the keys of one part alone.
-  void run_part(const Item& item, const char* q, int64_t part, AttendState state) const {
-    const int64_t rows = rows_of(item), first = part * KEY_PART;
+  // The state of the item's rows over the keys of one part alone, before this thread is likely to take `following`.
+  void run_part(Part part, Part following, const char* q, AttendState state) const {
+    const Item& item = *part.item;
+    const int64_t rows = rows_of(item), first = part.number * KEY_PART;
     int* seen = scratch<int>(kScratchSeen, rows);
     for (int64_t r = 0; r < rows; ++r)
       seen[r] = static_cast<int>(std::clamp<int64_t>(item.position + r / group + 1 - first, 0, KEY_PART));
     const float scale = 1.0f / std::sqrt(static_cast<float>(c.head_dim));
-    kernels.attend(q, rows, c.head_dim, part_at(item, part), seen, scale, state, stride);
+    kernels.attend(q, rows, c.head_dim, keys_at(part, following), seen, scale, state, stride);
   }
 
   int64_t state_floats(int64_t rows) const { return ((rows + SPARE_ROWS) * stride + 2 * rows + 15) / 16 * 16; }
@@ -159,36 +176,36 @@ class Attention {
     write(item, total);
   }
 
-  void run_item(const Item& item) const {
+  void run_item(size_t number) const {
+    const Item& item = items[number];
+    const Part after = {number + 1 < items.size() ? &items[number + 1] : nullptr, 0};
     const int64_t rows = rows_of(item);
     const char* q = rotated_queries(item);
     float* memory = scratch<float>(kScratchTile, 2 * state_floats(rows));
     fold(item, [&](int64_t p) {
       const AttendState state = state_at(memory + (p == 0 ? 0 : state_floats(rows)), rows);
-      run_part(item, q, p, state);
+      run_part({&item, p}, p + 1 < parts_of(item) ? Part{&item, p + 1} : after, q, state);
       return state;
     });
   }
 
   void run_parts() const {
-    struct Part {
-      int64_t item, number, at;  // in the memory
-    };
     std::vector<Part> parts;
-    std::vector<int64_t> begins;
+    std::vector<int64_t> places, begins;  // in the memory: of a part, and of an item's first
     int64_t floats_needed = 0;
-    for (size_t i = 0; i < items.size(); ++i) {
+    for (const Item& item : items) {
       begins.push_back(floats_needed);
-      for (int64_t p = 0; p < parts_of(items[i]); ++p) {
-        parts.push_back({static_cast<int64_t>(i), p, floats_needed});
-        floats_needed += state_floats(rows_of(items[i]));
+      for (int64_t p = 0; p < parts_of(item); ++p, floats_needed += state_floats(rows_of(item))) {
+        parts.push_back({&item, p});
+        places.push_back(floats_needed);
       }
     }
     float* memory = scratch<float>(kScratchCall, floats_needed);
-    parallel(static_cast<int64_t>(parts.size()), [&](int64_t i) {
-      const Part& part = parts[static_cast<size_t>(i)];
-      const Item& item = items[static_cast<size_t>(part.item)];
-      run_part(item, rotated_queries(item), part.number, state_at(memory + part.at, rows_of(item)));
+    parallel(static_cast<int64_t>(parts.size()), [&](int64_t task) {
+      const auto i = static_cast<size_t>(task);
+      const Item& item = *parts[i].item;
+      const Part following = i + 1 < parts.size() ? parts[i + 1] : Part{nullptr, 0};
+      run_part(parts[i], following, rotated_queries(item), state_at(memory + places[i], rows_of(item)));
     });
     parallel(static_cast<int64_t>(items.size()), [&](int64_t i) {
       const Item& item = items[static_cast<size_t>(i)];

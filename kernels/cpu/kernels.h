@@ -65,7 +65,8 @@ inline int64_t byte_group(int64_t head_dim) { return KEY_GROUP * (padded_head(he
 struct KeyPart {
   const void* keys[KEY_PART / KEY_GROUP];    // each 16 keys, see attend.h; null past the last key
   const void* values[KEY_PART / KEY_GROUP];
-  bool bytes;  // see cache_bytes.h
+  const void* following[KEY_PART / KEY_GROUP];  // keys that are likely to be wanted next; null past the last
+  bool bytes;                                   // see cache_bytes.h
 };
 
 // The softmax state of `rows` query rows: running maximum, sum of weights, and weighted values [rows][stride].

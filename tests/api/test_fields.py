@@ -144,8 +144,30 @@ async def test_the_generation_prompt() -> None:
             assert going_on == "[user]Hi[end][assistant]Well, "  # the message as it is, whatever the template trims
 
 
-async def test_a_template_of_the_request() -> None:
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"chat_template": "x"},
+        {"chat_template": ""},
+        {"extra_body": {"chat_template": "x"}},
+        {"chat_template_kwargs": {"chat_template": "x"}},
+        {"extra_body": {"chat_template_kwargs": {"chat_template": "x"}}},
+        {"chat_template": "x", "prompt_token_ids": [1]},
+    ],
+)
+async def test_a_template_of_the_request_is_refused_unless_trusted(fields: dict[str, Any]) -> None:
     async with serving() as client:
+        body = {"messages": [{"role": "user", "content": "Hi"}], **fields}
+        for path in ("/v1/chat/completions", "/v1/chat/completions/render", "/tokenize"):
+            response = await client.post(path, body)
+            assert (response.status, response.error["param"]) == (400, "chat_template"), path
+            assert "--trust-request-chat-template" in response.error["message"]
+        assert not client.engine.requests
+        assert (await client.chat(chat_template=None)).status == 200
+
+
+async def test_a_template_of_the_request() -> None:
+    async with serving(config=Config(trust_request_chat_template=True)) as client:
         assert await prompt_of(client, chat_template="{{ messages[0].content }}!") == "Hi!"
         assert (
             await prompt_of(client, extra_body={"chat_template": "{{ style }}", "chat_template_kwargs": {"style": 1}})

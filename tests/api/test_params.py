@@ -115,6 +115,8 @@ async def test_edges_of_sampling() -> None:
     async with serving() as client:
         assert (await params_of(client, temperature=1e-6)).temperature == 0.0
         assert (await params_of(client, temperature=1e-4)).temperature == 1e-4
+        for temperature in (1e31, 3e38, 1e39, 1e308):
+            assert (await params_of(client, temperature=temperature)).temperature == 1e30
         assert (await params_of(client, top_p=0)).top_p > 0
         assert (await params_of(client, top_k=-1)).top_k == 0
         vocab_size = client.app.server.model.vocab_size  # no integer is too large for a rank
@@ -209,7 +211,8 @@ BAD_CHAT: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.anyio
 async def test_fields_that_cannot_be_honoured() -> None:
-    async with serving(config=Config(enable_logprob=True, max_concurrency=64)) as client:
+    config = Config(enable_logprob=True, max_concurrency=64, trust_request_chat_template=True)
+    async with serving(config=config) as client:
         for fields, param in BAD_CHAT:
             response = await client.chat(**fields)
             assert (response.status, response.error["param"]) == (400, param), fields

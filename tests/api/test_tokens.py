@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
+import anyio
+import msgspec
 import pytest
 
+from fdserve.api import tokens
 from fdserve.config import Config
 from tests.http.client import Client, serving
-from tests.http.fake_engine import TEMPLATE, VOCAB_SIZE, FakeEngine, ids
+from tests.http.fake_engine import TEMPLATE, VOCAB_SIZE, FakeEngine, ids, silent
 
 pytestmark = pytest.mark.anyio
 
@@ -127,11 +131,67 @@ async def test_the_tokenizer_says_what_it_is() -> None:
 async def test_long_texts() -> None:
     text = "0123456789" * 5000
     async with serving() as client:
-        tokens = (await client.post("/tokenize", {"prompt": text})).json()["tokens"]
-        assert tokens == ids(text)
-        assert (await client.post("/detokenize", {"tokens": tokens})).json() == {"prompt": text}
+        token_ids = (await client.post("/tokenize", {"prompt": text})).json()["tokens"]
+        assert token_ids == ids(text)
+        assert (await client.post("/detokenize", {"tokens": token_ids})).json() == {"prompt": text}
         rendered = await client.post("/v1/chat/completions/render", {"messages": [{"role": "user", "content": text}]})
         assert rendered.json()["prompt"] == f"user: {text}\n"
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/tokenize", {"prompt": "x" * 20_000, "return_token_strs": True}),
+        ("/tokenize", {"messages": [{"role": "user", "content": "x" * 20_000}], "return_token_strs": True}),
+        ("/detokenize", {"tokens": [97] * 20_000}),
+        ("/v1/chat/completions/render", {"messages": [{"role": "user", "content": "x" * 20_000}]}),
+        ("/v1/chat/completions/render", {"messages": MESSAGES, "chat_template": "Hi"}),
+    ],
+)
+async def test_long_work_and_its_encoding_leave_the_event_loop(
+    path: str, body: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads = set()
+    encode = msgspec.json.encode
+
+    def watched(value: Any) -> bytes:
+        threads.add(threading.get_ident())
+        return encode(value)
+
+    async with serving(config=Config(trust_request_chat_template=True)) as client:
+        content = encode(body)
+        monkeypatch.setattr(msgspec.json, "encode", watched)
+        response = await client.post(path, content)
+        assert response.status == 200
+    assert threads
+    assert threading.get_ident() not in threads
+
+
+async def test_the_number_of_tokens_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokens, "MAX_TOKENS", 10)
+    messages = [{"role": "user", "content": "123"}]  # 10 tokens with "user: " and a line break
+    longer = [{"role": "user", "content": "1234"}]
+    async with serving() as client:
+        for path, good, bad, param in (
+            ("/tokenize", {"prompt": "x" * 10}, {"prompt": "x" * 11}, "prompt"),
+            ("/tokenize", {"messages": messages}, {"messages": longer}, "messages"),
+            ("/detokenize", {"tokens": [97] * 10}, {"tokens": [97] * 11}, "tokens"),
+            ("/v1/chat/completions/render", {"messages": messages}, {"messages": longer}, "messages"),
+        ):
+            assert (await client.post(path, good)).status == 200
+            response = await client.post(path, bad)
+            assert (response.status, response.error["param"]) == (400, param)
+            assert response.error["message"] == "There are 11 tokens; a request may ask about 10 at most."
+
+
+async def test_they_count_for_the_limit() -> None:
+    async with serving(FakeEngine(silent), Config(max_concurrency=1)) as client, anyio.create_task_group() as tasks:
+        tasks.start_soon(client.chat)
+        with anyio.fail_after(5):
+            while not client.app.active:
+                await anyio.sleep(0.01)
+        await check_all(client, 429)
+        tasks.cancel_scope.cancel()
 
 
 async def test_no_engine_is_needed() -> None:
@@ -152,5 +212,6 @@ async def check_all(client: Client, status: int) -> None:
         ("/v1/tokenize", {"messages": MESSAGES}),
         ("/detokenize", {"tokens": [97]}),
         ("/v1/chat/completions/render", {"messages": MESSAGES}),
+        ("/v1/messages/count_tokens", {"model": "default", "messages": MESSAGES}),
     ):
         assert (await client.post(path, body)).status == status

@@ -11,6 +11,7 @@ from tests.http.processes import ServerProcess
 
 SETTINGS = {
     "FDSERVE_ENABLE_LOGPROB": "1",
+    "FDSERVE_TRUST_REQUEST_CHAT_TEMPLATE": "1",
     "FDSERVE_KV_CACHE_MEMORY": "64M",
     "FDSERVE_MAX_MODEL_LEN": "1024",
     "FDSERVE_BLOCK_SIZE": "16",

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import time
+from typing import Literal
+
 import anyio
 import msgspec
 import pytest
@@ -48,6 +51,32 @@ def test_bad_bodies(body: bytes, param: str | None, code: str, message: str) -> 
     assert (error.value.param, error.value.code) == (param, code)
     assert message in error.value.message
     assert "$" not in error.value.message
+
+
+class Picky(msgspec.Struct):
+    choice: Literal["yes", "no"]
+
+
+@pytest.mark.parametrize("value", ["a - at `$.b", "a - at `$.b`", " - at `key` in `$`", " - at ", "it's `$.x`\n"])
+def test_a_value_that_reads_like_a_place(value: str) -> None:
+    with pytest.raises(InvalidRequest) as error:
+        decode(msgspec.json.encode({"choice": value}), msgspec.json.Decoder(Picky))
+    assert error.value.param == "choice"
+    message = f"Invalid value for 'choice': invalid enum value {value!r}. Supported values are: 'no', 'yes'."
+    assert error.value.message == message
+
+
+@pytest.mark.parametrize("value", ["x" * 8_000_000, "a - at `$." + "[" * 1_000_000])
+def test_a_long_value_is_cut(value: str) -> None:
+    body = msgspec.json.encode({"choice": value})
+    started = time.process_time()
+    with pytest.raises(InvalidRequest) as error:
+        decode(body, msgspec.json.Decoder(Picky))
+    assert time.process_time() - started < 1
+    assert error.value.param == "choice"
+    assert f"invalid enum value {value[:200]!r}"[:-1] in error.value.message
+    assert error.value.message.endswith("…'. Supported values are: 'no', 'yes'.")
+    assert len(error.value.message) < 400
 
 
 @pytest.mark.anyio

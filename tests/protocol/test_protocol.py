@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import msgspec
@@ -46,19 +47,23 @@ def test_unknown_fields_are_ignored() -> None:
         ("frequency_penalty", [-2, 0, 2], [-2.1, 2.1]),
         ("repetition_penalty", [0.1, 1, 2], [0, -1]),
         ("stop", ["a", ["a", "b"], [], ["x"] * 100], ["", [""], 5, [5]]),
-        ("stop_token_ids", [[], [1, 2]], [[-1], ["a"], 5]),
+        ("stop_token_ids", [[], [1, 2], [2**31 - 1]], [[-1], ["a"], 5, [2**31]]),
         ("stream_options", [{}, {"include_usage": True}], [{"include_usage": 1}, []]),
         ("priority", [-5, 0, 5], ["high", 2**31]),
-        ("logit_bias", [{}, {"5": 1}, {"0": -100, "1": 100.0}], [{"a": 1}, {"-1": 1}, {"1": 101}, [1]]),
+        (
+            "logit_bias",
+            [{}, {"5": 1}, {"0": -100, "1": 100.0}],
+            [{"a": 1}, {"-1": 1}, {"1": 101}, {"2147483648": 1}, [1]],
+        ),
         ("bad_words", [[], ["a"]], ["a", [""]]),
-        ("bad_words_token_ids", [[], [1]], [[-1], ["a"]]),
-        ("allowed_token_ids", [[1]], [[], [-1]]),
+        ("bad_words_token_ids", [[], [1]], [[-1], ["a"], [2**31]]),
+        ("allowed_token_ids", [[1]], [[], [-1], [2**31]]),
         ("prompt_logprobs", [0, 20], [-1, 21, True]),
         ("prompt_token_ids", [[1]], [[-1], [[1]], "a"]),
         ("truncate_prompt_tokens", [-1, 1], [-2, "1"]),
         ("max_streaming_response_tokens", [1, 100], [0]),
         ("cache_salt", ["a"], ["", 5]),
-        ("request_id", ["a-b.c:d_9"], ["", "a b", "é", "x" * 129]),
+        ("request_id", ["a-b.c:d_9"], ["", "a b", "é", "x" * 129, "abc\n", "\nabc", "abc\n\n"]),
         ("response_format", [{"type": "text"}], [{}, {"type": "yaml"}, "text"]),
         ("guided_json", [{}, "{}", True], [5]),
         ("guided_choice", [["a", 1]], ["a", [[1]]]),
@@ -72,6 +77,16 @@ def test_ranges(make: Any, field: str, good: list[Any], bad: list[Any]) -> None:
         with pytest.raises(msgspec.ValidationError) as error:
             make(**{field: value})
         assert f"$.{field}" in str(error.value)
+
+
+def test_biases_with_one_hash_are_refused_at_once() -> None:
+    collide = 2**61 - 1  # an integer's hash is its remainder
+    biases = ", ".join(f'"{i * collide}": 1' for i in range(50_000))
+    body = f'{{"prompt": "x", "logit_bias": {{{biases}}}}}'
+    started = time.process_time()
+    with pytest.raises(msgspec.ValidationError, match=r"2147483647.*\$\.logit_bias"):
+        msgspec.json.decode(body, type=CompletionRequest)
+    assert time.process_time() - started < 1
 
 
 def test_top_logprobs() -> None:

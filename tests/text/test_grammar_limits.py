@@ -41,6 +41,18 @@ def rules(count: int, body: str) -> Lark:
     return Lark("\n".join(["start: R0", *lines, f'R{count}: "a"\n']), "guided_grammar")
 
 
+def inside_each_other(depth: int, leaves: int) -> JsonSchema:
+    value: dict[str, Any] = {"enum": [{}] * leaves}
+    for outer in reversed(range(depth)):
+        value = {"items": value, "$ref": "#" + "/items" * outer}
+    return JsonSchema(value, False, "x")
+
+
+def tags(count: int) -> StructuralTag:
+    structures = [{"begin": f"<{i}>", "schema": {}, "end": "</>"} for i in range(count)]
+    return StructuralTag({"structures": structures, "triggers": [f"<{i}>" for i in range(count)]}, "x")
+
+
 REFUSED: dict[str, tuple[Spec, str]] = {
     "nested schema": (JsonSchema(nested(400), True, "x"), "recursion limit|nested too deeply"),
     "chain of references": (chain(12_000, lambda ref: {"$ref": ref, "title": "so long"}), "longer than"),
@@ -92,6 +104,17 @@ REFUSED: dict[str, tuple[Spec, str]] = {
     "not a grammar": (Lark("hello world", "x"), "Expected"),
     "broken GBNF": (Lark('root ::= "a', "x"), "cannot read the grammar as GBNF"),
     "broken JSON inside": (Lark('start: %json {"type": \n', "x"), "%json"),
+    "many line breaks": (Lark("\n" * 65_000 + "x", "x"), "Expected token"),
+    "line breaks in GBNF": (Lark("\n" * 65_000 + "x ::= y", "x"), "cannot read the grammar as GBNF"),
+    "line breaks in a string": (Lark('start: "a" "' + "\n" * 60_000, "x"), "lexer error"),
+    "line breaks in a reference": (schema(**{"$ref": "\n" * 60_000}), "Invalid URI"),
+    "many multiples": (schema(x=[{"multipleOf": 10**11 + i * 7919} for i in range(17_000)]), "multipleOf"),
+    "many multiples in a long schema": (schema(x=[{"multipleOf": 10**11 + i} for i in range(40_000)]), "longer than"),
+    "references into each other": (inside_each_other(200, leaves=90_000), "too many references"),
+    "very long regex": (Regex("a" * 600_000, "x"), "longer than"),
+    "too many choices": (Choice(list(map(str, range(150_000))), "x"), "more than 100000 choices"),
+    "long tag": (StructuralTag({"triggers": ["<" * 600_000]}, "x"), "longer than"),
+    "many tags and triggers": (tags(5000), "the grammar is too large"),
     "deep formats": (StructuralTag({"format": {"type": "star", "content": {}}}, "x"), "not supported"),
 }
 

@@ -8,7 +8,7 @@ import tracemalloc
 import pytest
 
 from fdserve.errors import InvalidRequest
-from fdserve.text import sandbox
+from fdserve.text import template_meter
 from fdserve.text.template import ChatTemplate
 
 MEGABYTE = "x" * 1_000_000
@@ -17,8 +17,8 @@ MEGABYTE = "x" * 1_000_000
 @pytest.fixture(autouse=True)
 def quick_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small enough to be reached at once; a value may still be as large as ever."""
-    monkeypatch.setattr(sandbox, "MAX_TOTAL_BYTES", 64 << 20)
-    monkeypatch.setattr(sandbox, "MAX_CPU_SECONDS", 0.3)
+    monkeypatch.setattr(template_meter, "MAX_TOTAL_BYTES", 64 << 20)
+    monkeypatch.setattr(template_meter, "MAX_CPU_SECONDS", 0.3)
 
 
 def render(source: str) -> str:
@@ -74,7 +74,27 @@ def test_escapes_are_refused(source: str) -> None:
         "{{ big.replace('', big) }}",
         "{{ big | join(big) }}",
         "{{ big.join(big) }}",
-        "{{ big | indent(1000, blank=true) }}",
+        "{{ ('x\\n' * 10000) | indent(1000, blank=true) }}",
+        "{{ [1] | tojson(indent=400000000) }}",
+        "{{ range(9999) | list | tojson(separators=(big, big)) }}",
+        "{{ ('{0:9999}' * 100000).format(1) }}",
+        "{{ ('{' ~ ':' * 20000).format(1) }}",
+        "{{ ('%099999d' * 100) % 1 }}",
+        "{{ strftime_now('%9999Y' * 100000) | length }}",
+        "{{ strftime_now('%Y' * 100000) | length }}",
+        "{{ (10**300)**100000 }}",
+        "{{ 1.5 | round(30000000, 'ceil') }}",
+        "{{ 15 | round(-30000000, 'floor') }}",
+        "{{ big | list }}",
+        "{{ big.split('x') }}",
+        "{{ big.rsplit('x') }}",
+        "{{ ('x ' * 1000000).split() }}",
+        "{{ ('x\\n' * 1000000).splitlines() }}",
+        "{{ big | replace('x', [big]) }}",
+        "{{ big | replace(new=big, old='x') }}",
+        "{{ ('' | e).center(10**10) }}",
+        "{{ ([big] * 9) ~ '' }}",
+        "{{ [big] * 9 }}",
         "{{ big.translate({120: big}) }}",
         "{{ (1).to_bytes(10**10, 'big') }}",
         "{{ [1] | batch(10**10, 1) | list }}",
@@ -114,6 +134,12 @@ def test_values_cannot_grow_without_bound(source: str) -> None:
         "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(100) }}",
         "{% macro f(n) %}{{ caller() }}{{ caller() }}{% endmacro %}{% macro g(n) %}{% if n %}"
         "{% call f(n) %}{{ g(n - 1) }}{% endcall %}{% endif %}{% endmacro %}{{ g(60) }}",
+        "{{ (big * 8) | trim(big) }}",
+        "{{ (big * 8).rfind('y' ~ big) }}",
+        "{{ dict(range(0, 10**5 * (2**61 - 1), 2**61 - 1) | batch(2) | list) }}",
+        "{{ dict([[1, 2]]) }}",
+        "{{ range(100000) | sort(attribute='a,' * 9999) }}",
+        "{{ range(100000) | max(attribute='a.' * 9999) }}",
         "{% for x in [1] recursive %}{{ loop([1, 1]) }}{{ loop([1, 1]) }}{% endfor %}",
         "{% block a %}{{ self.a() }}{{ self.a() }}{% endblock %}",
         "{{ range(100000) | map('string') | reject('in', big) | list }}",
@@ -149,8 +175,22 @@ def test_deep_nesting_does_not_compile(source: str) -> None:
     assert time.process_time() - started < 5
 
 
+@pytest.mark.parametrize("source", ["{{x}}" * 26_000, "{{ [" + "1," * 60_000 + "] }}", "{% set x = 1 %}" * 8_000])
+def test_compiling_is_bounded(source: str) -> None:
+    started = time.process_time()
+    with pytest.raises(InvalidRequest, match="takes too long"):
+        ChatTemplate(source, {})
+    assert time.process_time() - started < 2
+
+
+def test_what_python_compiles_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(template_meter, "MAX_CPU_SECONDS", 60)
+    with pytest.raises(InvalidRequest, match="too many statements"):
+        ChatTemplate("{{x}}" * 10_000, {})
+
+
 def test_constants_are_not_worked_out_unmetered_while_compiling() -> None:
-    for source in ("{{ 'x' | center(10**10) }}", "{{ 'x' * 10**10 }}", "{{ 'x' | indent(10**10, true) }}"):
+    for source in ("{{ 'x' | join(10**10 * 'x') }}", "{{ 'x' * 10**10 }}", "{{ 'x' | indent(10**10, true) }}"):
         started = time.process_time()
         template = ChatTemplate(source, {})
         assert time.process_time() - started < 1
@@ -158,13 +198,34 @@ def test_constants_are_not_worked_out_unmetered_while_compiling() -> None:
             template.render([])
 
 
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ [1] | tojson(indent=400000000) }}",
+        "{{ ('{0:9999}' * 100000).format(1) }}",
+        "{{ strftime_now('%9999Y' * 100000) | length }}",
+        "{{ range(9999) | list | tojson(separators=(big, big)) }}",
+        "{{ (big * 8).split('x') }}",
+        "{{ [big * 6, '\U000e0001'] }}",
+    ],
+)
+def test_one_operation_does_not_take_much_memory(source: str) -> None:
+    tracemalloc.start()
+    try:
+        with pytest.raises(InvalidRequest):
+            render(source)
+        assert tracemalloc.get_traced_memory()[1] < 2 * template_meter.MAX_VALUE_BYTES
+    finally:
+        tracemalloc.stop()
+
+
 def test_memory_stays_bounded() -> None:
-    source = "{% set ns = namespace() %}" + "".join(f"{{% set ns.a{i} = big[1:] %}}" for i in range(200))
+    source = "{% set ns = namespace(l=[]) %}{% for i in range(200) %}{% set ns.l = ns.l + [big[1:]] %}{% endfor %}"
     tracemalloc.start()
     try:
         with pytest.raises(InvalidRequest, match="too much text"):
             render(source)
-        assert tracemalloc.get_traced_memory()[1] < sandbox.MAX_TOTAL_BYTES * 1.2
+        assert tracemalloc.get_traced_memory()[1] < template_meter.MAX_TOTAL_BYTES * 1.2
     finally:
         tracemalloc.stop()
 
@@ -178,7 +239,11 @@ def test_namespaces_print_without_their_attributes() -> None:
 @pytest.mark.parametrize(
     ("source", "expected"),
     [
-        ("{{ 'ab'.center(6) }}|{{ 'x' | indent(2, first=true) }}", "  ab  |  x"),
+        ("{{ 'a<b' | e }}|{{ 'a<b' | safe }}|{{ 'x' | indent(2, first=true) }}", "a&lt;b|a<b|  x"),
+        ("{{ '%s: %5.1f' % ('a', 2.25) }}{{ '{x:>4}|{}'.format('{', x=7) }}", "a:   2.2   7|{"),
+        ("{{ dict(messages[0], role='system').role }}{{ dict(a=1) | length }}", "system1"),
+        ("{{ (big * 4 ~ '</think>\\n\\nx').split('</think>')[-1].lstrip('\\n') }}", "x"),
+        ("{{ [big * 3, 'x'] | join('\\n') | length }}{{ messages | map(attribute='content') | join }}", "3000002hi"),
         ("{{ 'ID 123456: %s' % 1700000000 }}", "ID 123456: 1700000000"),
         (
             "{{ 'at ' ~ 1700000000 ~ none ~ [1] ~ nothing }}{{ '{}'.format(10**12) }}",

@@ -130,6 +130,34 @@ class TestLanguage:
         """
         assert render(source, U1, A1, U2) == "USER: U1|ASSISTANT: A1|USER: U2 2 ['U2', 'A1', 'U1']2b002.5  7xxx"
 
+    def test_as_llama_and_qwen_templates_are_written(self) -> None:
+        source = """
+        {%- set day = strftime_now("%d %b %Y") if strftime_now is defined else none -%}
+        {%- macro extra(fields, known) -%}
+            {%- if fields is mapping -%}
+                {%- for key in fields if key not in known -%}
+                    {%- set value = fields[key] -%}
+                    {{- '<' ~ key ~ '>' ~ (value | tojson | safe if value is mapping else value | string) -}}
+                {%- endfor -%}
+            {%- endif -%}
+        {%- endmacro -%}
+        {%- set ns = namespace(last=messages | length - 1) -%}
+        {%- for m in messages[::-1] -%}
+            {%- if m.role == 'user' and not (m.content.startswith('<a>') and m.content.endswith('</a>')) -%}
+                {%- set ns.last = messages | length - 1 - loop.index0 -%}
+            {%- endif -%}
+        {%- endfor -%}
+        {{- ns.last ~ (tools | tojson(indent=4) | length > 99) -}}
+        {%- for name, value in tools[0].function | items -%}
+            {{- extra({name: value}, ['name', 'parameters']) -}}
+        {%- endfor -%}
+        {{- [{'type': 'text', 'text': ' x '}] | selectattr('type', 'equalto', 'text') | map(attribute='text')
+            | map('trim') | join('\n') -}}
+        {{- 't</think>\n\na'.split('</think>')[-1].lstrip('\n') ~ 't</think>a'.split('</think>')[0].rstrip('\n') -}}
+        {%- for key, value in {'b': 1, 'a': none} | dictsort -%}{{- key ~ value -}}{%- endfor -%}
+        """
+        assert render(source, U1, A1, U2, tools=[TOOL]) == "0True<description>天气 <now>xataNoneb1"
+
     def test_variables(self) -> None:
         assert render("{{ enable_thinking }} {{ cls_token }} {{ tools is none }}", enable_thinking=False) == (
             "False <cls> True"
