@@ -1,10 +1,10 @@
 // The largest elements of a row, in order.
 //
-// Floor: one pass over the row, for those that reach what samples say few do. If that fails they are a leading set.
+// Floor: two passes over the row, for the peaks of its blocks and for what reaches the bar that these set. Where there are
+// too many equals, or too few blocks, they are a leading set.
 #pragma once
 
 #include <algorithm>
-#include <cmath>
 #include <vector>
 
 #include "leading.h"
@@ -27,16 +27,15 @@ inline Goal first_of(int64_t count, int64_t size) {
   return {0, static_cast<double>(count), static_cast<double>(size), -INF};
 }
 
-// What somewhat more than `count` elements likely reach, by samples; -INF if these say nothing.
-inline float likely_bar(const float* x, int64_t size, int64_t count) {
-  constexpr int64_t SAMPLES = 256;
-  const double expected = static_cast<double>(count) * SAMPLES / static_cast<double>(size);
-  const int64_t rank = static_cast<int64_t>(expected + 3 * std::sqrt(expected)) + 3;
-  if (size < 16 * SAMPLES || rank >= SAMPLES / 8) return -INF;
-  float samples[SAMPLES];
-  for (int64_t i = 0; i < SAMPLES; ++i) samples[i] = x[i * (size / SAMPLES)];
-  std::nth_element(samples, samples + rank, samples + SAMPLES, [](float a, float b) { return a > b; });
-  return samples[rank];
+// What at least `count` elements reach, and hardly more: so many blocks' peaks do. -INF if there are too few blocks.
+inline float bar_of(const float* x, int64_t size, int64_t count) {
+  const int64_t block = size / 256 >= 4 * count ? 256 : 64, blocks = size / block;
+  if (blocks < 2 * count) return -INF;
+  std::vector<float> peaks(static_cast<size_t>(blocks));
+  bool has_nan;
+  for (int64_t i = 0; i < blocks; ++i) peaks[static_cast<size_t>(i)] = float_kernels().peak(x + i * block, block, &has_nan);
+  std::nth_element(peaks.begin(), peaks.begin() + (count - 1), peaks.end(), [](float a, float b) { return a > b; });
+  return peaks[static_cast<size_t>(count - 1)];
 }
 
 // The `count` largest in order (weights unset).
@@ -46,7 +45,7 @@ inline std::vector<Candidate> largest(const float* logits, int64_t size, int64_t
   if (count <= 0) return best;
   constexpr int64_t ROOM = 4096;
   int32_t ids[ROOM];
-  const float bar = likely_bar(logits, size, count);
+  const float bar = bar_of(logits, size, count);
   const int64_t found = bar > -INF ? float_kernels().at_least(logits, size, bar, ids, ROOM) : 0;
   if (found >= count && found < ROOM) {
     for (int64_t i = 0; i < found; ++i) best.push_back({logits[ids[i]], 0, ids[i]});
