@@ -21,7 +21,7 @@ logger = logging.getLogger("fdserve.ops")
 
 Bytes = npt.NDArray[np.uint8]
 _LINE_BYTES = 64
-_SUM_BLOCK = 1024  # ids in a block of the sampler's sums, as in kernels.h
+_SUM_BLOCK = 1024  # ids in a block of the GPU sampler's sums, as in sample_scan.cuh
 
 
 def shared_bytes(world_size: int, slot_bytes: int) -> int:
@@ -33,14 +33,14 @@ def sampling_slot_bytes(vocab_size: int, world_size: int) -> int:
     """How large a slot must be for `sample`, where no row reports more than `vocab_size` ids."""
     starts = vocabulary_starts(vocab_size, world_size)
     widest = max(stop - start for start, stop in pairwise(starts))
-    return max(4 * widest, 16 * (widest // _SUM_BLOCK + 1) + 8192, 16 + 8 * vocab_size)
+    return max(4 * widest, 16384, 16 + 8 * vocab_size)
 
 
 def vocabulary_starts(vocab_size: int, world_size: int) -> list[int]:
     """The first id of each rank's part of the vocabulary, and `vocab_size` at the end.
 
-    A part is whole blocks of the sampler's sums, so that the sums are those of one rank; a vocabulary that is too small
-    for that is shared out in nearly equal parts.
+    A part is whole blocks of the GPU sampler's sums, so that the sums are those of one rank; a vocabulary that is too
+    small for that is shared out in nearly equal parts.
     """
     blocks = -(-vocab_size // _SUM_BLOCK)
     if blocks < world_size:

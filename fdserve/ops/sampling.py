@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 BROKEN = -1
 NOTHING_ALLOWED = -2
+GREEDY_TEMPERATURE = 1e-5
+"""Below it nothing is drawn."""
 NO_LOGPROBS = -1
 TEMPERATURE_SCALED = 1
 TOP_P_NORMALIZED = 2
@@ -36,6 +38,7 @@ def sample(
     mask_rows: Tensor | None = None,
     logprob_modes: Tensor | None = None,
     shared: SharedMemory | Gathering | None = None,
+    all_greedy: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Choose one token a row and report log-probabilities.
 
@@ -69,6 +72,8 @@ def sample(
         shared: the ranks among whom `vocabulary_starts` shares the ids out; each calls it with its own columns of the
             logits, float32 [R, part of V], and otherwise equal arguments. All get the same result, bit for bit that of
             the whole logits. RuntimeError if one of them is gone.
+        all_greedy: that no row is drawn nor has log-probabilities, as is known without a look at the parameters: ranks
+            on GPUs then gather once. Where it is not true the results are the same, but slow.
 
     Returns:
         (token int32 [R], its logprob float32 [R], top ids int32 [R, K], top logprobs float32 [R, K]):
@@ -80,7 +85,7 @@ def sample(
         bias_ids, bias_values, bias_offsets, masks, mask_rows, logprob_modes,
     )  # fmt: skip
     if isinstance(shared, Gathering):
-        return sample_gathered(rows, vocab_size, num_top, shared)
+        return sample_gathered(rows, vocab_size, num_top, shared, all_greedy=all_greedy)
     ranks = () if on_gpu() and shared is None else _ranks(shared, vocab_size)
     tokens, logprobs, top_ids, top_logprobs = run("sample", *rows, vocab_size, num_top, *ranks)
     return tokens, logprobs, top_ids, top_logprobs

@@ -1,7 +1,7 @@
 """Sampling by ranks on GPUs of their own, each from its part of the vocabulary.
 
-The steps are those of kernels/cuda/sample_ranks.cu. What ranks gather between them is a few numbers a row. Rows that
-these do not settle are sampled from whole logits, by every rank alike.
+The steps are those of kernels/cuda/sample_ranks.cu. What ranks gather between them is a few numbers a row: three times,
+or once where all rows are greedy. Rows that these do not settle are sampled from whole logits, by every rank alike.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class SampledRows(NamedTuple):
 
 
 def sample_gathered(
-    rows: SampledRows, vocab_size: int, num_top: int, ranks: Gathering
+    rows: SampledRows, vocab_size: int, num_top: int, ranks: Gathering, *, all_greedy: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`fdserve.ops.sample` of logits that are this rank's columns; the results are those of the whole logits."""
     starts = vocabulary_starts(vocab_size, ranks.world_size)
@@ -77,9 +77,12 @@ def sample_gathered(
         return tokens, logprobs, top_ids, top_logprobs
     shares = vocab_size, num_top, ranks.rank, starts
     offered, workspace = run("sample_offer", *rows, *shares)
-    known = [workspace, ranks.gather(offered)]
-    known.append(ranks.gather(run("sample_weigh", *rows, *known, *shares)[0]))
-    known.append(ranks.gather(run("sample_settle", *rows, *known, *shares)[0]))
+    known: list[Tensor | None] = [workspace, ranks.gather(offered)]
+    if all_greedy:
+        known += [None, None]
+    else:
+        known.append(ranks.gather(run("sample_weigh", *rows, *known, *shares)[0]))
+        known.append(ranks.gather(run("sample_settle", *rows, *known, *shares)[0]))
     results = run("sample_finish", *rows, *known, *shares)
     # Waits for the device, as whoever reads the tokens does; all ranks see the same.
     unsettled = np.flatnonzero(results[0].numpy() == UNSETTLED).astype(np.int32)

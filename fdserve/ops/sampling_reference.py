@@ -7,13 +7,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fdserve.ops.sampling import BROKEN, NO_LOGPROBS, NOTHING_ALLOWED, TEMPERATURE_SCALED, TOP_P_NORMALIZED
+from fdserve.ops.sampling import (
+    BROKEN,
+    GREEDY_TEMPERATURE,
+    NO_LOGPROBS,
+    NOTHING_ALLOWED,
+    TEMPERATURE_SCALED,
+    TOP_P_NORMALIZED,
+)
 
 Float = npt.NDArray[np.float32]
 Int = npt.NDArray[np.integer[Any]]
-
-GREEDY_TEMPERATURE = 1e-5
-"""Below this temperature a row is decided by argmax."""
 
 
 def philox4x32(seed: int, position: int) -> tuple[int, int, int, int]:

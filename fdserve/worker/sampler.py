@@ -13,6 +13,7 @@ import numpy.typing as npt
 import paddle
 
 from fdserve import ops
+from fdserve.ops.sampling import GREEDY_TEMPERATURE
 from fdserve.worker.limits import NO_FORCED_ID, read_mask
 from fdserve.worker.rows import Ints, Rows
 
@@ -59,6 +60,9 @@ class _Fixed:
     penalized: npt.NDArray[np.bool_] | None
     """[R], the rows that need their tokens so far; None if there is none"""
     num_top: int
+    """-1 if no row asks for logprobs"""
+    all_greedy: bool
+    """Nothing is drawn, and no row asks for logprobs."""
 
 
 class Sampler:
@@ -102,6 +106,7 @@ class Sampler:
             masks=limits.masks,
             mask_rows=limits.mask_rows,
             logprob_modes=fixed.logprob_modes,
+            all_greedy=fixed.all_greedy,
         )
         tokens = token_ids.numpy()
         if fixed.num_top < 0:
@@ -114,7 +119,8 @@ class Sampler:
         if fixed is None or fixed.num_begun != rows.num_begun or not np.array_equal(fixed.row_ids, row_ids):
             int_params = np.full((len(row_ids), 4), NO_FORCED_ID, np.int64)
             int_params[:, :2] = rows.int_params[row_ids]
-            penalized = rows.needs_history[row_ids]
+            penalized, num_top = rows.needs_history[row_ids], int(rows.num_top[row_ids].max())
+            greedy = rows.float_params[row_ids, 0] < GREEDY_TEMPERATURE
             fixed = self._fixed = _Fixed(
                 row_ids=row_ids,
                 num_begun=rows.num_begun,
@@ -125,7 +131,8 @@ class Sampler:
                 prompts=rows.num_prompt[row_ids],
                 limited=rows.is_limited[row_ids],
                 penalized=penalized if penalized.any() else None,
-                num_top=int(rows.num_top[row_ids].max()),
+                num_top=num_top,
+                all_greedy=num_top < 0 and bool(greedy.all()),
             )
         return fixed
 

@@ -24,7 +24,7 @@ extern const RowKernels row_kernels = make_row_kernels<bf16>();
 #else
 extern const RowKernels row_kernels = make_row_kernels<float>();
 extern const FloatKernels float_kernels = {axpy_row, softmax,  dot,       widen, merge,     finish,    quantize, peak,
-                                           exp_sums, exps,     at_least,  mass_from, between,  kept_sums, nth_equal, allow};
+                                           exp_sums, weights,  split,     at_least,  mass_from, nth_equal, allow};
 #endif
 
 }  // namespace FD_ISA

@@ -125,6 +125,12 @@ struct RowKernels {
                  AttendState state, int64_t stride);
 };
 
+// Of some elements: the weight of all, from `low` on and from `high` on, and how many are between.
+struct Split {
+  double all, from_low, from_high;
+  int64_t count;
+};
+
 // The functions of one instruction set on floats, whatever the element type.
 struct FloatKernels {
   void (*axpy)(const float* x, float weight, int64_t size, float* total);
@@ -139,22 +145,19 @@ struct FloatKernels {
   void (*quantize)(const float* w, Format format, void* group);
   // Largest element and whether there is a NaN.
   float (*peak)(const float* x, int64_t size, bool* has_nan);
-  // sums[b] = sum of exp((x - peak) * inverse) over the b-th block of SUM_BLOCK elements; each into `out` unless null.
-  void (*exp_sums)(const float* x, int64_t size, float peak, float inverse, double* sums, float* out);
-  // out = exp((x - peak) * inverse)
-  void (*exps)(const float* x, int64_t size, float peak, float inverse, float* out);
+  // A weight is exp((x - peak) * inverse), x <= peak, rounded to a multiple of 2^-36, or 1 where `inverse` is 0: its sums
+  // over a vocabulary fit a double's 53 bits, so they are exact, and equal in any order and however it is shared out.
+  // sums[b] = the weight of the b-th block of SUM_BLOCK elements; `inverse` is not 0.
+  void (*exp_sums)(const float* x, int64_t size, float peak, float inverse, double* sums);
+  void (*weights)(const float* x, int64_t size, float peak, float inverse, float* out);
+  // Elements in [low, high) in order, with room for 16 more; unless null, above[b] is the weight from `high` on of a block
+  // and ends[b] where its elements end in `out`.
+  Split (*split)(const float* x, int64_t size, float peak, float inverse, float low, float high, double* above, float* out,
+                 int32_t* ends);
   // Ids of elements >= threshold, ascending; stops at `capacity`.
   int64_t (*at_least)(const float* x, int64_t size, float threshold, int32_t* ids, int64_t capacity);
-  // Sum of the weights of the elements >= threshold, or their number where `weights` is null.
+  // Sum of the weights (multiples of 2^-36) of the elements >= threshold.
   double (*mass_from)(const float* x, const float* weights, int64_t size, float threshold);
-  // Elements in [low, high) and their weights (if any), in order; the outputs may be the inputs, or need 16 floats more.
-  // `above` becomes what the elements from `high` on weigh.
-  int64_t (*between)(const float* x, const float* weights, int64_t size, float low, float high, float* out_x,
-                     float* out_weights, double* above);
-  // sums[b] = sum of the weights in the b-th block that are not under `least`, and whose element is over `cut`, or
-  // equals it and is not past index `last`.
-  void (*kept_sums)(const float* x, const float* weights, int64_t size, float cut, int64_t last, float least,
-                    double* sums);
   // Index of the n-th element (from 1) that equals `value`, or `size` if there are fewer.
   int64_t (*nth_equal)(const float* x, int64_t size, float value, int64_t n);
   // -inf where the element's bit (from the lowest of the first word on) is not set.

@@ -15,6 +15,16 @@ FD_INLINE bool any(vi hit) {
 #endif
 }
 
+// Which lanes reach a threshold.
+#if VL == 16
+typedef __mmask16 Hits;
+FD_INLINE Hits reach(vf x, vf threshold) { return _mm512_cmp_ps_mask((__m512)x, (__m512)threshold, _CMP_GE_OQ); }
+FD_INLINE bool any(Hits hit) { return hit != 0; }
+#else
+typedef vi Hits;
+FD_INLINE Hits reach(vf x, vf threshold) { return x >= threshold; }
+#endif
+
 inline float peak(const float* x, int64_t size, bool* has_nan) {
   const int64_t whole = size / (4 * VL) * (4 * VL);
   vf top[4], bad = {};
@@ -35,103 +45,197 @@ inline float peak(const float* x, int64_t size, bool* has_nan) {
   return result;
 }
 
-inline void exp_sums(const float* x, int64_t size, float peak, float inverse, double* sums, float* out) {
+// A weight in [0, 1] rounded to a multiple of 2^-36, as the sum of a multiple of 2^-17 and a smaller rest.
+struct Grains {
+  vf high, low;
+};
+
+FD_INLINE Grains grains(vf weight) {
+  const vf high = (weight + splat(64.0f)) - splat(64.0f);
+  return {high, ((weight - high) + splat(1.5f / 8192)) - splat(1.5f / 8192)};
+}
+
+// The exact sum of up to SUM_BLOCK weights as `grains` rounds them: a lane takes 64 of each half, which 24 bits hold.
+struct Exact {
+  static constexpr int PARTS = 16 / VL;
+  vf high[PARTS] = {}, low[PARTS] = {};
+  double rest = 0;
+
+  FD_MEMBER void add(int part, Grains each) { high[part] = high[part] + each.high, low[part] = low[part] + each.low; }
+
+  FD_MEMBER void add(int part, Hits hit, Grains each) {
+#if VL == 16
+    high[part] = (vf)_mm512_mask_add_ps((__m512)high[part], hit, (__m512)high[part], (__m512)each.high);
+    low[part] = (vf)_mm512_mask_add_ps((__m512)low[part], hit, (__m512)low[part], (__m512)each.low);
+#else
+    add(part, {(vf)((vi)each.high & hit), (vf)((vi)each.low & hit)});
+#endif
+  }
+
+  FD_MEMBER void add(float weight) {
+    const Grains each = grains(splat(weight));
+    rest += static_cast<double>(each.high[0]) + each.low[0];
+  }
+
+  FD_MEMBER double total() const {
+#if VL == 16
+    const __m512 x = (__m512)high[0], y = (__m512)low[0];
+    const __m512d upper = _mm512_add_pd(_mm512_cvtps_pd(_mm512_castps512_ps256(x)), _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1)));
+    const __m512d lower = _mm512_add_pd(_mm512_cvtps_pd(_mm512_castps512_ps256(y)), _mm512_cvtps_pd(_mm512_extractf32x8_ps(y, 1)));
+    return rest + _mm512_reduce_add_pd(_mm512_add_pd(upper, lower));
+#else
+    double all = rest;
+    for (int part = 0; part < PARTS; ++part)
+      for (int lane = 0; lane < VL; ++lane) all += static_cast<double>(high[part][lane]) + low[part][lane];
+    return all;
+#endif
+  }
+};
+
+// How many vectors are weighed side by side: one after the other, each step would wait for the one before.
+constexpr int ABREAST = VL == 16 ? 8 : 4;
+#define FD_ABREAST _Pragma("GCC unroll 8") for (int v = 0; v < ABREAST; ++v)
+
+// x becomes e^((x - peak) * inverse), x <= peak: as `exp`, but what rounds to nothing may be anything so small.
+FD_INLINE void weigh(vf (&x)[ABREAST], float peak, float inverse) {
+  vf shifted[ABREAST], n[ABREAST], y[ABREAST];
+  FD_ABREAST x[v] = (x[v] - splat(peak)) * splat(inverse);
+  FD_ABREAST x[v] = max(x[v], splat(-87.0f));
+  FD_ABREAST shifted[v] = fma(x[v], splat(1.44269504f), splat(12582912.0f));
+  FD_ABREAST n[v] = shifted[v] - splat(12582912.0f);
+  FD_ABREAST x[v] = fma(n[v], splat(-0.693145752f), x[v]);
+  FD_ABREAST x[v] = fma(n[v], splat(-1.42860677e-6f), x[v]);
+  FD_ABREAST y[v] = fma(splat(1.0f / 5040), x[v], splat(1.0f / 720));
+  FD_ABREAST y[v] = fma(y[v], x[v], splat(1.0f / 120));
+  FD_ABREAST y[v] = fma(y[v], x[v], splat(1.0f / 24));
+  FD_ABREAST y[v] = fma(y[v], x[v], splat(1.0f / 6));
+  FD_ABREAST y[v] = fma(y[v], x[v], splat(0.5f));
+  FD_ABREAST y[v] = fma(y[v], x[v], splat(1.0f));
+  FD_ABREAST y[v] = fma(y[v], x[v], splat(1.0f));
+  FD_ABREAST x[v] = (vf)((vi)y[v] + ((vi)shifted[v] << 23));
+}
+
+FD_INLINE float weight_of_one(float x, float peak, float inverse) {
+  vf all[ABREAST];
+  FD_ABREAST all[v] = splat(x);
+  weigh(all, peak, inverse);
+  return all[0][0];
+}
+
+inline void exp_sums(const float* x, int64_t size, float peak, float inverse, double* sums) {
   for (int64_t start = 0; start < size; start += SUM_BLOCK, ++sums) {
-    const int64_t count = size - start < SUM_BLOCK ? size - start : SUM_BLOCK;
-    const int64_t whole = count / VL * VL;
-    vf total[4] = {};
-    for (int64_t i = 0; i < whole; i += VL) {
-      const vf weight = exp((load(x + start + i) - splat(peak)) * splat(inverse));
-      if (out != nullptr) store(out + start + i, weight);
-      total[i / VL % 4] = total[i / VL % 4] + weight;
+    const int64_t end = size - start < SUM_BLOCK ? size : start + SUM_BLOCK;
+    const int64_t whole = start + (end - start) / (ABREAST * VL) * (ABREAST * VL);
+    Exact sum;
+    for (int64_t i = start; i < whole; i += ABREAST * VL) {
+      vf weight[ABREAST];
+      FD_ABREAST weight[v] = load(x + i + v * VL);
+      weigh(weight, peak, inverse);
+      FD_ABREAST sum.add(v % Exact::PARTS, grains(weight[v]));
     }
-    float rest = sum((total[0] + total[1]) + (total[2] + total[3]));
-    for (int64_t i = whole; i < count; ++i) {
-      const float weight = exp1((x[start + i] - peak) * inverse);
-      if (out != nullptr) out[start + i] = weight;
-      rest += weight;
-    }
-    *sums = rest;
+    for (int64_t i = whole; i < end; ++i) sum.add(weight_of_one(x[i], peak, inverse));
+    *sums = sum.total();
   }
 }
 
-// Lane i of (hit ? x : 0).
-FD_INLINE vf where(vi hit, vf x) { return (vf)((vi)x & hit); }
+// Appends the lanes of x that are set.
+FD_INLINE int64_t append(vf x, Hits hit, float* out, int64_t count) {
+#if VL == 16
+  store(out + count, (vf)_mm512_maskz_compress_ps(hit, (__m512)x));
+  return count + __builtin_popcount(hit);
+#else
+  for (int lane = 0; lane < VL; ++lane) {
+    out[count] = x[lane];
+    count -= hit[lane];
+  }
+  return count;
+#endif
+}
+
+template <bool COUNTS>
+FD_INLINE Split split_as(const float* x, int64_t size, float peak, float inverse, float low, float high, double* above,
+                         float* out, int32_t* ends) {
+  Split result = {};
+  for (int64_t start = 0; start < size; start += SUM_BLOCK) {
+    const int64_t end = size - start < SUM_BLOCK ? size : start + SUM_BLOCK;
+    const int64_t whole = start + (end - start) / (ABREAST * VL) * (ABREAST * VL);
+    Exact all, from_low, from_high;
+    for (int64_t i = start; i < whole; i += ABREAST * VL) {
+      vf weight[ABREAST];
+      Hits between[ABREAST], some = {};
+      FD_ABREAST weight[v] = load(x + i + v * VL);
+      if (!COUNTS) weigh(weight, peak, inverse);
+      FD_ABREAST {
+        const vf each = load(x + i + v * VL);
+        const Grains grain = grains(COUNTS ? splat(1.0f) : weight[v]);
+        const Hits in = reach(each, splat(low)), over = reach(each, splat(high));
+        all.add(v % Exact::PARTS, grain);
+        from_low.add(v % Exact::PARTS, in, grain);
+        from_high.add(v % Exact::PARTS, over, grain);
+        between[v] = in & ~over, some |= between[v];
+      }
+      if (any(some)) FD_ABREAST result.count = append(load(x + i + v * VL), between[v], out, result.count);
+    }
+    for (int64_t i = whole; i < end; ++i) {
+      const float weight = COUNTS ? 1.0f : weight_of_one(x[i], peak, inverse);
+      all.add(weight);
+      if (x[i] >= low) from_low.add(weight);
+      if (x[i] >= high) from_high.add(weight);
+      out[result.count] = x[i];
+      result.count += x[i] >= low && !(x[i] >= high);
+    }
+    result.all += all.total();
+    result.from_low += from_low.total();
+    const double block = from_high.total();
+    result.from_high += block;
+    if (above != nullptr) above[start / SUM_BLOCK] = block, ends[start / SUM_BLOCK] = static_cast<int32_t>(result.count);
+  }
+  return result;
+}
+
+inline Split split(const float* x, int64_t size, float peak, float inverse, float low, float high, double* above,
+                   float* out, int32_t* ends) {
+  if (inverse == 0) return split_as<true>(x, size, peak, inverse, low, high, above, out, ends);
+  return split_as<false>(x, size, peak, inverse, low, high, above, out, ends);
+}
 
 inline double mass_from(const float* x, const float* weights, int64_t size, float threshold) {
   double all = 0;
   for (int64_t start = 0; start < size; start += SUM_BLOCK) {
     const int64_t end = size - start < SUM_BLOCK ? size : start + SUM_BLOCK;
     const int64_t whole = start + (end - start) / VL * VL;
-    vf total[2] = {};
-    for (int64_t i = start; i < whole; i += VL) {
-      const vf each = weights == nullptr ? splat(1.0f) : load(weights + i);
-      total[i / VL % 2] = total[i / VL % 2] + where(load(x + i) >= splat(threshold), each);
-    }
-    float rest = sum(total[0] + total[1]);
-    for (int64_t i = whole; i < end; ++i) rest += x[i] >= threshold ? (weights == nullptr ? 1.0f : weights[i]) : 0.0f;
-    all += rest;
+    Exact sum;
+    for (int64_t i = start; i < whole; i += VL)
+      sum.add(i / VL % Exact::PARTS, reach(load(x + i), splat(threshold)), grains(load(weights + i)));
+    for (int64_t i = whole; i < end; ++i)
+      if (x[i] >= threshold) sum.rest += weights[i];
+    all += sum.total();
   }
   return all;
 }
 
-inline int64_t between(const float* x, const float* weights, int64_t size, float low, float high, float* out_x,
-                       float* out_weights, double* above) {
-  int64_t count = 0, i = 0;
-  double total = 0;
-#if VL == 16
-  const __m512 one = _mm512_set1_ps(1.0f), from = _mm512_set1_ps(low), to = _mm512_set1_ps(high);
-  while (i + 4 * VL <= size) {
-    // Partial sums are as long as the blocks of other sums, so that none loses small weights.
-    const int64_t end = i + SUM_BLOCK < size ? i + SUM_BLOCK : size;
-    vf part = {};
-    for (; i + 4 * VL <= end; i += 4 * VL) {
-      const vf a = max(load(x + i), load(x + i + VL)), b = max(load(x + i + 2 * VL), load(x + i + 3 * VL));
-      if (!any(max(a, b) >= splat(low))) continue;
-      for (int64_t j = i; j < i + 4 * VL; j += VL) {
-        const __m512 each = (__m512)load(x + j), weight = weights == nullptr ? one : (__m512)load(weights + j);
-        const __mmask16 over = _mm512_cmp_ps_mask(each, to, _CMP_GE_OQ);
-        const __mmask16 hit = _mm512_cmp_ps_mask(each, from, _CMP_GE_OQ) & ~over;
-        part = (vf)_mm512_mask_add_ps((__m512)part, over, (__m512)part, weight);
-        store(out_x + count, (vf)_mm512_maskz_compress_ps(hit, each));
-        if (weights != nullptr) store(out_weights + count, (vf)_mm512_maskz_compress_ps(hit, weight));
-        count += __builtin_popcount(hit);
-      }
+inline void weights(const float* x, int64_t size, float peak, float inverse, float* out) {
+  for (int64_t i = 0; i < size; i += ABREAST * VL) {
+    const int64_t count = size - i < ABREAST * VL ? size - i : ABREAST * VL;
+    float some[ABREAST * VL] = {};
+    const float* from = x + i;
+    if (count < ABREAST * VL) {
+      __builtin_memcpy(some, x + i, static_cast<unsigned long>(count) * 4);
+      from = some;
     }
-    total += sum(part);
+    vf weight[ABREAST];
+    FD_ABREAST weight[v] = load(from + v * VL);
+    weigh(weight, peak, inverse);
+    FD_ABREAST {
+      const Grains each = grains(inverse == 0 ? splat(1.0f) : weight[v]);
+      store(some + v * VL, each.high + each.low);
+    }
+    __builtin_memcpy(out + i, some, static_cast<unsigned long>(count) * 4);
   }
-#endif
-  for (; i < size; ++i) {
-    const float each = x[i], weight = weights == nullptr ? 1.0f : weights[i];
-    if (each >= high) total += weight;
-    out_x[count] = each;
-    if (weights != nullptr) out_weights[count] = weight;
-    count += (each >= low) & (each < high);
-  }
-  *above = total;
-  return count;
 }
 
-inline void kept_sums(const float* x, const float* weights, int64_t size, float cut, int64_t last, float least,
-                      double* sums) {
-  vi lanes;
-  for (int lane = 0; lane < VL; ++lane) lanes[lane] = lane;
-  for (int64_t start = 0; start < size; start += SUM_BLOCK, ++sums) {
-    const int64_t end = size - start < SUM_BLOCK ? size : start + SUM_BLOCK;
-    const int64_t whole = start + (end - start) / VL * VL;
-    vf total[2] = {};
-    for (int64_t i = start; i < whole; i += VL) {
-      const vf each = load(x + i), weight = load(weights + i);
-      const vi early = lanes + static_cast<int32_t>(i) <= static_cast<int32_t>(last);
-      const vi kept = ((each > splat(cut)) | ((each == splat(cut)) & early)) & (weight >= splat(least));
-      total[i / VL % 2] = total[i / VL % 2] + where(kept, weight);
-    }
-    float rest = sum(total[0] + total[1]);
-    for (int64_t i = whole; i < end; ++i)
-      if ((x[i] > cut || (x[i] == cut && i <= last)) && weights[i] >= least) rest += weights[i];
-    *sums = rest;
-  }
-}
+// Lane i of (hit ? x : 0).
+FD_INLINE vf where(vi hit, vf x) { return (vf)((vi)x & hit); }
 
 inline int64_t nth_equal(const float* x, int64_t size, float value, int64_t n) {
   for (int64_t start = 0; start < size; start += SUM_BLOCK) {

@@ -112,16 +112,17 @@ std::vector<Tensor> settle(FDSERVE_SAMPLED, const Tensor& workspace, const Tenso
   return {settled};
 }
 
-std::vector<Tensor> finish(FDSERVE_SAMPLED, const Tensor& workspace, const Tensor& offered, const Tensor& weighed,
-                           const Tensor& settled, int64_t vocab_size, int64_t num_top, int rank,
+std::vector<Tensor> finish(FDSERVE_SAMPLED, const Tensor& workspace, const Tensor& offered, const MaybeTensor& weighed,
+                           const MaybeTensor& settled, int64_t vocab_size, int64_t num_top, int rank,
                            const std::vector<int64_t>& starts) {
+  require(!weighed == !settled, "sample: weighed and settled go together");
   FdserveSample call = call_of(FDSERVE_SAMPLED_NAMES, vocab_size, num_top);
   FdserveRanks ranks = ranks_of(rank, starts);
   const FdserveSampleSizes sizes = sizes_of(call, ranks);
   ranks.workspace = const_cast<void*>(workspace.data());
   ranks.offered = gathered(offered, call, ranks, sizes.offered);
-  ranks.weighed = gathered(weighed, call, ranks, sizes.weighed);
-  ranks.settled = gathered(settled, call, ranks, sizes.settled);
+  if (weighed) ranks.weighed = gathered(*weighed, call, ranks, sizes.weighed);
+  if (settled) ranks.settled = gathered(*settled, call, ranks, sizes.settled);
   std::vector<Tensor> out = with_results(call, logits);
   check(fdserve_cuda_sample_finish(&call, &ranks, stream_of(logits)), "sample_finish");
   return out;
@@ -154,7 +155,7 @@ PD_BUILD_OP(fdserve_sample_settle)
     .SetKernelFn(PD_KERNEL(settle));
 
 PD_BUILD_OP(fdserve_sample_finish)
-    .Inputs({FDSERVE_SAMPLED_INPUTS, "workspace", "offered", "weighed", "settled"})
+    .Inputs({FDSERVE_SAMPLED_INPUTS, "workspace", "offered", paddle::Optional("weighed"), paddle::Optional("settled")})
     .Outputs({"tokens", "logprobs", "top_ids", "top_logprobs"})
     .Attrs({FDSERVE_SHARES})
     .SetKernelFn(PD_KERNEL(finish));

@@ -109,7 +109,8 @@ FDSERVE_EXPORT cudaError_t fdserve_cuda_sample(const FdserveSample* call, void* 
 
 // The same by ranks that share the vocabulary out: rank r has the columns starts[r] to starts[r + 1], starts being multiples
 // of 1024 but for the last, and calls with its own logits and otherwise equal arguments. Four steps in order; what offer,
-// weigh and settle write, [rows][bytes], is gathered, [ranks][rows][bytes], before the next. Token -3: the row is to be
+// weigh and settle write, [rows][bytes], is gathered, [ranks][rows][bytes], before the next. finish may follow offer at once,
+// weighed and settled being null: rows that are greedy and tell no log-probabilities need no more. Token -3: the row is to be
 // sampled from whole logits.
 constexpr int FDSERVE_MAX_RANKS = 16;  // their candidates fill the shared memory of a block on every architecture
 struct FdserveRanks {

@@ -8,11 +8,13 @@
 //         leaves may be drawn, masses say whose part the token is in, and that rank finds it. Who has it tells its logit.
 // finish: tokens and log-probabilities.
 //
+// Where all rows are greedy and tell no log-probabilities, finish follows offer.
+//
 // Results are those of sample.cu on the whole row, bit for bit: sums are by blocks that parts do not divide, mass is in
 // integers, and order is of (logit, id). A row that its candidates do not settle (a nucleus wider than they are, a cut
 // distribution's log-probabilities) gets UNSETTLED, and is for the caller to sample from whole logits.
 //
-// Floor: the part's bytes over the memory bandwidth, and three gatherings' latency.
+// Floor: the part's bytes over the memory bandwidth, and three gatherings' latency, or one's.
 #include "sample_ranks.cuh"
 
 #include "sample_params.cuh"
@@ -203,6 +205,20 @@ __global__ void __launch_bounds__(DRAW_THREADS) settle_kernel(FdserveSample c, R
   reinterpret_cast<Answer*>(out)[row] = {answer, logit};
 }
 
+// The tokens of rows of which nothing is known but the offers; a row that needs more is UNSETTLED.
+__global__ void __launch_bounds__(FINISH_THREADS) finish_greedy_kernel(FdserveSample c, Ranks ranks) {
+  const int64_t row = blockIdx.x;
+  const Params params(c, row);
+  const Known known(ranks, row, c.rows);
+  const int num_top = static_cast<int>(c.num_top);
+  for (int i = threadIdx.x; i < num_top; i += FINISH_THREADS)
+    c.top_ids[row * num_top + i] = -1, c.top_logprobs[row * num_top + i] = NAN;
+  if (threadIdx.x != 0) return;
+  const bool told = !known.total.broken && params.mode >= 0;
+  c.tokens[row] = told || known.draws(params) ? UNSETTLED : known.token(params);
+  c.logprobs[row] = NAN;
+}
+
 __global__ void __launch_bounds__(FINISH_THREADS) finish_kernel(FdserveSample c, Ranks ranks, Room room) {
   u64* keys = reinterpret_cast<u64*>(dynamic_shared());
   const int64_t row = blockIdx.x;
@@ -290,6 +306,7 @@ cudaError_t fdserve_cuda_sample_settle(const FdserveSample* call, const FdserveR
 
 cudaError_t fdserve_cuda_sample_finish(const FdserveSample* call, const FdserveRanks* shares, cudaStream_t stream) {
   return run(call, shares, [&](const FdserveSample& c, const Ranks& ranks, const Room& room, dim3 rows) {
+    if (shares->settled == nullptr) return launch(finish_greedy_kernel, rows, dim3(FINISH_THREADS), 0, stream, c, ranks);
     launch(finish_kernel, rows, dim3(FINISH_THREADS), power_of_two(ranks.c.ranks * ranks.kept) * sizeof(u64), stream, c, ranks,
            room);
   });

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import kernel_attention, kernel_linear, kernel_moe, kernel_rows, kernel_step
+from bench import collectives, kernel_attention, kernel_linear, kernel_moe, kernel_rows, kernel_step
 from bench.__main__ import main
 from bench.floors import Case, Floors
 from bench.frontend import Measurement, summary
@@ -112,6 +112,15 @@ def test_the_kernels_command(capsys: pytest.CaptureFixture[str], tmp_path: Path)
     assert case["case"] == "o 2048 -> 1024, 1 rows"
     with pytest.raises(SystemExit):
         main(["kernels", "fly"])
+
+
+def test_the_collectives_command(capfd: pytest.CaptureFixture[str]) -> None:
+    assert collectives.main(["--rows", "1", "3", "--vocab", "4096", "--turns", "2"]) == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert sum("µs" in line for line in lines) == len(collectives.SHAPES)
+    timed = [line.split("|")[1:-1] for line in lines if " ms " in line]
+    assert len(timed) == 2 * len(collectives.SAMPLERS)
+    assert all(float(ratio) > 0 for *_, ratio in timed)
 
 
 def test_the_scheduler_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ import numpy as np
 
 from fdserve.executor.wire import Load
 from fdserve.ops.collectives import vocabulary_starts
-from fdserve.worker.group import group_variables
+from fdserve.ops.gathering import Gathering
+from fdserve.ops.sampling import NO_LOGPROBS
+from fdserve.worker.group import group_variables, join
 from tests.cuda.sampling import Inputs, random_inputs
 
 WORLD_SIZE = 2
@@ -28,13 +31,13 @@ def load_of(checkpoint: Path, rank: int, rendezvous: str) -> Load:
     )  # fmt: skip
 
 
-def sampled(inputs: Inputs, logits: Any, sample: Any) -> list[np.ndarray[Any, Any]]:
+def sampled(inputs: Inputs, logits: Any, sample: Any, **more: bool) -> list[np.ndarray[Any, Any]]:
     """What an op gives for these rows."""
     import paddle
 
     arrays = [paddle.to_tensor(each) for name, each in inputs.arrays.items() if name != "logits"]
     options = dict(zip(("masks", "mask_rows", "logprob_modes"), arrays[8:], strict=True))
-    results = sample(logits, *arrays[:8], vocab_size=inputs.vocab_size, num_top=inputs.num_top, **options)
+    results = sample(logits, *arrays[:8], vocab_size=inputs.vocab_size, num_top=inputs.num_top, **options, **more)
     return [each.numpy() for each in results]
 
 
@@ -68,6 +71,16 @@ def main() -> None:
         alone, together = sampled(inputs, whole, ops.sample), sampled(inputs, part, collectives.sample)
         for one, joint in zip(alone, together, strict=True):
             assert one.tobytes() == joint.tobytes(), "ranks sample otherwise than one"
+    # The rows are those of the larger vocabulary, which is shared out in blocks.
+    assert sampled(inputs, part, collectives.sample, all_greedy=True)[0].tolist() == alone[0].tolist()
+    inputs.arrays["float_params"][:, 0] = 0
+    inputs.arrays["logprob_modes"][:] = NO_LOGPROBS
+    gathering = Gathering(join("gloo"), rank=load.rank, world_size=WORLD_SIZE)
+    gather, calls = gathering.gather, []
+    gathering.gather = lambda x: calls.append(x) or gather(x)
+    greedy = sampled(inputs, part, partial(ops.sample, shared=gathering), all_greedy=True)
+    assert greedy[0].tolist() == sampled(inputs, whole, ops.sample)[0].tolist()
+    assert len(calls) == 1, "greedy rows need one gathering"
 
     ranks = {"rank": load.rank, "world_size": WORLD_SIZE, "all_reduce": collectives.all_reduce}
     np.save(out, logits_of(Path(checkpoint), "bfloat16", **ranks))

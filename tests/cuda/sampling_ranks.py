@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from fdserve.ops.collectives import vocabulary_starts
+from fdserve.ops.sampling import NO_LOGPROBS
 from fdserve.ops.sampling_gathered import MAX_RANKS, UNSETTLED
 from tests.cuda.harness import Array, Buffer, Device
 from tests.cuda.sampling import CSample, Inputs, random_inputs, run
@@ -88,20 +89,17 @@ class Rank:
         return [self._device.get(output) for output in self.outputs]
 
 
-def gathered(device: Device, inputs: Inputs, world_size: int, stride: int = 0) -> list[Rank]:
+def gathered(
+    device: Device, inputs: Inputs, world_size: int, stride: int = 0, steps: Mapping[str, str] = STEPS
+) -> list[Rank]:
     """The ranks before their last step. They take turns."""
     starts = vocabulary_starts(inputs.vocab_size, world_size)
     ranks = [Rank(device, inputs, starts, rank, stride) for rank in range(world_size)]
-    for name, size in STEPS.items():
+    for name, size in steps.items():
         everyone = np.stack([rank.step(name, size) for rank in ranks])
         for rank in ranks:
             rank.take(size, everyone)
     return ranks
-
-
-def run_ranks(device: Device, inputs: Inputs, world_size: int, stride: int = 0) -> list[list[Array]]:
-    """Each rank's results."""
-    return [rank.finish() for rank in gathered(device, inputs, world_size, stride)]
 
 
 def kernels_of_one(device: Device, inputs: Inputs, world_size: int) -> Callable[[], None]:
@@ -117,11 +115,13 @@ def kernels_of_one(device: Device, inputs: Inputs, world_size: int) -> Callable[
     return run_all
 
 
-def expect_that_of_one(device: Device, inputs: Inputs, world_size: int, stride: int = 0) -> Array:
+def expect_that_of_one(
+    device: Device, inputs: Inputs, world_size: int, stride: int = 0, steps: Mapping[str, str] = STEPS
+) -> Array:
     """Which rows the candidates settle: those are equal to the bit, on every rank."""
     whole = replace(inputs, arrays=inputs.arrays | {"logits": inputs.arrays["logits"][:, : inputs.vocab_size]})
     alone = run(device, whole)
-    results = run_ranks(device, whole, world_size, stride)
+    results = [rank.finish() for rank in gathered(device, whole, world_size, stride, steps)]
     settled: Array = results[0][0] != UNSETTLED
     for each in results:
         assert ((each[0] != UNSETTLED) == settled).all()
@@ -141,6 +141,19 @@ def sample_ranks(device: Device, rng: Generator, world_size: int, rows: int, voc
     decided = (temperature == 0) | (forced >= 0) | ((top_k <= 0) & (top_p >= 1) & (min_p <= 0)) | (top_k == 1)
     assert settled[decided & ~cut].all(), "a row that needs no candidates, or few, is not settled"
     assert (~settled)[cut & ~np.isnan(arrays["logits"]).any(axis=1)].all()
+
+
+def greedy(device: Device, rng: Generator, world_size: int, rows: int, vocab_size: int) -> None:
+    """Rows of every kind after one gathering: it settles those that are greedy, or forced, and tell no logprobs."""
+    inputs = random_inputs(rng, rows, vocab_size, vocab_size, 3)
+    temperature, forced = inputs.arrays["float_params"][:, 0], inputs.arrays["int_params"][:, 3]
+    temperature[: rows - rows // 4] = 0
+    inputs.arrays["logprob_modes"][rows // 4 :] = NO_LOGPROBS
+    settled = expect_that_of_one(device, inputs, world_size, steps={"offer": STEPS["offer"]})
+    told = inputs.arrays["logprob_modes"] != NO_LOGPROBS
+    assert settled[~told & ((temperature == 0) | (forced >= 0))].all()
+    broken = np.isnan(inputs.arrays["logits"]).any(axis=1)
+    assert not settled[told & ~broken].any()
 
 
 def draws(device: Device, rng: Generator, world_size: int, rows: int) -> None:

@@ -121,6 +121,13 @@ def test_sample_on_ranks(
     sampling_ranks.sample_ranks(device, rng, world_size, rows, vocab_size, num_top)
 
 
+@pytest.mark.parametrize(("world_size", "rows", "vocab_size"), [(2, 24, 2051), (8, 16, 8200)])
+def test_greedy_rows_need_one_gathering(
+    device: Emulated, rng: np.random.Generator, world_size: int, rows: int, vocab_size: int
+) -> None:
+    sampling_ranks.greedy(device, rng, world_size, rows, vocab_size)
+
+
 @pytest.mark.parametrize(("world_size", "rows"), [(2, 32), (4, 12), (8, 8)])
 def test_draws_on_ranks(device: Emulated, rng: np.random.Generator, world_size: int, rows: int) -> None:
     sampling_ranks.draws(device, rng, world_size, rows)

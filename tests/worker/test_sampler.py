@@ -4,6 +4,7 @@ import numpy as np
 import paddle
 import pytest
 
+from fdserve import ops
 from fdserve.executor.wire import NewRow, Plan, SamplingParams
 from fdserve.ops.sampling import NOTHING_ALLOWED
 from fdserve.worker.limits import Limits, id_mask
@@ -108,6 +109,29 @@ def test_each_place_of_a_draft_has_its_own_past() -> None:
         sampled = Sampler(rows, VOCAB).sample(np.zeros(6, np.int32), lens, paddle.to_tensor(logits.astype(np.float32)))
         assert sampled.token_ids.tolist() == one_by_one
         assert len(set(one_by_one)) > 1, asks
+
+
+@pytest.mark.parametrize(
+    ("asks", "all_greedy"),
+    [
+        ({}, True),
+        ({"presence_penalty": 1.0, "logit_bias": ((3, 1.0),)}, True),
+        ({"temperature": 0.5}, False),
+        ({"logprobs": 0}, False),
+    ],
+)
+def test_ranks_are_told_that_nothing_is_drawn(asks: dict[str, object], all_greedy: bool) -> None:
+    rows = make_rows(([1], [], params()), ([1], [], params(**asks)))
+    given: list[object] = []
+
+    def sample(*arguments: object, **options: object) -> object:
+        given.append(options["all_greedy"])
+        return ops.sample(*arguments, **options)
+
+    ids = np.arange(2, dtype=np.int32)
+    logits = paddle.to_tensor(np.stack([logits_favouring(5)] * 2).astype(np.float32))
+    Sampler(rows, VOCAB, sample).sample(ids, rows.num_tokens[ids], logits)
+    assert given == [all_greedy]
 
 
 def test_a_row_that_another_sequence_enters_is_sampled_as_that_one_asks() -> None:
