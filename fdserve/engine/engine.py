@@ -93,7 +93,7 @@ class Engine:
         self._scheduler: Scheduler | None = None
         self._generations: dict[Sequence, Generation] = {}
         self._outputs: list[tuple[Sequence, TokenDelta]] = []  # of the last step, not handed out yet
-        self._work = anyio.Event()
+        self._work = anyio.Event()  # there may be something to plan that the last plan did not see
         self._was_ready = anyio.Event()
         self._restarts = 0
         self._step_seconds = 0.0
@@ -200,6 +200,10 @@ class Engine:
         scheduler = self._scheduler
         assert scheduler is not None
         while True:
+            # Renewed before the scheduler looks, and never after: other tasks run wherever the loop waits below, and
+            # what they bring must end the sleep at its end.
+            if self._work.is_set():
+                self._work = anyio.Event()
             plan = scheduler.schedule()
             if plan is not None:
                 self._mark_started(scheduler)
@@ -280,7 +284,6 @@ class Engine:
             except AssertionError as error:
                 logger.critical("the KV cache's books do not agree (%s): starting with an empty cache", error)
                 scheduler.forget_cache()
-        self._work = anyio.Event()
         while not self._work.is_set():
             with anyio.move_on_after(IDLE_CHECK_SECONDS):
                 await self._work.wait()

@@ -140,6 +140,27 @@ async def test_constraints_that_hang_hold_up_nobody_for_long(monkeypatch: pytest
     release.set()
 
 
+async def test_a_request_that_comes_while_the_last_output_is_checked_is_not_left_waiting() -> None:
+    """The engine has nothing left to plan then, and is about to sleep."""
+    checking, go_on = threading.Event(), threading.Event()
+
+    class Slow(Script):
+        def advance(self, token_id: int) -> None:
+            checking.set()
+            go_on.wait(5)
+            super().advance(token_id)
+
+    async with serving(FakeRanks()) as engine:
+        request = make_request([2])
+        with engine.submit(make_request([1], constraint=Slow({5}, {6}), max_tokens=1)) as first:
+            await wait_until(checking.is_set)
+            with engine.submit(request) as second:
+                go_on.set()
+                with anyio.fail_after(2):
+                    assert (await drain(first))[0] == [5]
+                    assert (await drain(second))[0] == expected_output(request, 64)
+
+
 async def test_a_slow_constraint_within_the_limit_only_takes_its_time() -> None:
     slow = Script({1}, {2}, {3}, at=lambda step: time.sleep(0.02))
     async with serving(FakeRanks()) as engine:
