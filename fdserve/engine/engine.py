@@ -24,7 +24,7 @@ from fdserve.engine.scheduler import Scheduler
 from fdserve.engine.sequence import Sequence
 from fdserve.engine.step_log import StepLog
 from fdserve.errors import Overloaded, RankError, ServerError, StartupError, Unavailable
-from fdserve.executor.wire import Masks, Plan, Ready, StepResult
+from fdserve.executor.wire import MASKS_PER_FRAME, Masks, Plan, Ready, StepResult
 
 logger = logging.getLogger("fdserve.engine")
 
@@ -237,7 +237,8 @@ class Engine:
         await run_turns(list(turns.values()))
         if scheduler.masked:
             with self._step_deadline():
-                await ranks.send(_masks(scheduler, turns))
+                for masks in _masks(scheduler, turns):
+                    await ranks.send(masks)
         outputs, self._outputs = self._outputs, []
         for sequence, delta in outputs:
             if turns[sequence].finished and turns[sequence].error is None:
@@ -357,11 +358,15 @@ class Engine:
         await anyio.sleep(pause)
 
 
-def _masks(scheduler: Scheduler, turns: dict[Sequence, Turn]) -> Masks:
+def _masks(scheduler: Scheduler, turns: dict[Sequence, Turn]) -> Iterator[Masks]:
     """The masks of the last plan's rows, less those of requests that end: they may sample anything."""
     masks: dict[int, bytes] = {}
     for row, sequence in zip(scheduler.plan.masked_rows, scheduler.masked, strict=True):
         turn = turns.get(sequence)
         if turn is not None and turn.mask is not None and turn.error is None:
             masks[row] = turn.mask
-    return Masks(scheduler.plan.step, list(masks), list(masks.values()))
+    rows = list(masks)
+    for start in range(0, max(1, len(rows)), MASKS_PER_FRAME):
+        part = rows[start : start + MASKS_PER_FRAME]
+        more = start + len(part) < len(rows)
+        yield Masks(scheduler.plan.step, part, [masks[row] for row in part], more)

@@ -35,6 +35,9 @@ from fdserve.engine.speculation import MAX_DRAFTED, Speculation
 from fdserve.engine.waiting import WaitingQueue
 from fdserve.executor.wire import NewRow, Plan
 
+MAX_NEW_ROWS_BYTES = 8 << 20
+"""The new rows that one plan carries weigh no more without the last of them: it reaches the ranks in milliseconds."""
+
 
 @dataclass
 class SchedulerStats:
@@ -256,11 +259,13 @@ class Scheduler:
 
     def _admit_waiting(self, budget: int) -> None:
         """Admit in order, never past a sequence that does not fit: no later one can starve it."""
-        while budget > 0 and self._free_rows:
+        room = MAX_NEW_ROWS_BYTES
+        while budget > 0 and room > 0 and self._free_rows:
             sequence = self._waiting.first()
             if sequence is None or not self._start(sequence, budget):
                 return
             self._waiting.pop()
+            room -= self.plan.new_rows[-1].weight
             count = min(sequence.remaining, budget)
             self._compute(sequence, count)
             budget -= count

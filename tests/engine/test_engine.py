@@ -63,6 +63,9 @@ class FakeRanks:
     async def send(self, message: Plan | Masks) -> None:
         if isinstance(message, Masks):
             assert message.step == self.plans[-1].step
+            if self.masks and self.masks[-1].more:
+                before = self.masks.pop()
+                message = Masks(before.step, before.rows + message.rows, before.masks + message.masks, message.more)
             self.masks.append(message)
         else:
             self.before_step(message)
@@ -72,6 +75,7 @@ class FakeRanks:
         await anyio.sleep(self.step_seconds)
         assert self.rank is not None
         plan = self.plans[-1]
+        assert not plan.masked_rows or not self.masks[-1].more
         return self.rank.result(plan, self.masks[-1] if plan.masked_rows else None)
 
 

@@ -65,6 +65,19 @@ async def test_a_constraint_decides_every_token_and_the_end() -> None:
         assert [len(each.rows) for each in ranks.masks] == [1, 1, 0, 1, 0]
 
 
+@pytest.mark.parametrize("count", [1, 3, 4])
+async def test_many_masks_go_in_several_frames(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    monkeypatch.setattr("fdserve.engine.engine.MASKS_PER_FRAME", 2)
+    ranks = FakeRanks()
+    async with serving(ranks) as engine:
+        scripts = [Script({index}, {9, 10}) for index in range(count)]
+        generations = [engine.submit(make_request([1], constraint=each)) for each in scripts]
+        for index, generation in enumerate(generations):
+            tokens, last = await drain(generation)
+            assert (tokens[0], last.finish_reason) == (index, "stop")
+        assert max(len(each.rows) for each in ranks.masks) == count
+
+
 async def test_without_constraints_there_are_no_masks_and_no_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fdserve.engine.engine.run_turns", None)
     ranks = FakeRanks()
