@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 import threading
 import time
@@ -132,6 +133,7 @@ async def test_a_constraint_that_raises_ends_its_own_request(where: int, error: 
 async def test_constraints_that_hang_hold_up_nobody_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fdserve.engine.masking.LIMIT_SECONDS", 0.1)
     monkeypatch.setattr("fdserve.engine.masking.HURRIED_SECONDS", 0.05)
+    monkeypatch.setattr("fdserve.engine.masking.HANG_SECONDS", 0.2)
     release = threading.Event()
     hang = [Script({1}, {2}, at=lambda step: release.wait(30) and None) for _ in range(2)]
     good = Script({1}, {2}, {3})
@@ -172,6 +174,49 @@ async def test_a_request_that_comes_while_the_last_output_is_checked_is_not_left
                 with anyio.fail_after(2):
                     assert (await drain(first))[0] == [5]
                     assert (await drain(second))[0] == expected_output(request, 64)
+
+
+@pytest.mark.parametrize("where", ["in the thread", "in the event loop"])
+async def test_a_process_that_is_held_up_costs_no_request(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    """The limit is on what a constraint computes, not on what it and the event loop wait for."""
+    monkeypatch.setattr("fdserve.engine.masking.LIMIT_SECONDS", 0.05)
+    monkeypatch.setattr("fdserve.engine.masking.HANG_SECONDS", 0.5)
+    waiting, go_on = threading.Event(), threading.Event()
+
+    def wait(step: int) -> None:
+        if where == "in the thread":
+            time.sleep(0.3)
+        elif step == 1:
+            waiting.set()
+            go_on.wait(5)
+
+    async with serving(FakeRanks()) as engine:
+        with engine.submit(make_request([1], constraint=Script({1}, {2}, {3}, at=wait))) as generation:
+            if where == "in the event loop":
+                await wait_until(waiting.is_set)
+                time.sleep(1)
+                go_on.set()
+            assert (await drain(generation))[0] == [1, 2, 3]
+
+
+async def test_a_constraint_that_computes_too_long_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fdserve.engine.masking.LIMIT_SECONDS", 0.1)
+    async with serving(FakeRanks()) as engine:
+        costly, cheap = Script({1}, {2}, at=lambda step: burn(1)), Script({1}, {2}, at=lambda step: burn(0.03))
+        requests = [make_request([1], constraint=each) for each in (costly, cheap)]
+        with engine.submit(requests[0]) as one, engine.submit(requests[1]) as other:
+            assert isinstance((await drain(one))[1].error, InvalidRequest)
+            assert (await drain(other))[0] == [1, 2]
+
+
+def burn(seconds: float) -> None:
+    """Compute for so long without Python's lock, as a grammar does."""
+    end = time.thread_time() + seconds
+    while time.thread_time() < end:
+        hashlib.sha256(BYTES)
+
+
+BYTES = bytes(500_000)
 
 
 async def test_a_slow_constraint_within_the_limit_only_takes_its_time() -> None:
