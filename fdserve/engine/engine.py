@@ -234,7 +234,7 @@ class Engine:
         for sequence, turn in turns.items():
             turn.tokens = sequence.tokens[sequence.num_prompt + sequence.num_advanced :]
             sequence.num_advanced = sequence.num_generated
-        await run_turns(list(turns.values()))
+        await run_turns(turns.values())
         if scheduler.masked:
             with self._step_deadline():
                 for masks in _masks(scheduler, turns):
