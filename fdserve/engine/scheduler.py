@@ -29,7 +29,7 @@ from itertools import repeat
 
 from fdserve.engine.kv_cache import BlockPool
 from fdserve.engine.request import FinishReason, Request, TokenDelta
-from fdserve.engine.results import Sampled, take_prompt_logprobs, take_tokens
+from fdserve.engine.results import Sampled, broken, take_prompt_logprobs, take_tokens
 from fdserve.engine.sequence import Sequence
 from fdserve.engine.speculation import MAX_DRAFTED, Speculation
 from fdserve.engine.waiting import WaitingQueue
@@ -147,8 +147,8 @@ class Scheduler:
     def update(self, sampled: Sampled) -> list[tuple[Sequence, TokenDelta]]:
         """Take in what the last plan sampled, of each sequence that sampled, in the plan's order.
 
-        Returns a delta for each of them that still lives, and for those that have nothing to generate and are done;
-        those that end with it are finished.
+        Returns a delta for each of them that still lives, for those that have nothing to generate and are done, and for
+        those whose prompt's logprobs are no numbers; those that end with it are finished.
         """
         outputs = []
         index = prompt_index = generated = 0
@@ -158,7 +158,9 @@ class Scheduler:
         for sequence, samples, prompt_count in self._in_flight:
             count = next(counts) if samples else 0
             if prompt_count > 0:
-                take_prompt_logprobs(sequence, sampled, prompt_index, prompt_count)
+                if not take_prompt_logprobs(sequence, sampled, prompt_index, prompt_count):
+                    self.finish(sequence, "error")
+                    outputs.append((sequence, broken()))
                 prompt_index += prompt_count
             if sequence.finish_reason is None and sequence.remaining == 0:
                 delta = take_tokens(sequence, sampled, index, count, self.max_model_len)

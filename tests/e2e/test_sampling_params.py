@@ -9,13 +9,14 @@ import anyio
 import numpy as np
 import numpy.typing as npt
 import pytest
+from safetensors.numpy import load_file
 
 from fdserve.engine.engine import Engine
 from fdserve.engine.request import Constraint, Request, SamplingParams, TokenDelta, TokenLogprobs
-from fdserve.errors import InvalidRequest
+from fdserve.errors import InternalError, InvalidRequest
 from tests.e2e.test_reproducible import CHECKPOINT, prompt, serving
 from tests.e2e.test_tensor_parallel import SHAPE, bits, random_checkpoint
-from tests.models.checkpoints import DENSE
+from tests.models.checkpoints import DENSE, write_file
 from tests.models.stepping import BLOCK_SIZE, BLOCKS_PER_SEQUENCE, Chunk, Stepper, load
 
 pytestmark = [pytest.mark.anyio, pytest.mark.parametrize("anyio_backend", ["asyncio"])]
@@ -96,6 +97,19 @@ async def test_prompt_logprobs_of_two_ranks(tmp_path: Path) -> None:
     for one, two in zip(*reports, strict=True):
         assert one.top_ids == two.top_ids
         np.testing.assert_allclose([one.logprob, *one.top_logprobs], [two.logprob, *two.top_logprobs], atol=1e-4)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+async def test_a_model_that_gives_no_numbers_is_an_error_for_prompts_too(tmp_path: Path, ranks: int) -> None:
+    checkpoint = random_checkpoint(tmp_path / "model", {**DENSE, **SHAPE})
+    tensors = load_file(checkpoint / "model.safetensors")
+    tensors["model.norm.weight"][:] = np.nan
+    write_file(checkpoint / "model.safetensors", tensors)
+    async with serving(checkpoint, tensor_parallel_size=ranks) as engine:
+        for params in ({"prompt_logprobs": 1, "max_tokens": 0}, {"prompt_logprobs": 0}, {}):
+            (delta,) = await deltas(engine, [3, 4, 5], **params)
+            assert isinstance(delta.error, InternalError)
+        assert engine.stats().kv_blocks_used == 0
 
 
 class Allowing:

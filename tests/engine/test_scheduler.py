@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import time
+from array import array
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 
 from fdserve.engine.request import Request, SamplingParams, TokenDelta
 from fdserve.engine.results import Sampled
@@ -306,6 +308,26 @@ def test_a_row_without_a_number_fails_alone() -> None:
     assert bad.finish_reason == "error"
     assert good.finish_reason is None
     scheduler.check_integrity()
+
+
+@pytest.mark.parametrize("at", [0, 2])
+@pytest.mark.parametrize("max_tokens", [0, 3])
+def test_a_prompt_without_numbers_fails_alone(at: int, max_tokens: int) -> None:
+    """At the first chunk that has one, whether or not it is the last."""
+    scheduler = make_scheduler(budget=5)
+    rank = SimulatedRank(scheduler)
+    bad = scheduler.add(make_request([1] * 8, name="bad", max_tokens=max_tokens, prompt_logprobs=1))
+    good = scheduler.add(make_request([2] * 8, name="good", max_tokens=2, prompt_logprobs=1))
+    plan = scheduler.schedule()
+    assert plan is not None
+    result = rank.result(plan)
+    logprobs = array("f", result.prompt_logprobs)
+    logprobs[at] = float("nan")
+    ((sequence, delta),) = scheduler.update(Sampled(structs.replace(result, prompt_logprobs=logprobs.tobytes())))
+    assert (sequence, delta.finish_reason, delta.token_ids, delta.prompt_logprobs) == (bad, "error", [], None)
+    assert isinstance(delta.error, InternalError)
+    scheduler.check_integrity()
+    assert run(scheduler, rank) == {"good": expected_output(good.request, 64)}
 
 
 def test_finish_reasons_tell_what_happened() -> None:
