@@ -172,6 +172,12 @@ class Engine:
         if self._scheduler is None:
             self._scheduler = self._make_scheduler(ready)
             self.max_model_len = self._scheduler.max_model_len
+        elif ready.num_blocks != (before := self._scheduler.pool.num_blocks):
+            logger.warning("the KV cache has %d blocks, and had %d before", ready.num_blocks, before)
+            try:
+                self._scheduler.forget_cache(ready.num_blocks)
+            except ValueError as error:  # where it is what is left of a GPU's memory, that may pass
+                raise RankError(f"the KV cache is too small now: {error}") from None
         if self.status != "draining":
             self.status, self.reason = "ready", ""
         logger.info("the ranks are ready")

@@ -39,6 +39,12 @@ MAX_NEW_ROWS_BYTES = 8 << 20
 """The new rows that one plan carries weigh no more without the last of them: it reaches the ranks in milliseconds."""
 
 
+def check_capacity(num_blocks: int, block_size: int, max_model_len: int) -> None:
+    """Raise ValueError if so many blocks cannot hold the longest sequence."""
+    if max_model_len > num_blocks * block_size:
+        raise ValueError(f"{num_blocks} blocks of {block_size} cannot hold {max_model_len} tokens")
+
+
 @dataclass
 class SchedulerStats:
     """Totals since the start."""
@@ -71,8 +77,7 @@ class Scheduler:
         enable_chunked_prefill: bool = True,
         speculation: Speculation | None = None,
     ) -> None:
-        if max_model_len > num_blocks * block_size:
-            raise ValueError(f"{num_blocks} blocks of {block_size} cannot hold {max_model_len} tokens")
+        check_capacity(num_blocks, block_size, max_model_len)
         if not enable_chunked_prefill and max_num_batched_tokens < max_model_len:
             raise ValueError("without chunked prefill a step must be able to hold the longest sequence")
         self.block_size = block_size
@@ -175,12 +180,17 @@ class Scheduler:
         self._in_flight = []
         return outputs
 
-    def forget_cache(self) -> None:
-        """Start with an empty cache: the ranks' memory is new. Nothing may be running."""
+    def forget_cache(self, num_blocks: int | None = None) -> None:
+        """Start with an empty cache: the ranks' memory is new, and may be of another size. Nothing may be running.
+
+        Raises ValueError if it cannot hold the longest sequence.
+        """
         if self.running:
             raise ValueError("sequences are running")
+        num_blocks = self.pool.num_blocks if num_blocks is None else num_blocks
+        check_capacity(num_blocks, self.block_size, self.max_model_len)
         self._in_flight = []
-        self.pool = BlockPool(self.pool.num_blocks, enable_caching=self.pool.enable_caching)
+        self.pool = BlockPool(num_blocks, enable_caching=self.pool.enable_caching)
 
     def check_integrity(self) -> None:
         """Raise AssertionError if a block or a row is lost, or counted wrongly."""
