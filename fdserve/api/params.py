@@ -16,6 +16,7 @@ from fdserve.server import Server
 from fdserve.text.stop import StopTable
 
 MIN_TEMPERATURE = 1e-5  # below it sampling is greedy, as in FastDeploy
+MAX_TEMPERATURE = 1e30  # all tokens are equally likely long before it, and float32 holds it and one divided by it
 MIN_TOP_P = 1e-5
 MAX_WORDS_CHARACTERS = 16_384
 
@@ -121,7 +122,7 @@ def sampling_params(
         max_tokens=limit,
         min_tokens=min(min_tokens, limit),
         seed=random.getrandbits(63) if request.seed is None else request.seed,
-        temperature=temperature if temperature >= MIN_TEMPERATURE else 0.0,
+        temperature=min(temperature, MAX_TEMPERATURE) if temperature >= MIN_TEMPERATURE else 0.0,
         top_p=max(_first(request.top_p, defaults.top_p, 1.0), MIN_TOP_P),
         top_k=min(max(int(_first(request.top_k, defaults.top_k, 0)), 0), server.model.vocab_size),
         min_p=_first(request.min_p, defaults.min_p, 0.0),

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import pytest
 from safetensors.numpy import load_file
 
+from fdserve.api.params import MAX_TEMPERATURE
 from fdserve.engine.engine import Engine
 from fdserve.engine.request import Constraint, Request, SamplingParams, TokenDelta, TokenLogprobs
 from fdserve.errors import InternalError, InvalidRequest
@@ -177,6 +178,18 @@ async def test_masks_may_come_in_several_frames(tmp_path: Path, monkeypatch: pyt
 
         for token in range(5, 10):
             group.start_soon(check, token)
+
+
+async def test_the_highest_temperatures_draw_from_all_tokens_alike() -> None:
+    ids = prompt()[:PROMPT]
+    async with serving() as engine:
+        for params in ({}, {"banned_ids": bits(7)}, {"top_p": 0.5, "logit_bias": ((5, -np.inf),)}):
+            drawn = [
+                await generate(engine, ids, temperature=temperature, max_tokens=40, **params)
+                for temperature in (1e25, MAX_TEMPERATURE)
+            ]
+            assert drawn[0] == drawn[1]
+            assert len(set(drawn[0])) > 30
 
 
 async def test_logprob_modes() -> None:
