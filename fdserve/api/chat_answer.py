@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from functools import partial
 
 import anyio
 from msgspec import UNSET, UnsetType
@@ -13,14 +14,17 @@ from fdserve.api.generation import (
     Choice,
     Piece,
     collect_all,
+    encoded_apart,
+    entry_size,
     for_each,
     join,
+    off_loop_if_long,
     usage,
     wants_usage,
 )
 from fdserve.api.logprobs import chat_logprobs, prompt_logprobs
 from fdserve.http.request import Request
-from fdserve.http.response import Reply, event
+from fdserve.http.response import Reply, encode, event
 from fdserve.protocol.chat import (
     AssistantMessage,
     ChatChoice,
@@ -54,18 +58,30 @@ class ChatAnswer:
     async def send(self, reply: Reply) -> None:
         """Wait for every choice and send the completion."""
         wholes = await collect_all(self._choices)
-        await reply.json(
-            ChatCompletion(
+        total = self._usage()
+
+        def encoded() -> bytes:
+            completion = ChatCompletion(
                 id=self._id,
                 created=self._created,
                 model=self._server.model_name,
-                choices=[self._choice(*pair) for pair in zip(self._choices, wholes, strict=True)],
-                usage=self._usage(),
+                choices=encoded_apart(self._choice(*pair) for pair in zip(self._choices, wholes, strict=True)),
+                usage=total,
                 service_tier=self._service_tier,
                 system_fingerprint=SYSTEM_FINGERPRINT,
                 prompt_logprobs=self._prompt_logprobs(wholes[0]),
             )
-        )
+            return encode(completion)
+
+        await reply.text(await off_loop_if_long(self._server, self._size(wholes), encoded), "application/json")
+
+    def _size(self, pieces: Sequence[Piece]) -> int:
+        """About how many characters tell the pieces."""
+        size = len(pieces[0].prompt_logprobs or ()) * entry_size(self._request.prompt_logprobs or 0)
+        for piece in pieces:
+            size += len(piece.content) + len(piece.reasoning)
+            size += len(piece.logprobs) * entry_size(self._request.top_logprobs or 0)
+        return size
 
     def _choice(self, choice: Choice, whole: Piece) -> ChatChoice:
         message = AssistantMessage(content=whole.content, reasoning_content=whole.reasoning or None)
@@ -115,7 +131,12 @@ class ChatAnswer:
             while not finished:
                 piece = await choice.next_piece(tokens)
                 finished = piece.finish_reason is not None
-                if data := self._events(choice, piece):
+                if piece.prompt_logprobs is None:  # nearly all of them
+                    data = self._events(choice, piece)
+                else:
+                    work = partial(self._events, choice, piece)
+                    data = await off_loop_if_long(self._server, self._size([piece]), work)
+                if data:
                     async with lock:
                         await reply.events(data)
 

@@ -224,6 +224,7 @@ def new_choice(
         priority=request.priority or 0,
         cache_salt=request.cache_salt or "",
         constraint=constraint,
+        group=http,
     )
     return Choice(server, http, index, engine_request, text)
 

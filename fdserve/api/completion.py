@@ -113,6 +113,8 @@ async def _choices(request: CompletionRequest, server: Server, http: Request, pr
         if whole:
             params = msgspec.structs.replace(params, stop_token_ids=())
         for index in range(count):
+            if index:  # the prompt is the same for all of them: its logprobs are asked for once
+                params = msgspec.structs.replace(params, prompt_logprobs=None)
             choices.append(
                 new_choice(
                     request,

@@ -4,19 +4,65 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from functools import cached_property, partial
 
 import anyio
-from msgspec import structs
+from msgspec import UNSET, structs
 
-from fdserve.api.generation import SYSTEM_FINGERPRINT, Choice, Piece, collect_all, for_each, usage, wants_usage
+from fdserve.api.generation import (
+    SYSTEM_FINGERPRINT,
+    Choice,
+    Piece,
+    collect_all,
+    encoded_apart,
+    entry_size,
+    for_each,
+    off_loop_if_long,
+    usage,
+    wants_usage,
+)
 from fdserve.api.logprobs import CompletionLogprobsWriter, extend, prompt_logprobs
 from fdserve.engine.request import TokenLogprobs
 from fdserve.http.request import Request
-from fdserve.http.response import Reply, event
+from fdserve.http.response import Reply, encode, event
 from fdserve.protocol.completion import Completion, CompletionChoice, CompletionLogprobs, CompletionRequest
-from fdserve.protocol.generation import OptionalUsage
+from fdserve.protocol.generation import OptionalPromptLogprobs, OptionalUsage
 from fdserve.server import Server
 from fdserve.text.detokenizer import decode
+
+
+class PromptReport:
+    """What is told of a prompt's tokens: made once, for all choices that go on with it."""
+
+    def __init__(self, server: Server, request: CompletionRequest, prompt: list[int]) -> None:
+        self._tokenizer = server.tokenizer
+        self._prompt = prompt
+        self._echoed = request.logprobs if request.echo else None
+        self._asked = request.prompt_logprobs
+        self.taken = anyio.Event()
+        self.echo: CompletionLogprobs | None = None
+        self.offset = 0
+        """Where the text of a choice begins behind the echo."""
+        self.prompt_logprobs: OptionalPromptLogprobs = UNSET
+        tops = [top for top in (self._echoed, self._asked) if top is not None]
+        self.has_logprobs = bool(tops)
+        """Whether it is made of more than the prompt."""
+        self.size = len(prompt) * (sum(map(entry_size, tops)) + 4 * bool(request.echo))
+        """About how many characters it comes to."""
+
+    @cached_property
+    def text(self) -> str:
+        """The prompt itself."""
+        return decode(self._tokenizer, self._prompt, skip_special_tokens=False)
+
+    def take(self, values: list[TokenLogprobs] | None) -> None:
+        """Make it of the values that came with the prompt's first choice."""
+        if self._echoed is not None:
+            writer = CompletionLogprobsWriter(self._tokenizer, skip_special_tokens=False)
+            self.echo = writer.write_prompt(self._prompt, _cut(values or [], self._echoed))
+            self.offset = writer.offset
+        if self._asked is not None and values is not None:
+            self.prompt_logprobs = prompt_logprobs(self._tokenizer, self._prompt, _cut(values, self._asked))
 
 
 class CompletionAnswer:
@@ -39,17 +85,36 @@ class CompletionAnswer:
         self._choices = choices
         self._per_prompt = per_prompt
         self._created = int(time.time())
-        skip = request.skip_special_tokens is not False
-        self._writers = [CompletionLogprobsWriter(server.tokenizer, skip_special_tokens=skip) for _ in choices]
+        self._reports = [PromptReport(server, request, choice.prompt) for choice in choices[::per_prompt]]
+        self._writers: dict[int, CompletionLogprobsWriter] = {}
 
     async def send(self, reply: Reply) -> None:
         """Wait for every choice and send the completion."""
         wholes = await collect_all(self._choices)
-        best = [pair for pairs in self._by_prompt(wholes) for pair in pairs]
-        choices = [self._choice(choice, whole, first=True) for choice, whole in best]
-        for index, choice in enumerate(choices):
-            choice.index = index
-        await reply.json(self._completion(choices, self._usage()))
+        total = self._usage()
+
+        def encoded() -> bytes:
+            for report, first in zip(self._reports, wholes[:: self._per_prompt], strict=True):
+                report.take(first.prompt_logprobs)
+            best = [pair for pairs in self._by_prompt(wholes) for pair in pairs]
+            return encode(self._completion(encoded_apart(self._numbered(best)), total))
+
+        size = sum(map(self._size, self._choices, wholes))
+        await reply.text(await off_loop_if_long(self._server, size, encoded), "application/json")
+
+    def _numbered(self, best: Sequence[tuple[Choice, Piece]]) -> Iterator[CompletionChoice]:
+        for index, (choice, whole) in enumerate(best):
+            shape = self._choice(choice, whole, first=True)
+            shape.index = index
+            yield shape
+
+    def _size(self, choice: Choice, piece: Piece) -> int:
+        """About how many characters tell the first piece of a choice."""
+        report = self._report(choice)
+        return len(piece.content) + len(piece.logprobs) * entry_size(self._request.logprobs or 0) + report.size
+
+    def _report(self, choice: Choice) -> PromptReport:
+        return self._reports[choice.index // self._per_prompt]
 
     def _by_prompt(self, wholes: Sequence[Piece]) -> Iterator[list[tuple[Choice, Piece]]]:
         """For each prompt the choices to send: where more were generated, the likeliest by the mean of a token."""
@@ -71,13 +136,14 @@ class CompletionAnswer:
             while not finished:
                 piece = await choice.next_piece(tokens)
                 finished = piece.finish_reason is not None
+                if first and choice.index % self._per_prompt == 0:
+                    await self._take(self._report(choice), piece)
                 told = piece.logprobs or self._request.return_token_ids or piece.prompt_logprobs is not None
                 if piece.content or told or finished or (first and self._request.echo):
-                    shape = self._choice(choice, piece, first=first)
-                    shape.arrival_time = choice.arrival_time
+                    data = await self._first(choice, piece) if first else self._encoded(choice, piece, first=False)
                     first = False
                     async with lock:
-                        await reply.events(event(self._event(shape)))
+                        await reply.events(data)
 
         await reply.start_events()
         try:
@@ -85,6 +151,24 @@ class CompletionAnswer:
         finally:
             total = self._usage()
         await reply.end_events(event(self._completion([], total)) if wants_usage(self._request) else b"")
+
+    async def _take(self, report: PromptReport, piece: Piece) -> None:
+        """Take what the first piece of a prompt's first choice tells of it."""
+        if not report.taken.is_set():
+            await off_loop_if_long(self._server, report.size, partial(report.take, piece.prompt_logprobs))
+            report.taken.set()
+
+    async def _first(self, choice: Choice, piece: Piece) -> bytes:
+        """A choice's first event, which tells of the prompt what its first choice learns."""
+        report = self._report(choice)
+        if report.has_logprobs:
+            await report.taken.wait()
+        return await off_loop_if_long(self._server, report.size, partial(self._encoded, choice, piece, first=True))
+
+    def _encoded(self, choice: Choice, piece: Piece, *, first: bool) -> bytes:
+        shape = self._choice(choice, piece, first=first)
+        shape.arrival_time = choice.arrival_time
+        return event(self._event(shape))
 
     def _choice(self, choice: Choice, piece: Piece, *, first: bool) -> CompletionChoice:
         """The piece; the first one of a choice, and a whole one, comes with what is told of the prompt."""
@@ -97,21 +181,21 @@ class CompletionAnswer:
             shape.stop_reason = choice.stop_reason
         if first:
             if self._request.echo:
-                shape.text = decode(self._server.tokenizer, choice.prompt, skip_special_tokens=False) + shape.text
+                shape.text = self._report(choice).text + shape.text
             if self._request.return_token_ids:
                 shape.prompt_token_ids = choice.prompt
-        if self._request.prompt_logprobs is not None and piece.prompt_logprobs is not None:
-            values = _cut(piece.prompt_logprobs, self._request.prompt_logprobs)
-            shape.prompt_logprobs = prompt_logprobs(self._server.tokenizer, choice.prompt, values)
+            shape.prompt_logprobs = self._report(choice).prompt_logprobs
         return shape
 
     def _logprobs(self, choice: Choice, piece: Piece, *, echo: bool) -> CompletionLogprobs:
-        writer = self._writers[choice.index]
-        if not echo:
-            return writer.write(piece.logprobs, piece.ending)
-        assert self._request.logprobs is not None
-        values = _cut(piece.prompt_logprobs or [], self._request.logprobs)
-        return extend(writer.write_prompt(choice.prompt, values), writer.write(piece.logprobs, piece.ending))
+        report = self._report(choice)
+        if choice.index not in self._writers:
+            skip = self._request.skip_special_tokens is not False
+            self._writers[choice.index] = CompletionLogprobsWriter(
+                self._server.tokenizer, skip_special_tokens=skip, offset=report.offset
+            )
+        lists = self._writers[choice.index].write(piece.logprobs, piece.ending)
+        return extend(report.echo, lists) if echo and report.echo is not None else lists
 
     def _usage(self) -> OptionalUsage:
         return usage(self._choices, self._per_prompt, self._http)

@@ -5,14 +5,16 @@ from __future__ import annotations
 import uuid
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import anyio
+import msgspec
 from anyio import to_thread
 
 from fdserve import __version__
 from fdserve.api.choice import Choice, Piece, join, new_choice
 from fdserve.http.request import Request
+from fdserve.http.response import encode
 from fdserve.protocol.generation import (
     CompletionTokensDetails,
     GenerationRequest,
@@ -27,6 +29,8 @@ __all__ = [
     "Piece",
     "collect",
     "collect_all",
+    "encoded_apart",
+    "entry_size",
     "for_each",
     "join",
     "new_choice",
@@ -40,7 +44,7 @@ __all__ = [
 
 T = TypeVar("T")
 
-LONG_TEXT = 16_384  # characters from which tokenizing would hold up the other requests noticeably
+LONG_TEXT = 16_384  # characters from which tokenizing or encoding would hold up the other requests noticeably
 SYSTEM_FINGERPRINT = f"fdserve-{__version__}"
 
 
@@ -143,3 +147,13 @@ async def off_loop_if_long(server: Server, size: int, work: Callable[[], T], *, 
     if size <= LONG_TEXT and not always:
         return work()
     return await to_thread.run_sync(work, limiter=server.tokenizing)
+
+
+def entry_size(top: int) -> int:
+    """About how many characters tell a token's logprob and those of the `top` likeliest ones."""
+    return 48 * (1 + top)
+
+
+def encoded_apart(shapes: Iterable[T]) -> list[T]:
+    """The shapes as JSON that goes into an answer as it is: a thread that encodes holds up all others meanwhile."""
+    return [cast(T, msgspec.Raw(encode(shape))) for shape in shapes]

@@ -49,13 +49,13 @@ def prompt_logprobs(tokenizer: Tokenizer, prompt: Sequence[int], values: Sequenc
 
 
 class CompletionLogprobsWriter:
-    """Writes the parallel lists of plain completions; it keeps the offset from one call to the next."""
+    """Writes the parallel lists of plain completions; it keeps the `offset` from one call to the next."""
 
-    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool, offset: int = 0) -> None:
         self._tokenizer = tokenizer
         self._hidden = tokenizer.special_ids if skip_special_tokens else frozenset[int]()
         self._detokenizer = Detokenizer(tokenizer, skip_special_tokens)
-        self._offset = 0
+        self.offset = offset
 
     def write_prompt(self, prompt: Sequence[int], values: Sequence[TokenLogprobs]) -> CompletionLogprobs:
         """The lists of an echoed prompt, all of whose tokens show. Comes before any `write`."""
@@ -64,8 +64,8 @@ class CompletionLogprobsWriter:
         for token_id, entry in zip(prompt, [None, *values], strict=True):
             self._give_up(text, token_id)
             self._append(result, token_id, self._key(token_id), entry)
-            self._offset += len(text.push_one(token_id))
-        self._offset += len(text.flush())
+            self.offset += len(text.push_one(token_id))
+        self.offset += len(text.flush())
         return result
 
     def write(self, entries: Entries, ending: tuple[int, TokenLogprobs] | None = None) -> CompletionLogprobs:
@@ -75,21 +75,21 @@ class CompletionLogprobsWriter:
             if token_id not in self._hidden:
                 self._give_up(self._detokenizer, token_id)
             self._append(result, token_id, "" if token_id in self._hidden else self._key(token_id), values)
-            self._offset += len(self._detokenizer.push_one(token_id))
+            self.offset += len(self._detokenizer.push_one(token_id))
         if ending is not None:
-            self._offset += len(self._detokenizer.flush())
+            self.offset += len(self._detokenizer.flush())
             self._append(result, ending[0], "", ending[1])
         return result
 
     def _give_up(self, text: Detokenizer, token_id: int) -> None:
         """Count an unfinished character that the token does not go on with: its U+FFFD stands before the token."""
         if self._tokenizer.token_bytes(token_id)[:1] not in _CONTINUATION:
-            self._offset += len(text.flush())
+            self.offset += len(text.flush())
 
     def _append(self, lists: CompletionLogprobs, token_id: int, token: str, values: TokenLogprobs | None) -> None:
         """Each `top_logprobs` holds the sampled token too, be it among the likeliest or not."""
         lists.tokens.append(token)
-        lists.text_offset.append(self._offset)
+        lists.text_offset.append(self.offset)
         if values is None:
             lists.token_logprobs.append(None)
             lists.top_logprobs.append(None)

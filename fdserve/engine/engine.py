@@ -24,7 +24,7 @@ from fdserve.engine.scheduler import Scheduler
 from fdserve.engine.sequence import Sequence
 from fdserve.engine.step_log import StepLog
 from fdserve.errors import Overloaded, RankError, ServerError, StartupError, Unavailable
-from fdserve.executor.wire import Masks, Plan, Ready, StepResult
+from fdserve.executor.wire import MASKS_PER_FRAME, Masks, Plan, Ready, StepResult
 
 logger = logging.getLogger("fdserve.engine")
 
@@ -93,7 +93,7 @@ class Engine:
         self._scheduler: Scheduler | None = None
         self._generations: dict[Sequence, Generation] = {}
         self._outputs: list[tuple[Sequence, TokenDelta]] = []  # of the last step, not handed out yet
-        self._work = anyio.Event()
+        self._work = anyio.Event()  # there may be something to plan that the last plan did not see
         self._was_ready = anyio.Event()
         self._restarts = 0
         self._step_seconds = 0.0
@@ -172,6 +172,12 @@ class Engine:
         if self._scheduler is None:
             self._scheduler = self._make_scheduler(ready)
             self.max_model_len = self._scheduler.max_model_len
+        elif ready.num_blocks != (before := self._scheduler.pool.num_blocks):
+            logger.warning("the KV cache has %d blocks, and had %d before", ready.num_blocks, before)
+            try:
+                self._scheduler.forget_cache(ready.num_blocks)
+            except ValueError as error:  # where it is what is left of a GPU's memory, that may pass
+                raise RankError(f"the KV cache is too small now: {error}") from None
         if self.status != "draining":
             self.status, self.reason = "ready", ""
         logger.info("the ranks are ready")
@@ -200,6 +206,10 @@ class Engine:
         scheduler = self._scheduler
         assert scheduler is not None
         while True:
+            # Renewed before the scheduler looks, and never after: other tasks run wherever the loop waits below, and
+            # what they bring must end the sleep at its end.
+            if self._work.is_set():
+                self._work = anyio.Event()
             plan = scheduler.schedule()
             if plan is not None:
                 self._mark_started(scheduler)
@@ -230,10 +240,11 @@ class Engine:
         for sequence, turn in turns.items():
             turn.tokens = sequence.tokens[sequence.num_prompt + sequence.num_advanced :]
             sequence.num_advanced = sequence.num_generated
-        await run_turns(list(turns.values()))
+        await run_turns(turns.values())
         if scheduler.masked:
             with self._step_deadline():
-                await ranks.send(_masks(scheduler, turns))
+                for masks in _masks(scheduler, turns):
+                    await ranks.send(masks)
         outputs, self._outputs = self._outputs, []
         for sequence, delta in outputs:
             if turns[sequence].finished and turns[sequence].error is None:
@@ -280,7 +291,6 @@ class Engine:
             except AssertionError as error:
                 logger.critical("the KV cache's books do not agree (%s): starting with an empty cache", error)
                 scheduler.forget_cache()
-        self._work = anyio.Event()
         while not self._work.is_set():
             with anyio.move_on_after(IDLE_CHECK_SECONDS):
                 await self._work.wait()
@@ -354,11 +364,15 @@ class Engine:
         await anyio.sleep(pause)
 
 
-def _masks(scheduler: Scheduler, turns: dict[Sequence, Turn]) -> Masks:
+def _masks(scheduler: Scheduler, turns: dict[Sequence, Turn]) -> Iterator[Masks]:
     """The masks of the last plan's rows, less those of requests that end: they may sample anything."""
     masks: dict[int, bytes] = {}
     for row, sequence in zip(scheduler.plan.masked_rows, scheduler.masked, strict=True):
         turn = turns.get(sequence)
         if turn is not None and turn.mask is not None and turn.error is None:
             masks[row] = turn.mask
-    return Masks(scheduler.plan.step, list(masks), list(masks.values()))
+    rows = list(masks)
+    for start in range(0, max(1, len(rows)), MASKS_PER_FRAME):
+        part = rows[start : start + MASKS_PER_FRAME]
+        more = start + len(part) < len(rows)
+        yield Masks(scheduler.plan.step, part, [masks[row] for row in part], more)

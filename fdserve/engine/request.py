@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Literal, Protocol
 
 import msgspec
@@ -44,6 +45,8 @@ class Request(msgspec.Struct, kw_only=True):
     """Prefix blocks are shared only between requests with the same salt."""
     constraint: Constraint | None = None
     """Of this request alone; it has seen no token yet."""
+    group: Hashable = None
+    """The choices of a client's request have the same one: when a constraint of theirs fails, they fail together."""
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from array import array
+from math import isnan
 
 from fdserve.engine.request import TokenDelta, TokenLogprobs
 from fdserve.engine.sequence import Sequence
 from fdserve.errors import InternalError, InvalidRequest
 from fdserve.executor.wire import StepResult
-from fdserve.ops.sampling import NOTHING_ALLOWED
+from fdserve.ops.sampling import BROKEN, NOTHING_ALLOWED
 
 
 class Sampled:
@@ -86,11 +87,22 @@ def take_tokens(sequence: Sequence, sampled: Sampled, first: int, count: int, ma
     return delta
 
 
-def take_prompt_logprobs(sequence: Sequence, sampled: Sampled, start: int, count: int) -> None:
-    """Keep the logprobs of `count` tokens of a sequence's prompt, the step's from number `start` on."""
+def take_prompt_logprobs(sequence: Sequence, sampled: Sampled, start: int, count: int) -> bool:
+    """Keep the logprobs of `count` tokens of a sequence's prompt, the step's from number `start` on.
+
+    False where the model's output for one of them was not a number.
+    """
     num_top = sequence.request.params.prompt_logprobs
-    if sequence.prompt_logprobs is not None and num_top is not None and sequence.finish_reason is None:
-        sequence.prompt_logprobs += sampled.prompt_logprobs(start, count, num_top)
+    if sequence.prompt_logprobs is None or num_top is None or sequence.finish_reason is not None:
+        return True
+    values = sampled.prompt_logprobs(start, count, num_top)
+    sequence.prompt_logprobs += values
+    return not any(isnan(value.logprob) for value in values)
+
+
+def broken() -> TokenDelta:
+    """The end of a sequence for which the model's output was not a number."""
+    return TokenDelta([], finish_reason="error", error=_no_token_error(BROKEN))
 
 
 def _no_token_error(code: int) -> InternalError | InvalidRequest:

@@ -29,11 +29,20 @@ from itertools import repeat
 
 from fdserve.engine.kv_cache import BlockPool
 from fdserve.engine.request import FinishReason, Request, TokenDelta
-from fdserve.engine.results import Sampled, take_prompt_logprobs, take_tokens
+from fdserve.engine.results import Sampled, broken, take_prompt_logprobs, take_tokens
 from fdserve.engine.sequence import Sequence
 from fdserve.engine.speculation import MAX_DRAFTED, Speculation
 from fdserve.engine.waiting import WaitingQueue
 from fdserve.executor.wire import NewRow, Plan
+
+MAX_NEW_ROWS_BYTES = 8 << 20
+"""The new rows that one plan carries weigh no more without the last of them: it reaches the ranks in milliseconds."""
+
+
+def check_capacity(num_blocks: int, block_size: int, max_model_len: int) -> None:
+    """Raise ValueError if so many blocks cannot hold the longest sequence."""
+    if max_model_len > num_blocks * block_size:
+        raise ValueError(f"{num_blocks} blocks of {block_size} cannot hold {max_model_len} tokens")
 
 
 @dataclass
@@ -68,8 +77,7 @@ class Scheduler:
         enable_chunked_prefill: bool = True,
         speculation: Speculation | None = None,
     ) -> None:
-        if max_model_len > num_blocks * block_size:
-            raise ValueError(f"{num_blocks} blocks of {block_size} cannot hold {max_model_len} tokens")
+        check_capacity(num_blocks, block_size, max_model_len)
         if not enable_chunked_prefill and max_num_batched_tokens < max_model_len:
             raise ValueError("without chunked prefill a step must be able to hold the longest sequence")
         self.block_size = block_size
@@ -144,8 +152,8 @@ class Scheduler:
     def update(self, sampled: Sampled) -> list[tuple[Sequence, TokenDelta]]:
         """Take in what the last plan sampled, of each sequence that sampled, in the plan's order.
 
-        Returns a delta for each of them that still lives, and for those that have nothing to generate and are done;
-        those that end with it are finished.
+        Returns a delta for each of them that still lives, for those that have nothing to generate and are done, and for
+        those whose prompt's logprobs are no numbers; those that end with it are finished.
         """
         outputs = []
         index = prompt_index = generated = 0
@@ -155,7 +163,9 @@ class Scheduler:
         for sequence, samples, prompt_count in self._in_flight:
             count = next(counts) if samples else 0
             if prompt_count > 0:
-                take_prompt_logprobs(sequence, sampled, prompt_index, prompt_count)
+                if not take_prompt_logprobs(sequence, sampled, prompt_index, prompt_count):
+                    self.finish(sequence, "error")
+                    outputs.append((sequence, broken()))
                 prompt_index += prompt_count
             if sequence.finish_reason is None and sequence.remaining == 0:
                 delta = take_tokens(sequence, sampled, index, count, self.max_model_len)
@@ -170,12 +180,17 @@ class Scheduler:
         self._in_flight = []
         return outputs
 
-    def forget_cache(self) -> None:
-        """Start with an empty cache: the ranks' memory is new. Nothing may be running."""
+    def forget_cache(self, num_blocks: int | None = None) -> None:
+        """Start with an empty cache: the ranks' memory is new, and may be of another size. Nothing may be running.
+
+        Raises ValueError if it cannot hold the longest sequence.
+        """
         if self.running:
             raise ValueError("sequences are running")
+        num_blocks = self.pool.num_blocks if num_blocks is None else num_blocks
+        check_capacity(num_blocks, self.block_size, self.max_model_len)
         self._in_flight = []
-        self.pool = BlockPool(self.pool.num_blocks, enable_caching=self.pool.enable_caching)
+        self.pool = BlockPool(num_blocks, enable_caching=self.pool.enable_caching)
 
     def check_integrity(self) -> None:
         """Raise AssertionError if a block or a row is lost, or counted wrongly."""
@@ -256,11 +271,13 @@ class Scheduler:
 
     def _admit_waiting(self, budget: int) -> None:
         """Admit in order, never past a sequence that does not fit: no later one can starve it."""
-        while budget > 0 and self._free_rows:
+        room = MAX_NEW_ROWS_BYTES
+        while budget > 0 and room > 0 and self._free_rows:
             sequence = self._waiting.first()
             if sequence is None or not self._start(sequence, budget):
                 return
             self._waiting.pop()
+            room -= self.plan.new_rows[-1].weight
             count = min(sequence.remaining, budget)
             self._compute(sequence, count)
             budget -= count

@@ -17,7 +17,7 @@ class Sequence:
     __slots__ = (
         "answer_start", "arrival", "blocks", "cached_tokens", "constrained", "ending_ids", "finish_reason", "hashes",
         "ngrams", "num_advanced", "num_computed", "num_prompt", "num_registered", "prompt_logprobs", "request", "row",
-        "started", "tokens",
+        "slowest_turn", "started", "tokens",
     )  # fmt: skip
 
     def __init__(self, request: Request, arrival: int) -> None:
@@ -39,6 +39,8 @@ class Sequence:
         """What guesses at its next tokens, once something does."""
         self.num_advanced = 0
         """Output tokens that the constraint has seen."""
+        self.slowest_turn = 0.0
+        """The most seconds that the constraint took for one token so far."""
         self.prompt_logprobs: list[TokenLogprobs] | None = None if request.params.prompt_logprobs is None else []
         """Those so far, until they are delivered; None where none are due."""
         self.answer_start = self.num_prompt if request.params.think_end_id < 0 else -1

@@ -11,6 +11,8 @@ import struct
 import msgspec
 
 MAX_FRAME_BYTES = 256 << 20
+"""No request makes one so long: the scheduler bounds what a plan's new rows weigh, `MASKS_PER_FRAME` the masks."""
+MASKS_PER_FRAME = 1024
 HEADER = struct.Struct("<I")
 PROMPT_SLICE = 64
 """The logits of so many prompt tokens are computed at a time."""
@@ -51,10 +53,12 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     """The most tokens after `think_end_id`; None for no such limit. Counts from the first token where that is -1."""
     logit_bias: tuple[tuple[int, float], ...] = ()
     """(id, what is added to its logit); an id outside the vocabulary has no effect."""
-    allowed_token_ids: tuple[int, ...] = ()
-    """No other ids can be chosen; empty for all."""
+    allowed_ids: bytes = b""
+    """No other ids can be chosen, as `engine.request.Constraint.mask` tells them; empty for all."""
+    banned_ids: bytes = b""
+    """None of these ids can be chosen, told in the same way; empty for no bans."""
     bad_words: tuple[tuple[int, ...], ...] = ()
-    """Sequences of ids that never come out: the last id of one has no chance after the others."""
+    """Sequences of two and more ids that never come out: the last id of one has no chance after the others."""
     prompt_logprobs: int | None = None
     """As `logprobs`, for every token of the prompt but the first; always of the model's logits."""
     temp_scaled_logprobs: bool = False
@@ -71,6 +75,12 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     def ending_ids(self) -> tuple[int, ...]:
         """Every id that ends the sequence; banned until `min_tokens` were generated."""
         return self.eos_token_ids + self.stop_token_ids
+
+    @property
+    def weight(self) -> int:
+        """No fewer bytes than it takes in a frame, as clients can make it."""
+        ids = len(self.ending_ids) + len(self.think_end_ids) + sum([1 + len(word) for word in self.bad_words])
+        return 1024 + 5 * ids + 15 * len(self.logit_bias) + len(self.allowed_ids) + len(self.banned_ids)
 
 
 class Load(msgspec.Struct, frozen=True, tag="load"):
@@ -121,6 +131,11 @@ class NewRow(msgspec.Struct, frozen=True, array_like=True):
     prompt_logprobs: int = -1
     """How many of the likeliest tokens to report with each prompt token's logprob; -1 for no report."""
 
+    @property
+    def weight(self) -> int:
+        """No fewer bytes than it takes in a frame."""
+        return 64 + len(self.token_ids) + 5 * len(self.blocks) + self.params.weight
+
 
 class Plan(msgspec.Struct, frozen=True, tag="plan", omit_defaults=True):
     """One step. Carries only what changed: the ranks keep every row's tokens, blocks and sampling state."""
@@ -135,21 +150,23 @@ class Plan(msgspec.Struct, frozen=True, tag="plan", omit_defaults=True):
     """How many tokens each of `rows` computes. A row whose tokens are then all computed samples one more, unless its
     `max_tokens` is 0."""
     masked_rows: list[int] = []
-    """The rows that sample and have a constraint. If there are any, a `Masks` frame follows, and the ranks wait for it
-    before they sample."""
+    """The rows that sample and have a constraint. If there are any, `Masks` follow, and the ranks wait for them before
+    they sample."""
     drafts: list[tuple[int, list[int]]] = []
     """(row, guesses at its next tokens), which `num_tokens` counts. Such a row computes its last token and the guesses,
     samples after each of them, and keeps what it samples as far as the guesses before were right."""
 
 
-class Masks(msgspec.Struct, frozen=True, tag="masks"):
-    """What the constrained rows of a step may sample."""
+class Masks(msgspec.Struct, frozen=True, tag="masks", omit_defaults=True):
+    """What the constrained rows of a step may sample, or `MASKS_PER_FRAME` of them."""
 
     step: int
     rows: list[int]
     """Those of the plan's `masked_rows` that have a mask; the others may sample anything."""
     masks: list[bytes]
     """See `engine.request.Constraint.mask`."""
+    more: bool = False
+    """Whether another frame of the same step follows."""
 
 
 class Loading(msgspec.Struct, frozen=True, tag="loading"):

@@ -16,6 +16,11 @@ DONE = b"data: [DONE]\n\n"
 _encode = msgspec.json.Encoder().encode
 
 
+def encode(value: Any) -> bytes:
+    """The value as JSON."""
+    return _encode(value)
+
+
 def event(value: Any) -> bytes:
     """One server-sent event whose data is the value as JSON."""
     return b"data: " + _encode(value) + b"\n\n"

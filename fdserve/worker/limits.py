@@ -19,15 +19,14 @@ class Limits:
     def __init__(self, params: SamplingParams, vocab_size: int) -> None:
         self._params = params
         self._vocab_size = vocab_size
-        banned = [word[0] for word in params.bad_words if len(word) == 1]
-        self._ids: Ints = np.array([token for token, _ in params.logit_bias] + banned, np.int32)
-        self._values: Floats = np.array([bias for _, bias in params.logit_bias] + [-np.inf] * len(banned), np.float32)
-        self._allowed = id_mask(params.allowed_token_ids, vocab_size) if params.allowed_token_ids else None
+        self._ids: Ints = np.array([token for token, _ in params.logit_bias], np.int32)
+        self._values: Floats = np.array([bias for _, bias in params.logit_bias], np.float32)
+        self._allowed = read_mask(params.allowed_ids, vocab_size) if params.allowed_ids else None
+        self._not_banned = ~read_mask(params.banned_ids, vocab_size) if params.banned_ids else None
         self._not_ending = ~id_mask(params.ending_ids, vocab_size) if params.min_tokens > 0 else None
         self._endings_of: dict[int, list[tuple[int, ...]]] = {}
         for word in params.bad_words:
-            if len(word) > 1:
-                self._endings_of.setdefault(word[-2], []).append(word)
+            self._endings_of.setdefault(word[-2], []).append(word)
 
     @staticmethod
     def needed(params: SamplingParams) -> bool:
@@ -35,7 +34,8 @@ class Limits:
         return bool(
             params.logit_bias
             or params.bad_words
-            or params.allowed_token_ids
+            or params.allowed_ids
+            or params.banned_ids
             or params.thinking_budget is not None
             or (params.min_tokens > 0 and params.ending_ids)
         )
@@ -60,10 +60,12 @@ class Limits:
         return mask is None or bool((mask & self._not_ending).any())
 
     def mask(self, constraint: Ints | None) -> Ints | None:
-        """The ids that both the parameters and a constraint's mask allow, or None for all."""
-        if self._allowed is None or constraint is None:
-            return constraint if self._allowed is None else self._allowed
-        return self._allowed & constraint
+        """The ids that both the parameters and a constraint's mask allow, or None for all; banned ones among them."""
+        return both(self._allowed, constraint)
+
+    def without_banned(self, mask: Ints | None) -> Ints | None:
+        """What is left of a mask's ids, or of all, without those that are banned."""
+        return both(self._not_banned, mask)
 
     def forced_id(self, output: Ints) -> int:
         """The id that a thinking budget dictates after `output`, or -1: see `SamplingParams.thinking_budget`."""
@@ -73,6 +75,13 @@ class Limits:
         if self._params.think_end_id in output[:budget]:
             return NO_FORCED_ID
         return forced[len(output) - budget]
+
+
+def both(one: Ints | None, other: Ints | None) -> Ints | None:
+    """The ids in both masks; None stands for the mask of all."""
+    if one is None or other is None:
+        return one if other is None else other
+    return one & other
 
 
 def ends_with(output: Ints, tokens: tuple[int, ...]) -> bool:

@@ -46,7 +46,7 @@ class Connection:
         return None if body is None else decode_to_rank(body)
 
     def receive_masks(self) -> Masks:
-        """The masks that the last plan waits for. Raises ConnectionResetError once the API process is gone."""
+        """The next masks that the last plan waits for. Raises ConnectionResetError once the API process is gone."""
         message = self.receive()
         if message is None:
             raise ConnectionResetError

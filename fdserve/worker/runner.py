@@ -70,7 +70,7 @@ class Runner:
         self._sampler = Sampler(self.rows, self.config.vocab_size, self._sample_op)
 
     def step(self, plan: Plan, receive_masks: Callable[[], Masks]) -> StepResult:
-        """Execute one plan. `receive_masks` is called before sampling if the plan has masked rows."""
+        """Execute one plan. `receive_masks` is called before sampling if the plan has masked rows, for every frame."""
         started = time.perf_counter()
         waited = 0.0
         self.rows.take_changes(plan)
@@ -79,8 +79,11 @@ class Runner:
         masks: dict[int, bytes] = {}
         if plan.masked_rows:
             waiting = time.perf_counter()
-            received = receive_masks()
-            masks = dict(zip(received.rows, received.masks, strict=True))
+            more = True
+            while more:
+                received = receive_masks()
+                masks.update(zip(received.rows, received.masks, strict=True))
+                more = received.more
             waited = time.perf_counter() - waiting
         sampled = self._sample(batch, logits, masks) if logits is not None else None
         return _result(plan.step, sampled, prompt, time.perf_counter() - started - waited)

@@ -174,6 +174,7 @@ def _limits(
             mask = limits.mask(mask)
             bias_ids[index], values = limits.biases(output, mask)
             bias_values.append(values)
+            mask = limits.without_banned(mask)
             int_params[index, 3] = limits.forced_id(output)
         if mask is not None:
             mask_rows[index] = len(words)

@@ -14,7 +14,7 @@ from fdserve.config import Config
 from fdserve.engine.request import Request, SamplingParams
 from fdserve.text.stop import StopTable
 from tests.http.client import Client, serving
-from tests.http.fake_engine import EOS, FakeEngine, endless, ids, say
+from tests.http.fake_engine import EOS, VOCAB_SIZE, FakeEngine, endless, ids, say
 
 pytestmark = pytest.mark.anyio
 
@@ -30,6 +30,10 @@ async def params_of(client: Client, **fields: Any) -> SamplingParams:
     return (await asked(client, **fields)).params
 
 
+def ids_in(mask: bytes) -> list[int]:
+    return [token for token in range(8 * len(mask)) if mask[token // 8] >> token % 8 & 1]
+
+
 async def prompt_of(client: Client, **fields: Any) -> str:
     return bytes((await asked(client, **fields)).prompt).decode()
 
@@ -38,18 +42,37 @@ async def test_logit_bias() -> None:
     async with serving() as client:
         params = await params_of(client, logit_bias={"5": 1.5, "6": -100, "7": 0, "8": -99})
         assert params.logit_bias == ((5, 1.5), (8, -99.0))
-        assert params.bad_words == ((6,),)
-        assert params.allowed_token_ids == ()
+        assert (ids_in(params.banned_ids), params.bad_words) == ([6], ())
+        assert params.allowed_ids == b""
         params = await params_of(client, logit_bias={"5": 100, "6": 100, "7": 50})
-        assert (params.allowed_token_ids, params.logit_bias) == ((5, 6), ((7, 50.0),))
+        assert (ids_in(params.allowed_ids), params.logit_bias) == ([5, 6], ((7, 50.0),))
         params = await params_of(client, logit_bias={"5": 100, "6": 100}, allowed_token_ids=[6, 7])
-        assert params.allowed_token_ids == (6,)
+        assert ids_in(params.allowed_ids) == [6]
 
 
 async def test_bad_words() -> None:
     async with serving() as client:
         params = await params_of(client, bad_words=["ab", "</s>"], bad_words_token_ids=[7, 7])
-        assert params.bad_words == ((7,), tuple(b"ab"), tuple(b" ab"), (EOS,), (ord(" "), EOS))
+        assert params.bad_words == (tuple(b"ab"), tuple(b" ab"), (ord(" "), EOS))
+        assert ids_in(params.banned_ids) == [7, EOS]
+        params = await params_of(client)
+        assert (params.banned_ids, params.bad_words) == (b"", ())
+
+
+async def test_lists_of_ids_are_small_however_long_they_are() -> None:
+    """They go to the ranks for each choice; with the ids themselves a row of a large vocabulary weighs a megabyte."""
+    everything = list(range(VOCAB_SIZE))
+    async with serving(config=Config(max_concurrency=64)) as client:
+        for field in ("allowed_token_ids", "bad_words_token_ids"):
+            assert (await client.chat(n=64, **{field: everything})).status == 200
+            requests = client.engine.requests[-64:]
+            masks = [request.params.allowed_ids + request.params.banned_ids for request in requests]
+            assert [ids_in(mask) for mask in masks] == [everything] * 64
+            assert len(masks[0]) == 36  # a bit an id, in words of 32
+            # One more can only be there twice.
+            response = await client.chat(**{field: [*everything, 0]})
+            assert (response.status, response.error["param"]) == (400, field)
+            assert f"has {VOCAB_SIZE + 1} ids, and the model only {VOCAB_SIZE}" in response.error["message"]
 
 
 async def test_long_words_are_refused() -> None:
@@ -81,8 +104,8 @@ async def test_words_are_prepared_once_for_all_choices(monkeypatch: pytest.Monke
 
 async def test_allowed_tokens() -> None:
     async with serving() as client:
-        assert (await params_of(client, allowed_token_ids=[9, 8, 9])).allowed_token_ids == (9, 8)
-        assert (await params_of(client)).allowed_token_ids == ()
+        assert (await params_of(client, allowed_token_ids=[9, 8, 9])).allowed_ids == (3 << 8).to_bytes(36, "little")
+        assert (await params_of(client)).allowed_ids == b""
 
 
 async def test_ways_of_telling_logprobs() -> None:

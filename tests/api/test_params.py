@@ -3,10 +3,11 @@ from __future__ import annotations
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 
 from fdserve.api.fields import read_request
-from fdserve.api.params import for_choice
+from fdserve.api.params import MAX_TEMPERATURE, for_choice
 from fdserve.config import Config
 from fdserve.engine.request import SamplingParams
 from fdserve.errors import InvalidRequest
@@ -115,8 +116,12 @@ async def test_edges_of_sampling() -> None:
     async with serving() as client:
         assert (await params_of(client, temperature=1e-6)).temperature == 0.0
         assert (await params_of(client, temperature=1e-4)).temperature == 1e-4
-        for temperature in (1e31, 3e38, 1e39, 1e308):
-            assert (await params_of(client, temperature=temperature)).temperature == 1e30
+        assert (await params_of(client, temperature=1e9)).temperature == 1e9
+        # The ranks compute with float32.
+        for large in (1e39, 1e308):
+            assert np.float32((await params_of(client, temperature=large)).temperature) == np.float32(MAX_TEMPERATURE)
+        assert np.isfinite(np.float32(MAX_TEMPERATURE))
+        assert np.float32(1) / np.float32(MAX_TEMPERATURE) > np.finfo(np.float32).tiny
         assert (await params_of(client, top_p=0)).top_p > 0
         assert (await params_of(client, top_k=-1)).top_k == 0
         vocab_size = client.app.server.model.vocab_size  # no integer is too large for a rank

@@ -125,6 +125,7 @@ async def test_every_choice_has_a_constraint_of_its_own() -> None:
         assert (await client.complete(["a", "b"], n=2, guided_choice=["x", "y"])).status == 200
         constraints = [request.constraint for request in client.engine.requests]
         assert len({id(constraint) for constraint in constraints}) == 4
+        assert len({id(request.group) for request in client.engine.requests}) == 1
         await client.chat()
         assert client.engine.requests[-1].constraint is None
         await client.chat(tools=[TOOL])

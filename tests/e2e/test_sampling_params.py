@@ -5,16 +5,19 @@ from __future__ import annotations
 from functools import cache, partial
 from pathlib import Path
 
+import anyio
 import numpy as np
 import numpy.typing as npt
 import pytest
+from safetensors.numpy import load_file
 
+from fdserve.api.params import MAX_TEMPERATURE
 from fdserve.engine.engine import Engine
 from fdserve.engine.request import Constraint, Request, SamplingParams, TokenDelta, TokenLogprobs
-from fdserve.errors import InvalidRequest
+from fdserve.errors import InternalError, InvalidRequest
 from tests.e2e.test_reproducible import CHECKPOINT, at_once, prompt, serving
-from tests.e2e.test_tensor_parallel import SHAPE, random_checkpoint
-from tests.models.checkpoints import DENSE
+from tests.e2e.test_tensor_parallel import SHAPE, bits, random_checkpoint
+from tests.models.checkpoints import DENSE, write_file
 from tests.models.stepping import BLOCK_SIZE, BLOCKS_PER_SEQUENCE, Chunk, Stepper, load
 
 pytestmark = [pytest.mark.anyio, pytest.mark.parametrize("anyio_backend", ["asyncio"])]
@@ -101,13 +104,24 @@ async def test_prompt_logprobs_of_two_ranks(tmp_path: Path) -> None:
         np.testing.assert_allclose([one.logprob, *one.top_logprobs], [two.logprob, *two.top_logprobs], atol=1e-4)
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+async def test_a_model_that_gives_no_numbers_is_an_error_for_prompts_too(tmp_path: Path, ranks: int) -> None:
+    checkpoint = random_checkpoint(tmp_path / "model", {**DENSE, **SHAPE})
+    tensors = load_file(checkpoint / "model.safetensors")
+    tensors["model.norm.weight"][:] = np.nan
+    write_file(checkpoint / "model.safetensors", tensors)
+    async with serving(checkpoint, tensor_parallel_size=ranks) as engine:
+        for params in ({"prompt_logprobs": 1, "max_tokens": 0}, {"prompt_logprobs": 0}, {}):
+            (delta,) = await deltas(engine, [3, 4, 5], **params)
+            assert isinstance(delta.error, InternalError)
+        assert engine.stats().kv_blocks_used == 0
+
+
 class Allowing:
     """The same ids at every position, until so many tokens are out."""
 
-    def __init__(self, ids: list[int], count: int, vocab_size: int) -> None:
-        bits = np.zeros(-(-vocab_size // 32) * 32, np.uint8)
-        bits[ids] = 1
-        self._mask = np.packbits(bits, bitorder="little").tobytes()
+    def __init__(self, ids: list[int], count: int) -> None:
+        self._mask = bits(*ids)
         self._left = count
 
     @property
@@ -128,18 +142,18 @@ async def test_limits_steer_the_output() -> None:
     async with serving(dtype="float32") as engine:
         free = await generate(engine, ids)
         assert free[0] == best[0]
-        assert (await generate(engine, ids, bad_words=((int(best[0]),),)))[0] == best[1]
+        assert (await generate(engine, ids, banned_ids=bits(int(best[0]))))[0] == best[1]
         steered = await generate(engine, ids, bad_words=(tuple(free[:3]),))
         assert steered[:2] == free[:2]
         assert steered[2] != free[2]
         unlikely = int(best[-1])
         assert (await generate(engine, ids, logit_bias=((unlikely, 1000.0),)))[:2] == [unlikely] * 2
         few = (int(best[500]), int(best[300]), int(best[900]))
-        assert set(await generate(engine, ids, allowed_token_ids=few)) <= set(few)
-        assert (await generate(engine, ids, allowed_token_ids=few))[0] == best[300]
-        drawn = await generate(engine, ids, allowed_token_ids=few, temperature=5.0, max_tokens=40)
+        assert set(await generate(engine, ids, allowed_ids=bits(*few))) <= set(few)
+        assert (await generate(engine, ids, allowed_ids=bits(*few)))[0] == best[300]
+        drawn = await generate(engine, ids, allowed_ids=bits(*few), temperature=5.0, max_tokens=40)
         assert set(drawn) == set(few)
-        (last,) = await deltas(engine, ids, allowed_token_ids=(few[0],), bad_words=((few[0],),))
+        (last,) = await deltas(engine, ids, allowed_ids=bits(few[0]), banned_ids=bits(few[0]))
         assert isinstance(last.error, InvalidRequest)
 
 
@@ -149,12 +163,37 @@ async def test_constraints_reach_every_rank(tmp_path: Path, ranks: int) -> None:
     ids = [3 + 7 * i % 37 for i in range(50)]
     async with serving(checkpoint, tensor_parallel_size=ranks, max_num_batched_tokens=32) as engine:
         free = await generate(engine, ids)
-        got = await deltas(engine, ids, constraint=Allowing([11, 13], 5, DENSE["vocab_size"]))  # type: ignore[arg-type]
+        got = await deltas(engine, ids, constraint=Allowing([11, 13], 5))
         tokens = [token for delta in got for token in delta.token_ids]
         assert len(tokens) == 5
         assert set(tokens) <= {11, 13}
         assert got[-1].finish_reason == "stop"
         assert await generate(engine, ids) == free
+
+
+async def test_masks_may_come_in_several_frames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fdserve.engine.engine.MASKS_PER_FRAME", 2)
+    checkpoint = random_checkpoint(tmp_path / "model", {**DENSE, **SHAPE})
+    async with serving(checkpoint, tensor_parallel_size=2) as engine, anyio.create_task_group() as group:
+
+        async def check(token: int) -> None:
+            got = await deltas(engine, [3, 4, token], constraint=Allowing([token], 4))
+            assert [each for delta in got for each in delta.token_ids] == [token] * 4
+
+        for token in range(5, 10):
+            group.start_soon(check, token)
+
+
+async def test_the_highest_temperatures_draw_from_all_tokens_alike() -> None:
+    ids = prompt()[:PROMPT]
+    async with serving() as engine:
+        for params in ({}, {"banned_ids": bits(7)}, {"top_p": 0.5, "logit_bias": ((5, -np.inf),)}):
+            drawn = [
+                await generate(engine, ids, temperature=temperature, max_tokens=40, **params)
+                for temperature in (1e25, MAX_TEMPERATURE)
+            ]
+            assert drawn[0] == drawn[1]
+            assert len(set(drawn[0])) > 30
 
 
 async def test_logprob_modes() -> None:

@@ -18,24 +18,26 @@ from fdserve.engine.request import Request, SamplingParams, TokenDelta
 from fdserve.engine.speculation import StepCost
 from fdserve.text.tokenizer import load_tokenizer
 from tests.e2e.test_reproducible import CHECKPOINT, at_once, serving
-from tests.e2e.test_tensor_parallel import SHAPE, random_checkpoint
+from tests.e2e.test_tensor_parallel import SHAPE, bits, random_checkpoint
 from tests.http.processes import ServerProcess
 from tests.models.checkpoints import DENSE
 
 NGRAM = json.dumps({"method": "ngram", "num_speculative_tokens": 4})
 TEXT = "The sum of 12 and 30 is 42, and the sum of 30 and 12 is 42, too. "
 FEW = tuple(range(100, 103))  # so that sampled texts repeat themselves
+FEW_BITS = bits(*FEW)
 CHOICES: list[dict[str, Any]] = [
     {},
     {"logprobs": 3},
-    {"temperature": 1.0, "allowed_token_ids": FEW},
-    {"temperature": 0.8, "top_p": 0.7, "allowed_token_ids": FEW, "logprobs": 2},
+    {"temperature": 1.0, "allowed_ids": FEW_BITS},
+    {"temperature": 0.8, "top_p": 0.7, "allowed_ids": FEW_BITS, "logprobs": 2},
     {"temperature": 0.6, "min_p": 0.1, "top_k": 4, "repetition_penalty": 1.1},
     {"presence_penalty": 0.4, "frequency_penalty": 0.05, "logprobs": 0},
-    {"repetition_penalty": 1.3, "temperature": 0.3, "allowed_token_ids": FEW},
-    {"allowed_token_ids": FEW, "temperature": 1.0, "min_tokens": 12, "eos_token_ids": FEW[:1]},
-    {"allowed_token_ids": FEW, "temperature": 1.0, "stop_token_ids": FEW[1:2], "min_tokens": 5},
-    {"allowed_token_ids": FEW, "temperature": 0.9, "bad_words": ((101, 102, 100), (102, 102))},
+    {"repetition_penalty": 1.3, "temperature": 0.3, "allowed_ids": FEW_BITS},
+    {"allowed_ids": FEW_BITS, "temperature": 1.0, "min_tokens": 12, "eos_token_ids": FEW[:1]},
+    {"allowed_ids": FEW_BITS, "temperature": 1.0, "stop_token_ids": FEW[1:2], "min_tokens": 5},
+    {"allowed_ids": FEW_BITS, "temperature": 0.9, "bad_words": ((101, 102, 100), (102, 102))},
+    {"banned_ids": FEW_BITS, "temperature": 0.2, "logprobs": 1},
     {"thinking_budget": 9, "think_end_ids": (100, 103, 100), "think_end_id": 103, "answer_limit": 15},
     {"logit_bias": ((100, 9.0), (101, 9.0)), "temperature": 1.0, "prompt_logprobs": 1},
 ]
@@ -143,7 +145,7 @@ def test_also_on_two_ranks(tmp_path: Path) -> None:
 
 
 def test_a_loop_takes_a_fraction_of_the_steps() -> None:
-    params = SamplingParams(max_tokens=100, seed=0, temperature=0.0, allowed_token_ids=(100,))
+    params = SamplingParams(max_tokens=100, seed=0, temperature=0.0, allowed_ids=bits(100))
     before, after = compare_alone(Request(id="r", prompt=base(), params=params))
     assert before.steps == 100
     assert after.steps < 30

@@ -18,6 +18,7 @@ from fdserve.engine.engine import Engine
 from fdserve.engine.request import Request, SamplingParams, TokenDelta, TokenLogprobs
 from fdserve.errors import StartupError
 from fdserve.models.checkpoint import check_checkpoint
+from fdserve.worker.limits import id_mask
 from tests.e2e.test_reproducible import at_once, serving
 from tests.executor.test_process import wait_until_gone
 from tests.models.checkpoints import DENSE, MOE, write_checkpoint, write_file
@@ -42,6 +43,11 @@ def random_checkpoint(directory: Path, config: dict[str, Any]) -> Path:
     return directory
 
 
+def bits(*ids: int) -> bytes:
+    """A mask of these ids."""
+    return id_mask(ids, max(ids) + 1).tobytes()
+
+
 SAMPLINGS: list[dict[str, Any]] = [
     {"temperature": 0.0, "logprobs": 3},
     {"temperature": 0.0, "repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": 0.2},
@@ -50,8 +56,9 @@ SAMPLINGS: list[dict[str, Any]] = [
     {"seed": 2, "top_k": 5, "logprobs": 1, "temp_scaled_logprobs": True, "temperature": 0.7},
     {"seed": 3, "top_p": 0.9, "logprobs": 1, "top_p_normalized_logprobs": True},
     {"seed": 4, "top_p": 0.6, "min_p": 0.01, "temperature": 1.3},
-    {"seed": 5, "min_p": 0.1, "logit_bias": ((7, 5.0), (8, 4.0)), "bad_words": ((9,), (7, 8))},
-    {"seed": 6, "allowed_token_ids": (3, 5, 8, 11, 30, 39), "min_tokens": 20, "eos_token_ids": (5,)},
+    {"seed": 5, "min_p": 0.1, "logit_bias": ((7, 5.0), (8, 4.0)), "bad_words": ((7, 8),), "banned_ids": bits(9)},
+    {"seed": 6, "allowed_ids": bits(3, 5, 8, 11, 30, 39), "min_tokens": 20, "eos_token_ids": (5,)},
+    {"temperature": 0.0, "banned_ids": bits(*range(0, 40, 2)), "logprobs": 2},
 ]
 
 

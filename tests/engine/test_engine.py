@@ -63,6 +63,9 @@ class FakeRanks:
     async def send(self, message: Plan | Masks) -> None:
         if isinstance(message, Masks):
             assert message.step == self.plans[-1].step
+            if self.masks and self.masks[-1].more:
+                before = self.masks.pop()
+                message = Masks(before.step, before.rows + message.rows, before.masks + message.masks, message.more)
             self.masks.append(message)
         else:
             self.before_step(message)
@@ -72,6 +75,7 @@ class FakeRanks:
         await anyio.sleep(self.step_seconds)
         assert self.rank is not None
         plan = self.plans[-1]
+        assert not plan.masked_rows or not self.masks[-1].more
         return self.rank.result(plan, self.masks[-1] if plan.masked_rows else None)
 
 
@@ -256,6 +260,53 @@ async def test_a_lost_rank_ends_what_ran_and_what_waited_then_runs() -> None:
         assert engine.status == "ready"
         assert engine.stats().rank_restarts == 1
         assert engine.stats().kv_blocks_used == 0
+
+
+@pytest.mark.parametrize("blocks", [16, 200])
+async def test_ranks_may_come_back_with_another_cache(blocks: int) -> None:
+    """On a GPU its size is what is left of the memory: no plan may name a block that is not there any more."""
+    ranks = FakeRanks()
+    ranks.step_seconds = 0.002
+
+    def die_once(plan: Plan) -> None:
+        if plan.step == 5 and ranks.starts == 1:
+            ranks.ready = Ready(blocks, "float32", 0)
+            ranks.plans.clear()
+            raise RankError("rank 0 was killed by SIGKILL")
+
+    ranks.before_step = die_once
+    async with serving(ranks) as engine:
+        requests = [make_request([index] * 30, name=str(index), max_tokens=20) for index in range(9)]
+        generations = [engine.submit(request) for request in requests]
+        results = [await drain(generation) for generation in generations]
+        for request, (tokens, _) in zip(requests[4:], results[4:], strict=True):
+            assert tokens == expected_output(request, 64)
+        assert engine.stats().kv_blocks_total == blocks
+        named = [block for plan in ranks.plans for new in plan.new_rows for block in new.blocks]
+        named += [block for plan in ranks.plans for _, block in plan.new_blocks]
+        assert 0 <= max(named) < blocks
+
+
+async def test_ranks_that_come_back_with_too_small_a_cache_are_started_again() -> None:
+    ranks = FakeRanks()
+
+    def die_once(plan: Plan) -> None:
+        if ranks.starts == 1:
+            ranks.ready = Ready(15, "float32", 0)
+            raise RankError("rank 0 was killed by SIGKILL")
+
+    ranks.before_step = die_once
+    async with serving(ranks) as engine:
+        with engine.submit(make_request([1])) as generation:
+            await drain(generation)
+        await wait_until(lambda: "15 blocks" in engine.reason)
+        assert engine.status == "restarting"
+        assert "64 tokens" in engine.reason
+        ranks.ready = Ready(64, "float32", 0)
+        await wait_until(lambda: engine.status == "ready")
+        request = make_request([1] * 50, max_tokens=14)
+        with engine.submit(request) as generation:
+            assert (await drain(generation))[0] == expected_output(request, 64)
 
 
 @pytest.mark.usefixtures("quick_restarts")

@@ -1,17 +1,19 @@
 from __future__ import annotations
 
 import time
+from array import array
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 
 from fdserve.engine.request import Request, SamplingParams, TokenDelta
 from fdserve.engine.results import Sampled
 from fdserve.engine.scheduler import Scheduler
 from fdserve.engine.sequence import Sequence
 from fdserve.errors import InternalError, InvalidRequest
-from fdserve.executor.wire import StepResult
+from fdserve.executor.wire import Plan, StepResult, encode_frame
 from tests.engine.simulation import SimulatedRank, expected_output, make_request, prompt_logprob
 
 
@@ -308,6 +310,26 @@ def test_a_row_without_a_number_fails_alone() -> None:
     scheduler.check_integrity()
 
 
+@pytest.mark.parametrize("at", [0, 2])
+@pytest.mark.parametrize("max_tokens", [0, 3])
+def test_a_prompt_without_numbers_fails_alone(at: int, max_tokens: int) -> None:
+    """At the first chunk that has one, whether or not it is the last."""
+    scheduler = make_scheduler(budget=5)
+    rank = SimulatedRank(scheduler)
+    bad = scheduler.add(make_request([1] * 8, name="bad", max_tokens=max_tokens, prompt_logprobs=1))
+    good = scheduler.add(make_request([2] * 8, name="good", max_tokens=2, prompt_logprobs=1))
+    plan = scheduler.schedule()
+    assert plan is not None
+    result = rank.result(plan)
+    logprobs = array("f", result.prompt_logprobs)
+    logprobs[at] = float("nan")
+    ((sequence, delta),) = scheduler.update(Sampled(structs.replace(result, prompt_logprobs=logprobs.tobytes())))
+    assert (sequence, delta.finish_reason, delta.token_ids, delta.prompt_logprobs) == (bad, "error", [], None)
+    assert isinstance(delta.error, InternalError)
+    scheduler.check_integrity()
+    assert run(scheduler, rank) == {"good": expected_output(good.request, 64)}
+
+
 def test_finish_reasons_tell_what_happened() -> None:
     scheduler = make_scheduler()
     rank = SimulatedRank(scheduler)
@@ -371,3 +393,30 @@ def test_waiting_requests_cost_a_step_nothing() -> None:
     few = min(seconds_a_step(10) for _ in range(3))
     many = min(seconds_a_step(10_000) for _ in range(3))
     assert many < 3 * few + 50e-6
+
+
+def test_what_a_plan_weighs_is_bounded_however_heavy_its_requests_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    limit = 60_000
+    monkeypatch.setattr("fdserve.engine.scheduler.MAX_NEW_ROWS_BYTES", limit)
+    scheduler = make_scheduler(seqs=16, budget=64)
+    rank = SimulatedRank(scheduler)
+    heavy = {
+        "logit_bias": tuple((index, 1.5) for index in range(300)),
+        "bad_words": tuple((70_000 + index, 80_000) for index in range(500)),
+        "allowed_ids": bytes(12928),
+        "banned_ids": bytes(12928),
+        "stop_token_ids": tuple(range(90_000, 90_128)),
+    }
+    for index in range(16):
+        params = SamplingParams(max_tokens=4, seed=2**62, **(heavy if index % 2 else {}))
+        scheduler.add(Request(id=str(index), prompt=[index] * 9, params=params))
+    largest = 0
+    counts = []
+    while (plan := scheduler.schedule()) is not None:
+        largest = max(largest, len(encode_frame(plan)))
+        counts.append(len(plan.new_rows))
+        for new in plan.new_rows:
+            assert len(encode_frame(Plan(1, [new], [], [], []))) <= new.weight
+        scheduler.update(rank.execute(plan))
+    assert counts[:4] == [4, 4, 4, 4]  # the second heavy one fills it
+    assert limit < largest < limit + 40_000

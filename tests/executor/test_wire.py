@@ -23,6 +23,8 @@ PARAMS = SamplingParams(
     logprobs=0,
     thinking_budget=4,
     logit_bias=((3, 1.5),),
+    allowed_ids=b"\x07\x00\x00\x00",
+    banned_ids=b"\x01\x00\x00\x00",
     bad_words=((1, 2),),
 )
 
@@ -34,6 +36,7 @@ PARAMS = SamplingParams(
         Plan(7, [NewRow(3, b"\x01\x00\x00\x00", 1, 0, (5, 6), PARAMS, 4)], [(1, 9)], [3, 1], [1, 1], [3]),
         Plan(8, [], [], [3], [3], drafts=[(3, [7, 8])]),
         Masks(7, [3], [b"\xff\x00\x00\x00"]),
+        Masks(7, [3], [b"\xff\x00\x00\x00"], more=True),
     ],
 )
 def test_frames_to_a_rank_round_trip(message: Load | Plan | Masks) -> None:

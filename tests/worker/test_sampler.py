@@ -26,6 +26,9 @@ def make_rows(*states: tuple[list[int], list[int], SamplingParams]) -> Rows:
 
 
 def params(**changes: object) -> SamplingParams:
+    """The ids of `allowed_ids` and `banned_ids` may be given as a tuple."""
+    for name in changes.keys() & {"allowed_ids", "banned_ids"}:
+        changes[name] = id_mask(changes[name], VOCAB).tobytes()  # type: ignore[arg-type]
     return SamplingParams(**{"max_tokens": 20, "seed": 1, "temperature": 0.0, "eos_token_ids": (EOS,), **changes})
 
 
@@ -95,7 +98,7 @@ def test_each_place_of_a_draft_has_its_own_past() -> None:
         params(frequency_penalty=0.8),
         params(repetition_penalty=1.3),
         params(min_tokens=3, eos_token_ids=(5,)),
-        params(bad_words=((6, 5), (7, 5), (9,))),
+        params(bad_words=((6, 5), (7, 5)), banned_ids=(9,)),
         params(thinking_budget=2, think_end_ids=(8, END), think_end_id=END),
         params(temperature=1.0, top_p=0.9),
     ]
@@ -146,7 +149,7 @@ def test_a_row_that_another_sequence_enters_is_sampled_as_that_one_asks() -> Non
 
     assert tokens(0, 1) == [5, 5]
     for asks, expected in (
-        (params(allowed_token_ids=(7,)), 7),
+        (params(allowed_ids=(7,)), 7),
         (params(presence_penalty=1.5), 6),
         (params(temperature=1.0, top_k=1), 5),
     ):
@@ -167,18 +170,36 @@ def test_a_row_of_nan_gives_no_token_and_leaves_the_others_alone() -> None:
 def test_limits_hold_for_their_own_rows() -> None:
     rows = make_rows(
         ([1], [], params(logit_bias=((6, 50.0),))),
-        ([1], [], params(allowed_token_ids=(30, 31))),
-        ([1], [7, 8], params(bad_words=((8, 5), (4,)))),
-        ([1], [], params(temperature=1.0, bad_words=((5,),), allowed_token_ids=(5, 49))),
+        ([1], [], params(allowed_ids=(30, 31))),
+        ([1], [7, 8], params(bad_words=((8, 5),), banned_ids=(4,))),
+        ([1], [], params(temperature=1.0, banned_ids=(5,), allowed_ids=(5, 49))),
         ([1], [], params()),
-        ([1], [], params(allowed_token_ids=(30, 31))),
-        ([1], [], params(allowed_token_ids=(30, 31))),
+        ([1], [], params(allowed_ids=(30, 31))),
+        ([1], [], params(allowed_ids=(30, 31))),
         ([1], [], params(min_tokens=3)),
     )
     masks = {row: id_mask(ids, VOCAB).tobytes() for row, ids in {4: (40,), 5: (31, 5), 6: (5,), 7: (EOS,)}.items()}
     logits = np.stack([logits_favouring(5, 4, 6, 30, 31)] * 8)
     assert run(rows, logits, masks).token_ids.tolist() == [6, 30, 6, 49, 40, 31, NOTHING_ALLOWED, EOS]
     assert run(rows, logits[:4]).token_ids.tolist() == [6, 30, 5, 49]
+
+
+def test_bans_give_what_biases_of_minus_infinity_give() -> None:
+    logits = np.random.default_rng(2).normal(size=(1, VOCAB))
+    ids = (1, 3, 4, 6, 8, 9, *range(20, 45))
+    for changes in (
+        {},
+        {"temperature": 1.0, "top_p": 0.7, "logprobs": 3, "temp_scaled_logprobs": True},
+        {"temperature": 1.3, "top_k": 4, "min_p": 0.1, "repetition_penalty": 1.4, "presence_penalty": 0.3},
+        {"temperature": 1.0, "min_tokens": 9, "eos_token_ids": (7,), "logit_bias": ((8, 5.0), (7, 9.0))},
+    ):
+        biased = changes | {"logit_bias": (*changes.get("logit_bias", ()), *((token, -np.inf) for token in ids))}
+        for seed in range(20):
+            one = run(make_rows(([1, 3], [5, 7], params(seed=seed, **changes, banned_ids=ids))), logits)
+            other = run(make_rows(([1, 3], [5, 7], params(seed=seed, **biased))), logits)
+            for ours, theirs in zip(vars(one).values(), vars(other).values(), strict=True):
+                np.testing.assert_array_equal(ours, theirs)
+            assert one.token_ids[0] not in ids
 
 
 def test_each_row_reports_logprobs_its_own_way() -> None:
