@@ -34,8 +34,9 @@ class AttentionCalls:
         self.kv_bytes = batch * (context + news) * ops.kv_bytes_per_token(KV_HEADS, HEAD_DIM, dtype)
         blocks = -(-(context + news) // BLOCK_SIZE)
         self.copies = min(MOST_COPIES, max(1, CACHE_BYTES // self.kv_bytes))
-        shape = ops.kv_cache_shape(self.copies * batch * blocks, KV_HEADS, BLOCK_SIZE, HEAD_DIM)
-        self._caches = paddle.full(shape, 0.5, dtype), paddle.full(shape, 0.5, dtype)
+        self._caches = ops.new_kv_cache(self.copies * batch * blocks, KV_HEADS, BLOCK_SIZE, HEAD_DIM, dtype)
+        for cache in self._caches:
+            cache.fill_(0.5)
         ids = np.arange(self.copies * batch * blocks, dtype=np.int32).reshape(self.copies, batch, blocks)
         self._tables = [paddle.to_tensor(table) for table in ids]
         positions = np.tile(np.arange(context, context + news), batch)

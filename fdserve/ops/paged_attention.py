@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+import mmap
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from fdserve.ops import gpu
 from fdserve.ops.library import on_gpu, run
@@ -44,12 +48,20 @@ def new_kv_cache(
     shape = kv_cache_shape(num_blocks, num_kv_heads, block_size, head_dim, dtype)
     if on_gpu():
         return gpu.new_kv_cache(shape, dtype)
-    # paddle.zeros would write gigabytes of zeros, which takes seconds; NumPy leaves them to the kernel. A view of
-    # int16 as bfloat16, because NumPy has no such dtype.
-    storage = {"bfloat16": np.int16, "float32": np.float32, "int8": np.uint8}[dtype]
+    # A view of int16 as bfloat16, because NumPy has no such dtype.
+    storage = np.dtype({"bfloat16": "int16", "float32": "float32", "int8": "uint8"}[dtype])
     view = "uint8" if dtype == "int8" else dtype
-    keys, values = (paddle.from_dlpack(np.zeros(shape, storage)).view(view) for _ in range(2))
+    keys, values = (paddle.from_dlpack(_fresh(shape, storage)).view(view) for _ in range(2))
     return keys, values
+
+
+def _fresh(shape: list[int], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    """Zeros of the system, which paddle.zeros would take seconds to write; in huge pages where it has any, because
+    every group of keys that a decode reads lies in another small one."""
+    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError, AttributeError):  # a kernel, or a Python, without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(memory, dtype).reshape(shape)
 
 
 def kv_bytes_per_token(num_kv_heads: int, head_dim: int, dtype: str) -> int:
