@@ -22,7 +22,6 @@ FD_INLINE void unfold_tile(const Tables<BITS>& tables, const char* packed, int64
 template <int BITS>
 struct GroupOf {
   static constexpr int64_t BYTES = Unfold<BITS>::LINES * LINE, STEP = Unfold<BITS>::VECTORS * 32;
-  static constexpr int LINES = Unfold<BITS>::VECTORS / 8;  // of a tile
 };
 static_assert(GROUP / 2 == 2 * STEP_DEPTH);
 
