@@ -28,12 +28,13 @@ def test_linear_of_no_rows(dtype: str) -> None:
     assert ops.linear(tensor(np.zeros((0, 30), np.float32), dtype), weight).shape == [0, 70]
 
 
-def test_a_rows_bits_do_not_depend_on_the_batch_or_the_threads(dtype: str) -> None:
+@pytest.mark.parametrize("depth", [700, 1024])  # many rows are copied into whole tiles where they fill them
+def test_a_rows_bits_do_not_depend_on_the_batch_or_the_threads(dtype: str, depth: int) -> None:
     rng = np.random.default_rng(1)
-    weight = packed(normal(rng, 200, 700, dtype=dtype), dtype)
-    x = tensor(normal(rng, 401, 700, dtype=dtype), dtype)
+    weight = packed(normal(rng, 200, depth, dtype=dtype), dtype)
+    x = tensor(normal(rng, 401, depth, dtype=dtype), dtype)
     together = values(ops.linear(x, weight, out_dtype="float32"))
-    for first, last in [(0, 1), (1, 3), (4, 9), (10, 16), (16, 29), (190, 400), (400, 401)]:
+    for first, last in [(0, 1), (1, 3), (4, 9), (10, 16), (16, 29), (16, 34), (50, 150), (190, 400), (400, 401)]:
         assert (values(ops.linear(x[first:last], weight, out_dtype="float32")) == together[first:last]).all()
     for threads in (1, 3):
         ops.set_num_threads(threads)

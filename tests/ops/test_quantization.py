@@ -55,13 +55,14 @@ def test_the_error_of_normal_weights(dtype: str, quantization: str, bound: float
     assert np.sqrt(np.square(error).mean() / np.square(weight).mean()) < bound
 
 
+@pytest.mark.parametrize("depth", [700, 1024])  # many rows are copied into whole tiles where they fill them
 @pytest.mark.parametrize("quantization", FORMATS)
-def test_a_rows_bits_do_not_depend_on_the_batch_or_the_threads(dtype: str, quantization: str) -> None:
+def test_a_rows_bits_do_not_depend_on_the_batch_or_the_threads(dtype: str, quantization: str, depth: int) -> None:
     rng = np.random.default_rng(1)
-    weight = pack(normal(rng, 200, 700, dtype=dtype), dtype, quantization)
-    x = tensor(normal(rng, 401, 700, dtype=dtype), dtype)
+    weight = pack(normal(rng, 200, depth, dtype=dtype), dtype, quantization)
+    x = tensor(normal(rng, 401, depth, dtype=dtype), dtype)
     together = values(ops.linear(x, weight, out_dtype="float32"))
-    for first, last in [(0, 1), (1, 3), (4, 9), (10, 16), (16, 29), (190, 400), (400, 401)]:
+    for first, last in [(0, 1), (1, 3), (4, 9), (10, 16), (16, 29), (16, 34), (50, 150), (190, 400), (400, 401)]:
         assert (values(ops.linear(x[first:last], weight, out_dtype="float32")) == together[first:last]).all()
     for threads in (1, 3):
         ops.set_num_threads(threads)
