@@ -41,7 +41,8 @@ def new_kv_cache(
 ) -> tuple[Tensor, Tensor]:
     """Zeroed (keys, values) of one layer; `dtype` is D, or "int8" for bytes with a scale for each token and head.
 
-    Takes no memory until it is written: pages come as they are touched.
+    Takes no memory until it is written: pages come as they are touched. Raises MemoryError where the system grants
+    none.
     """
     import paddle
 
@@ -58,7 +59,11 @@ def new_kv_cache(
 def _fresh(shape: list[int], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
     """Zeros of the system, which paddle.zeros would take seconds to write; in huge pages where it has any, because
     every group of keys that a decode reads lies in another small one."""
-    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    size = math.prod(shape) * dtype.itemsize
+    try:
+        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except (OSError, OverflowError) as error:
+        raise MemoryError(f"the system has no {size} bytes for keys or values of a layer") from error
     with suppress(OSError, AttributeError):  # a kernel, or a Python, without them
         memory.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(memory, dtype).reshape(shape)

@@ -61,7 +61,10 @@ class Runner:
         self.ready = Ready(num_blocks, kv_dtype, num_blocks * bytes_per_block)
         max_model_len = min(load.max_model_len or self.config.max_position_embeddings, num_blocks * load.block_size)
         recorded = ops.on_gpu() and collectives is None
-        self.caches = self.model.new_caches(num_blocks + recorded, load.block_size, kv_dtype)  # one to spare
+        try:
+            self.caches = self.model.new_caches(num_blocks + recorded, load.block_size, kv_dtype)  # one to spare
+        except MemoryError as error:
+            raise StartupError(f"No KV cache of {num_blocks} blocks fits the memory: {error}.") from error
         self._graphs: DecodeGraphs | None = None
         if recorded:
             sizes = {"max_model_len": max_model_len, "spare_block": num_blocks}

@@ -280,3 +280,9 @@ def test_reference_rope_turns_adjacent_pairs() -> None:
     actual = reference.apply_rope(x, reference.rope_table(np.arange(3), 8, THETA))
     assert_close(actual[..., 0::2], turned.real, "float32")
     assert_close(actual[..., 1::2], turned.imag, "float32")
+
+
+@pytest.mark.parametrize("blocks", [1 << 40, 1 << 62])
+def test_a_cache_beyond_the_memory_is_refused(blocks: int) -> None:
+    with pytest.raises(MemoryError, match="for keys or values"):
+        ops.new_kv_cache(blocks, 2, 64, 128, "float32")
