@@ -47,17 +47,24 @@ FD_INLINE void shape_tiles(int64_t rows) {
 // The compiler does not know that tiles are loaded from memory and stored to it.
 FD_INLINE void tile_fence() { asm volatile("" : : : "memory"); }
 
+// Pairs of bf16; bytes that are 128 too large times signed ones; digits times weights that are too large; signed bytes.
 struct TilePairs {
   using Sum = float;
-  static constexpr bool BYTES = false;
 };
 struct TileQuads {
   using Sum = int32_t;
-  static constexpr bool BYTES = true;
 };
-#define FD_TILE_DOT(sum, x, w)                       \
-  if constexpr (Math::BYTES) _tile_dpbusd(sum, x, w); \
-  else _tile_dpbf16ps(sum, x, w)
+struct TileDigits {
+  using Sum = int32_t;
+};
+struct TileSigned {
+  using Sum = int32_t;
+};
+#define FD_TILE_DOT(sum, x, w)                                                 \
+  if constexpr (__is_same(Math, TilePairs)) _tile_dpbf16ps(sum, x, w);        \
+  else if constexpr (__is_same(Math, TileQuads)) _tile_dpbusd(sum, x, w);     \
+  else if constexpr (__is_same(Math, TileDigits)) _tile_dpbsud(sum, x, w);    \
+  else _tile_dpbssd(sum, x, w)
 
 FD_INLINE void zero_sums() {
   _tile_zero(0);
@@ -96,6 +103,17 @@ struct Ahead {
   }
   FD_MEMBER void operator()(int part) {
     for (int u = part; u < UNITS; u += 4) unit();
+  }
+};
+
+// Fetches `bytes` that follow in memory evenly over `steps`.
+struct Paced : Ahead<0, 2> {
+  static constexpr int64_t ONE = 1 << 20;
+  int64_t credit = 0, rate;
+  FD_MEMBER Paced(const void* from, int64_t bytes, int64_t steps)
+      : Ahead(static_cast<const char*>(from)), rate(ONE * (bytes / LINE / 8 + 1) / (4 * steps) + 1) {}
+  FD_MEMBER void operator()(int) {
+    for (credit += rate; credit >= ONE; credit -= ONE) unit();
   }
 };
 
@@ -238,32 +256,27 @@ inline void to_tiles(const char* x, int64_t stride, int64_t rows, int64_t bytes,
       _mm512_store_si512(out, r < rows ? _mm512_loadu_si512(x + r * stride + at) : __m512i{});
 }
 
-// More than one tile of rows, while the panel that follows is fetched: UNITS times 8 lines a step of each of two tiles.
-template <class Math, int UNITS>
-void tile_passes(const RowTiles& tiles, const char* panel, int64_t depth, typename Math::Sum* acc) {
-  Ahead<UNITS, 2> next(panel + depth * STEP_BYTES);
-  Nothing nothing;
-  for (int64_t t = 0, fetched = 0; t < tiles.count; t += 2, fetched += 2 * UNITS) {
+template <class Math>
+void tile_passes(const RowTiles& tiles, const char* panel, const void* next, int64_t depth, typename Math::Sum* acc) {
+  Paced fetch(next, depth * STEP_BYTES, (tiles.count + 1) / 2 * 2 * (depth / STEP_DEPTH + 1));
+  for (int64_t t = 0; t < tiles.count; t += 2) {
     const int64_t last = t + 1 < tiles.count ? t + 1 : t, count = last - t + 1;
     const Tile rows[2] = {tiles.tile(t), tiles.tile(last)};
     typename Math::Sum* sums[2] = {acc + tiles.start(t) * PANEL, acc + tiles.start(last) * PANEL};
-    if (fetched < WEIGHTS_BYTES / LINE / 8) tile_pass<Math>(rows, count, tiles.height(), panel, depth, sums, next);
-    else tile_pass<Math>(rows, count, tiles.height(), panel, depth, sums, nothing);
+    tile_pass<Math>(rows, count, tiles.height(), panel, depth, sums, fetch);
   }
 }
 
 template <class Math>
-void tile_gemm(Rows a, int64_t rows, const void* panel_, int64_t depth, typename Math::Sum* acc) {
+void tile_gemm(Rows a, int64_t rows, const void* panel_, const void* next, int64_t depth, typename Math::Sum* acc) {
   const char* panel = static_cast<const char*>(panel_);
   const RowTiles tiles(a, rows);
   shape_tiles(rows);
   if (tiles.count == 1) {
-    Streaming next(panel);
+    Streaming fetch(panel);
     const Tile only = tiles.tile(0);
-    tile_pass<Math>(&only, 1, tiles.height(), panel, depth, &acc, next);
-  } else if (tiles.count <= 3) tile_passes<Math, 4>(tiles, panel, depth, acc);
-  else if (tiles.count < 8) tile_passes<Math, 2>(tiles, panel, depth, acc);
-  else tile_passes<Math, 1>(tiles, panel, depth, acc);
+    tile_pass<Math>(&only, 1, tiles.height(), panel, depth, &acc, fetch);
+  } else tile_passes<Math>(tiles, panel, next, depth, acc);
 }
 
 }  // namespace FD_ISA

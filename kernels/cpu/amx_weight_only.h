@@ -1,181 +1,275 @@
 // Weight-only panels by AMX.
 //
-// Layout: that of weight_only.h; integers unfold to tiles of bf16. Tiling: that of amx.h, a group of inputs at a time,
-// whose sums are then scaled and added up by vectors. Up to 16 rows take the tiles as they unfold, two steps behind; for
-// more some groups are unfolded, and all rows pass over them. What vectors do (unfold, scale) stands between the tiles.
-// Floor: memory for few rows where unfolding keeps up, the products of bf16 for many.
+// Layout: that of weight_only.h, activations as digits. Tiling: that of amx.h, a group of inputs at a time, whose sums are
+// then scaled and added up by vectors, while the tiles of the next are under way: reading them at once would wait for
+// their stores. Up to 8 rows of bytes, and each 8 of up to 32 rows of nibbles, are one tile of both digits and take weights
+// from the panel: bytes as they are, nibbles with their low halves unfolded a group ahead. More rows take a tile for each
+// digit: of bytes the sums of both are stored; nibbles are unfolded for some chunks, to signed bytes and to 16 times them,
+// for both digits to have one sum. Floor: memory for few rows, the products of bf16 for many.
 
 namespace fdserve {
 namespace FD_ISA {
 
-// 16 columns of a step of a group into a tile.
-template <int BITS>
-FD_INLINE void unfold_tile(const Tables<BITS>& tables, const char* packed, int64_t column, char* tile) {
-  constexpr int PAIRS = Unfold<BITS>::PAIRS;
-  for (int i = 0; i < STEP_DEPTH / PAIRS; ++i) {
-    __m512i pairs[PAIRS];
-    tables.unfold(_mm512_loadu_si512(packed + (i * 4 + column) * 64), pairs);
-    for (int p = 0; p < PAIRS; ++p) _mm512_store_si512(tile + (i * PAIRS + p) * TILE_LINE, pairs[p]);
+constexpr int64_t BLOCK_ROWS = TILE_ROWS / 2;  // whose digits are one tile
+constexpr int64_t FEW_NIBBLE_ROWS = 32;        // up to which unfolding for several tiles takes longer than more sums
+constexpr int64_t HALF = PANEL / 2;                     // outputs that two tiles of columns take
+constexpr int64_t HALF_SUMS = TILE_ROWS * HALF;         // of 16 rows
+
+// Rows of digits in tiles.
+struct DigitTiles {
+  Rows all;
+  RowTiles rows;
+  FD_MEMBER DigitTiles(Rows x, int64_t n) : all(x), rows(x, n) {}
+  // Both digits of up to 8 rows, which are not tiled.
+  FD_MEMBER int64_t blocks() const { return (rows.rows + BLOCK_ROWS - 1) / BLOCK_ROWS; }
+  FD_MEMBER Tile block(int64_t b) const { return {all.data + b * BLOCK_ROWS * all.stride, all.stride / 2, TILE_LINE}; }
+  FD_MEMBER Tile first(int64_t t) const { return rows.tile(t); }
+  FD_MEMBER Tile second(int64_t t) const {
+    Tile tile = rows.tile(t);
+    tile.at += all.tiled ? TILE_ROWS * all.stride / 2 : all.stride / 2;
+    return tile;
   }
-}
-
-template <int BITS>
-struct GroupOf {
-  static constexpr int64_t BYTES = Unfold<BITS>::LINES * LINE, STEP = Unfold<BITS>::VECTORS * 32;
 };
-static_assert(GROUP / 2 == 2 * STEP_DEPTH);
 
-// Sums of one or two groups that wait to be scaled and added to `acc` in turn. They wait until the tiles of the next are
-// under way: reading them at once would wait for their stores, and between tiles vectors hold up more than they gain.
-template <int VECTORS, int GROUPS>
-struct Waiting {
-  static constexpr int64_t COLUMNS = VECTORS * VL, APART = 2 * TILE_ROWS * COLUMNS;  // of two groups' sums
-  const float* sums = nullptr;
-  float* acc = nullptr;
-  int64_t rows = 0;
-  int groups = 0;
-  const bf16* scales[2] = {};
-  FD_MEMBER Waiting() {}
-  template <int COUNT>
-  FD_MEMBER void add_groups() const {
-    for (int v = 0; v < VECTORS; ++v) {
-      const vf one = load(scales[0] + v * VL), two = COUNT == 2 ? load(scales[1] + v * VL) : vf{};
-      for (int64_t r = 0; r < rows; ++r) {
-        const float* sum = sums + r * COLUMNS + v * VL;
-        float* to = acc + r * PANEL + v * VL;
-        const vf x = fma(load(sum), one, load(to));
-        store(to, COUNT == 2 ? fma(load(sum + APART), two, x) : x);
-      }
-    }
+// 16 rows or fewer of a tile that the tile before has not done, and where their sums go.
+struct Strip {
+  int64_t skipped, rows;
+  const SumScale* by;
+  float* acc;
+  FD_MEMBER Strip(const DigitTiles& tiles, int64_t t, int64_t group, float* to) {
+    const int64_t begin = t * TILE_ROWS, end = begin + TILE_ROWS < tiles.rows.rows ? begin + TILE_ROWS : tiles.rows.rows;
+    skipped = begin - tiles.rows.start(t), rows = end - begin;
+    by = tiles.all.sum_scales + begin * tiles.all.groups + group, acc = to + begin * PANEL;
+  }
+};
+
+// Sums of both digits of up to 8 rows over a group, until they are added.
+template <int BITS>
+struct BlockSums {
+  alignas(64) int32_t sums[TILE_ROWS * PANEL];
+  int64_t rows = 0, groups;
+  const SumScale* by;
+  const bf16* scales;
+  float* acc;
+  FD_MEMBER BlockSums() {}
+  FD_MEMBER void of(const DigitTiles& tiles, int64_t block, int64_t g, const char* group, float* to) {
+    const int64_t first = block * BLOCK_ROWS, left = tiles.rows.rows - first;
+    rows = left < BLOCK_ROWS ? left : BLOCK_ROWS, groups = tiles.all.groups;
+    by = tiles.all.sum_scales + first * groups + g, scales = scales_of(group), acc = to + first * PANEL;
   }
   FD_MEMBER void add() const {
-    if (GROUPS == 2 && groups == 2) add_groups<GROUPS>();
-    else if (groups == 1) add_groups<1>();
+    if (rows != 0) add_digit_sums<BITS, BITS / 2>(sums, 2 * PANEL, PANEL, rows, by, groups, scales, acc);
   }
 };
 
-constexpr int64_t UNFOLDED_GROUPS = 16;  // whose weights share the second-level cache with rows and sums
-
-// Unfolded groups times two tiles of rows, which begin `apart` from another and of which `known` rows are done; or one tile.
-template <bool TWO, int64_t BYTES>
-FD_INLINE void multiply_slices(const Tile* tiles, int64_t apart, int64_t known, const char* slices, const char* panel,
-                               int64_t groups, float* acc) {
-  constexpr int VECTORS = TWO ? 2 : 4;
-  using Pair = Waiting<VECTORS, 2>;
-  alignas(64) float sums[2][2 * Pair::APART];
-  Nothing nothing;
-  const int64_t rows = (TWO ? apart + TILE_ROWS : TILE_ROWS) - known;
-  for (int half = 0; half < 4 / VECTORS; ++half) {
-    Pair waiting;
-    for (int64_t g = 0; g < groups; g += 2) {
-      float* to = sums[g / 2 % 2];
-      const int count = g + 1 < groups ? 2 : 1;
-      for (int64_t i = g; i < g + count; ++i) {
-        const Tile from[2] = {tiles[0].after(2 * i), tiles[1].after(2 * i)};
-        const char* slice = slices + i * 2 * WEIGHTS_BYTES + half * 2 * TILE_BYTES;
-        tile_fence();
-        zero_sums();
-        if (TWO) add_two<TilePairs, WholeTiles>(from, slice, 2, nothing);
-        else add_one<TilePairs, WholeTiles>(from[0], slice, 2, nothing);
-        float* sum = to + (i - g) * Pair::APART;
-        if (TWO) store_two(sum, sum + apart * Pair::COLUMNS, Pair::COLUMNS * 4);
-        else store_one(sum);
-        tile_fence();
-      }
-      waiting.add();
-      waiting.sums = to + known * Pair::COLUMNS, waiting.acc = acc + half * 32, waiting.rows = rows;
-      waiting.groups = count;
-      for (int i = 0; i < count; ++i) waiting.scales[i] = scales_of(panel + (g + i) * BYTES) + half * 32;
-    }
-    waiting.add();
-  }
-}
-
-template <int BITS>
-void many_groups(RowTiles tiles, const char* panel, int64_t groups, float* acc) {
-  constexpr int64_t BYTES = GroupOf<BITS>::BYTES, STEP = GroupOf<BITS>::STEP;
-  alignas(64) char slices[UNFOLDED_GROUPS][2 * WEIGHTS_BYTES];
-  const Tables<BITS> tables;
-  Ahead<0, 2> fetch(panel + Ahead<0, 2>::WINDOW);
-  for (int64_t left, done = 0; groups > 0; groups -= left, panel += left * BYTES, done += 2 * left) {
-    left = groups < UNFOLDED_GROUPS ? groups : UNFOLDED_GROUPS;
-    for (int64_t g = 0; g < left; ++g)
-      for (int64_t t = 0; t < 8; ++t) {
-        unfold_tile<BITS>(tables, panel + g * BYTES + PANEL * 2 + t / 4 * STEP, t % 4, slices[g] + t * TILE_BYTES);
-        if (BITS == 8 || t % 2 == 0) fetch.unit();
-      }
-    for (int64_t t = 0; t < tiles.count; t += 2) {
-      const int64_t first = tiles.start(t), last = t + 1 < tiles.count ? t + 1 : t;
-      const int64_t apart = tiles.start(last) - first, known = t * TILE_ROWS - first;  // rows of the tile before
-      const Tile from[2] = {tiles.tile(t).after(done), tiles.tile(last).after(done)};
-      float* to = acc + t * TILE_ROWS * PANEL;
-      if (last != t) multiply_slices<true, BYTES>(from, apart, known, slices[0], panel, left, to);
-      else multiply_slices<false, BYTES>(from, 0, known, slices[0], panel, left, to);
-    }
-  }
-}
-
-// Unfolds the step after next and fetches what follows.
-template <int BITS>
-struct Unfolding {
-  const Tables<BITS> tables;
-  Ahead<0, 2> fetch;
-  const char* packed;
-  char* out;
-  FD_MEMBER explicit Unfolding(const char* panel) : fetch(panel + Ahead<0, 2>::WINDOW) {}
-  FD_MEMBER void operator()(int part) {
-    const int column = part ^ 2;  // no tile waits for stores that are under way
-    unfold_tile<BITS>(tables, packed, column, out + column * TILE_BYTES);
-    if (BITS == 8 || part % 2 == 0) fetch.unit();
-  }
-};
-
-template <int BITS>
-void few_groups(Tile a, int64_t rows, const char* panel, int64_t groups, float* acc) {
-  constexpr int64_t BYTES = GroupOf<BITS>::BYTES, STEP = GroupOf<BITS>::STEP;
-  alignas(64) char slices[3][WEIGHTS_BYTES];
-  alignas(64) float sums[2][TILE_ROWS * PANEL];
-  Unfolding<BITS> meanwhile(panel);
-  Waiting<4, 1> waiting;
-  waiting.acc = acc, waiting.rows = rows;
-  const auto packed = [&](int64_t g) { return panel + (g < groups ? g : groups - 1) * BYTES + PANEL * 2; };
-  char *now = slices[0], *next = slices[1], *later = slices[2];
-  for (int t = 0; t < 4; ++t) {
-    unfold_tile<BITS>(meanwhile.tables, packed(0), t, now + t * TILE_BYTES);
-    unfold_tile<BITS>(meanwhile.tables, packed(0) + STEP, t, next + t * TILE_BYTES);
-  }
-  for (int64_t g = 0; g < groups; ++g, a = a.after(2)) {
-    float* to = sums[g % 2];
-    if (g % 4 == 3) meanwhile.fetch.unit();  // the scales of four groups
+inline void few_bytes(const DigitTiles& tiles, const char* group, int64_t inputs, float* acc) {
+  constexpr int64_t INPUTS = GroupOf<8>::INPUTS;
+  BlockSums<8> both[2];
+  Streaming fetch(group);
+  Tile a = tiles.block(0);
+  int64_t g = 0;
+  for (int64_t steps; inputs > 0; ++g, inputs -= INPUTS, group += GroupOf<8>::BYTES, a = a.after(steps)) {
+    steps = (inputs < INPUTS ? inputs : INPUTS) / CHUNK;
+    BlockSums<8>& now = both[g % 2];
     tile_fence();
     zero_sums();
-    meanwhile.packed = packed(g + 1), meanwhile.out = later;
-    add_one<TilePairs, WholeTiles>(a, now, 1, meanwhile);
-    meanwhile.packed += STEP, meanwhile.out = now;
-    add_one<TilePairs, WholeTiles>(a.after(1), next, 1, meanwhile);
-    store_one(to);
+    add_one<TileDigits, PanelTiles>(a, group + PANEL * 2, steps, fetch);
+    store_one(now.sums);
     tile_fence();
-    waiting.add();
-    waiting.sums = to, waiting.scales[0] = scales_of(panel + g * BYTES), waiting.groups = 1;
-    char* old = next;
-    next = now, now = later, later = old;
+    both[(g + 1) % 2].add();
+    now.of(tiles, 0, g, group, acc);
   }
-  waiting.add();
+  both[(g + 1) % 2].add();
 }
 
-template <int BITS>
-FD_INLINE void multiply_group_tiles(const RowTiles& tiles, const char* panel, int64_t groups, float* acc) {
-  if (tiles.count == 1) few_groups<BITS>(tiles.tile(0), tiles.rows, panel, groups, acc);
-  else many_groups<BITS>(tiles, panel, groups, acc);
+FD_INLINE void low_nibbles(const char* packed, char* tile) {
+  const __m512i low = _mm512_set1_epi8(15);
+  for (int64_t i = 0; i < TILE_BYTES; i += TILE_LINE)
+    _mm512_store_si512(tile + i, _mm512_and_si512(_mm512_loadu_si512(packed + i), low));
 }
 
-inline void tile_gemm_groups(Rows a, int64_t rows, const void* panel_, Format format, int64_t groups, float* acc) {
+// A chunk into sums 0 and 1 by its low nibbles, which are unfolded already, and 2 and 3 by its bytes.
+template <class Meanwhile>
+FD_INLINE void add_nibbles(Tile a, const char* packed, const char* low, Meanwhile& meanwhile) {
+  _tile_loadd(4, a.at, a.stride);
+  _tile_loadd(5, packed, TILE_LINE);
+  _tile_dpbsud(2, 4, 5);
+  meanwhile(0);
+  _tile_loadd(6, packed + TILE_BYTES, TILE_LINE);
+  _tile_dpbsud(3, 4, 6);
+  _tile_loadd(7, low, TILE_LINE);
+  _tile_dpbsud(0, 4, 7);
+  meanwhile(1);
+  _tile_loadd(5, low + TILE_BYTES, TILE_LINE);
+  _tile_dpbsud(1, 4, 5);
+}
+
+// Unfolds the low nibbles of a chunk and fetches what follows.
+struct LowNibbles {
+  Ahead<0, 3> fetch;
+  const char* packed;
+  char* out;
+  FD_MEMBER explicit LowNibbles(const char* panel) : fetch(panel + Ahead<0, 3>::WINDOW) {}
+  FD_MEMBER void operator()(int part) {
+    low_nibbles(packed + part * TILE_BYTES, out + part * TILE_BYTES);
+    fetch.unit();
+    fetch.unit();
+  }
+};
+
+inline void few_nibbles(const DigitTiles& tiles, const char* panel, int64_t inputs, float* acc) {
+  constexpr int64_t STEPS = GroupOf<4>::INPUTS / CHUNK, LOW_BYTES = 2 * TILE_BYTES;
+  BlockSums<4> both[2];
+  alignas(64) char low[2][STEPS * LOW_BYTES];
+  LowNibbles meanwhile(panel);
+  Nothing nothing;
+  const int64_t chunks = inputs / CHUNK;
+  const auto chunk_at = [&](int64_t c) {
+    return panel + c / STEPS * GroupOf<4>::BYTES + PANEL * 2 + c % STEPS * GroupOf<4>::CHUNK_BYTES;
+  };
+  for (int64_t c = 0; c < STEPS && c < chunks; ++c)
+    for (int64_t i = 0; i < 2; ++i) low_nibbles(chunk_at(c) + i * TILE_BYTES, low[0] + c * LOW_BYTES + i * TILE_BYTES);
+  int64_t turn = 0;
+  for (int64_t g = 0, c = 0; c < chunks; ++g, c += STEPS) {
+    const int64_t steps = chunks - c < STEPS ? chunks - c : STEPS;
+    if (g % 4 == 0) meanwhile.fetch.unit();  // the scales of four groups
+    for (int64_t b = 0; b < tiles.blocks(); ++b, turn ^= 1) {
+      Tile a = tiles.block(b).after(c);
+      tile_fence();
+      zero_sums();
+      for (int64_t s = 0; s < steps; ++s, a = a.after(1)) {
+        const char* unfolded = low[g % 2] + s * LOW_BYTES;
+        meanwhile.packed = chunk_at(c + STEPS + s < chunks ? c + STEPS + s : c), meanwhile.out = low[(g + 1) % 2] + s * LOW_BYTES;
+        if (b == 0) add_nibbles(a, chunk_at(c + s), unfolded, meanwhile);
+        else add_nibbles(a, chunk_at(c + s), unfolded, nothing);
+      }
+      store_one(both[turn].sums);
+      tile_fence();
+      both[turn ^ 1].add();
+      both[turn].of(tiles, b, g, chunk_at(c) - PANEL * 2, acc);
+    }
+  }
+  both[turn ^ 1].add();
+}
+
+// A tile of rows of both digits by 32 columns of a panel of bytes.
+template <class Meanwhile>
+FD_INLINE void strip_of_bytes(const DigitTiles& tiles, int64_t t, int64_t half, const char* group, int64_t inputs, float* acc,
+                              Meanwhile& meanwhile) {
+  constexpr int64_t INPUTS = GroupOf<8>::INPUTS;
+  alignas(64) int32_t sums[2][2 * HALF_SUMS];
+  Tile a[2] = {tiles.first(t), tiles.second(t)};
+  const auto add = [&](int64_t g, const char* of) {
+    const Strip to(tiles, t, g, acc + half * HALF);
+    add_digit_sums<8, 2>(sums[g % 2] + to.skipped * HALF, HALF, HALF_SUMS, to.rows, to.by, tiles.all.groups,
+                         scales_of(of) + half * HALF, to.acc);
+  };
+  int64_t g = 0;
+  for (; inputs > 0; ++g, inputs -= INPUTS, group += GroupOf<8>::BYTES) {
+    const int64_t steps = (inputs < INPUTS ? inputs : INPUTS) / CHUNK;
+    tile_fence();
+    zero_sums();
+    add_two<TileDigits, PanelTiles>(a, group + PANEL * 2 + half * HALF * 4, steps, meanwhile);
+    store_two(sums[g % 2], sums[g % 2] + HALF_SUMS, HALF * 4);
+    tile_fence();
+    if (g > 0) add(g - 1, group - GroupOf<8>::BYTES);
+    a[0] = a[0].after(steps), a[1] = a[1].after(steps);
+  }
+  add(g - 1, group - GroupOf<8>::BYTES);
+}
+
+inline void many_bytes(const DigitTiles& tiles, const char* panel, const void* next, int64_t inputs, float* acc) {
+  Paced fetch(next, panel_bytes(Format::kWint8, inputs), tiles.rows.count * 2 * (inputs / CHUNK));
+  for (int64_t t = 0; t < tiles.rows.count; ++t)
+    for (int64_t half = 0; half < 2; ++half) strip_of_bytes(tiles, t, half, panel, inputs, acc, fetch);
+}
+
+constexpr int64_t UNFOLDED_CHUNKS = 4;  // whose weights share the first-level cache with rows
+
+// A chunk into tiles of signed bytes, 16 times the weights and then the weights.
+FD_INLINE void unfold_chunk(const char* packed, char* tiles) {
+  const __m512i low = _mm512_set1_epi8(15), high = _mm512_set1_epi8(-16), sign = _mm512_set1_epi8(-128);
+  const __m512i zero = _mm512_set1_epi8(8);
+  const auto masked_without_sign = [&](__m512i x) { return _mm512_ternarylogic_epi32(x, high, sign, 0x6a); };  // x & high ^ sign
+  for (int64_t i = 0; i < 2 * TILE_BYTES; i += TILE_LINE) {
+    const __m512i bytes = _mm512_loadu_si512(packed + i);
+    char* to = tiles + i;
+    _mm512_store_si512(to, masked_without_sign(_mm512_slli_epi16(bytes, 4)));
+    _mm512_store_si512(to + 2 * TILE_BYTES, masked_without_sign(bytes));
+    _mm512_store_si512(to + 4 * TILE_BYTES, _mm512_sub_epi8(_mm512_and_si512(bytes, low), zero));
+    _mm512_store_si512(to + 6 * TILE_BYTES, _mm512_sub_epi8(_mm512_and_si512(_mm512_srli_epi16(bytes, 4), low), zero));
+  }
+}
+
+// Unfolded chunks, which begin with a group, by two tiles of rows and half of the columns; or by one and all columns.
+template <bool TWO>
+FD_INLINE void strips_of_nibbles(const DigitTiles& tiles, int64_t t, int64_t half, const char* slices, int64_t chunks,
+                                 int64_t done, const char* group, float* acc) {
+  constexpr int64_t STEPS = GroupOf<4>::INPUTS / CHUNK, COLUMNS = TWO ? HALF : PANEL, STRIPS = TWO ? 2 : 1;
+  constexpr int64_t SUMS = TILE_ROWS * COLUMNS;
+  alignas(64) int32_t sums[2][STRIPS * SUMS];
+  Tile first[2], second[2];
+  for (int64_t i = 0; i < STRIPS; ++i) first[i] = tiles.first(t + i).after(done), second[i] = tiles.second(t + i).after(done);
+  Nothing nothing;
+  const auto add = [&](int64_t g) {
+    for (int64_t i = 0; i < STRIPS; ++i) {
+      const Strip to(tiles, t + i, done / STEPS + g, acc + half * HALF);
+      add_sums<COLUMNS / VL, false>(sums[g % 2] + i * SUMS + to.skipped * COLUMNS, COLUMNS, to.rows, to.by, tiles.all.groups,
+                                    scales_of(group + g * GroupOf<4>::BYTES) + half * HALF, to.acc);
+    }
+  };
+  for (int64_t s = 0; s < chunks;) {
+    const int64_t g = s / STEPS;
+    tile_fence();
+    zero_sums();
+    for (const int64_t end = s + STEPS < chunks ? s + STEPS : chunks; s < end; ++s) {
+      const char* weights = slices + s * 2 * WEIGHTS_BYTES + half * 2 * TILE_BYTES;
+      if constexpr (TWO) {
+        add_two<TileSigned, WholeTiles>(first, weights, 1, nothing);
+        add_two<TileSigned, WholeTiles>(second, weights + WEIGHTS_BYTES, 1, nothing);
+      } else {
+        add_one<TileSigned, WholeTiles>(first[0], weights, 1, nothing);
+        add_one<TileSigned, WholeTiles>(second[0], weights + WEIGHTS_BYTES, 1, nothing);
+      }
+      for (int64_t i = 0; i < STRIPS; ++i) first[i] = first[i].after(1), second[i] = second[i].after(1);
+    }
+    if constexpr (TWO) store_two(sums[g % 2], sums[g % 2] + SUMS, COLUMNS * 4);
+    else store_one(sums[g % 2]);
+    tile_fence();
+    if (g > 0) add(g - 1);
+  }
+  add((chunks - 1) / STEPS);
+}
+
+inline void many_nibbles(const DigitTiles& tiles, const char* group, int64_t inputs, float* acc) {
+  constexpr int64_t STEPS = GroupOf<4>::INPUTS / CHUNK;
+  alignas(64) char slices[UNFOLDED_CHUNKS][2 * WEIGHTS_BYTES];
+  Ahead<0, 2> fetch(group + Ahead<0, 2>::WINDOW);
+  for (int64_t chunks, left = inputs / CHUNK, done = 0; left > 0; left -= chunks, done += chunks) {
+    chunks = left < UNFOLDED_CHUNKS ? left : UNFOLDED_CHUNKS;
+    for (int64_t s = 0; s < chunks; ++s) {
+      unfold_chunk(group + s / STEPS * GroupOf<4>::BYTES + PANEL * 2 + s % STEPS * GroupOf<4>::CHUNK_BYTES, slices[s]);
+      for (int i = 0; i < 4; ++i) fetch.unit();
+    }
+    int64_t t = 0;
+    for (; t + 1 < tiles.rows.count; t += 2)
+      for (int64_t half = 0; half < 2; ++half) strips_of_nibbles<true>(tiles, t, half, slices[0], chunks, done, group, acc);
+    if (t < tiles.rows.count) strips_of_nibbles<false>(tiles, t, 0, slices[0], chunks, done, group, acc);
+    group += UNFOLDED_CHUNKS / STEPS * GroupOf<4>::BYTES;
+  }
+}
+
+inline void tile_gemm_groups(Rows a, int64_t rows, const void* panel_, const void* next, Format format, int64_t inputs,
+                             float* acc) {
   const char* panel = static_cast<const char*>(panel_);
-  const RowTiles tiles(a, rows);
-  shape_tiles(rows);
-  __builtin_memset(acc, 0, static_cast<size_t>(tiles.start(tiles.count - 1) + tiles.height()) * PANEL * sizeof(float));
-  if (format == Format::kWint4) multiply_group_tiles<4>(tiles, panel, groups, acc);
-  else multiply_group_tiles<8>(tiles, panel, groups, acc);
+  const DigitTiles tiles(a, rows);
+  const bool nibbles = format == Format::kWint4, few = !a.tiled && rows <= (nibbles ? FEW_NIBBLE_ROWS : BLOCK_ROWS);
+  __builtin_memset(acc, 0, static_cast<size_t>(rows * PANEL) * sizeof(float));
+  shape_tiles(few ? 2 * rows : TILE_ROWS);
+  if (few && nibbles) few_nibbles(tiles, panel, inputs, acc);
+  else if (few) few_bytes(tiles, panel, inputs, acc);
+  else if (nibbles) many_nibbles(tiles, panel, inputs, acc);
+  else many_bytes(tiles, panel, next, inputs, acc);
 }
 
 }  // namespace FD_ISA

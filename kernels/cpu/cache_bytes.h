@@ -1,9 +1,9 @@
 // A key/value cache of bytes: each token's key and value of a head as signed bytes with a scale of its own.
 //
 // Layout of 16 keys of one head, with head_dim rounded up to H, a multiple of 16: vectors of 64 bytes (sign and magnitude)
-// that unfold to the bf16 pairs of attend.h as those of weight_only.h do, 16 keys by 4 dimensions, or 16 dimensions by 4
-// keys for values; then the 16 scales in float. Integers of this size are exact in bf16, so only the rounding when a token
-// is stored loses anything: scores and weights are multiplied by the scales in float.
+// that unfold to the bf16 pairs of attend.h (byte_pairs.h), 16 keys by 4 dimensions, or 16 dimensions by 4 keys for values;
+// then the 16 scales in float. Integers of this size are exact in bf16, so only the rounding when a token is stored loses
+// anything: scores and weights are multiplied by the scales in float.
 // Floor: memory; a tile is unfolded once for all rows that see it.
 
 namespace fdserve {
@@ -35,7 +35,7 @@ void store_bytes_of(const void* x, int64_t head_dim, int64_t lane, void* group_)
 inline void unfold_keys(const void* group_, int64_t head_dim, void* out_) {
   const char* group = static_cast<const char*>(group_);
   bf16* out = static_cast<bf16*>(out_);
-  const Tables<8> tables;
+  const BytePairs tables;
   for (int64_t i = 0; i < padded_head(head_dim) / 4; ++i) {
     __m512i pairs[2];
     tables.unfold(_mm512_loadu_si512(group + 64 * i), pairs);
@@ -46,7 +46,7 @@ inline void unfold_keys(const void* group_, int64_t head_dim, void* out_) {
 inline void unfold_values(const void* group_, int64_t head_dim, void* out_) {
   const char* group = static_cast<const char*>(group_);
   bf16* out = static_cast<bf16*>(out_);
-  const Tables<8> tables;
+  const BytePairs tables;
   for (int64_t quad = 0; quad < KEY_GROUP / 4; ++quad)
     for (int64_t d = 0; d < head_dim; d += 16, group += 64) {
       const auto lanes = static_cast<__mmask16>(head_dim - d >= 16 ? 0xffff : (1 << (head_dim - d)) - 1);

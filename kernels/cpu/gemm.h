@@ -119,29 +119,31 @@ void gemm_passes(const char* a, int64_t stride, int64_t rows, const char* panel,
 }
 
 template <class Math>
-void gemm_slices(Rows x, int64_t rows, const void* panel_, int64_t depth, typename Math::Sum* acc) {
+void gemm_slice(const char* a, int64_t stride, int64_t rows, const char* slice, int64_t depth, typename Math::Sum* acc,
+                bool first, const char* next, int64_t lines) {
+  if (rows <= GEMM_ROWS) gemm_passes<Math, 4, false>(a, stride, rows, slice, depth, acc, first, next, lines, nullptr);
+  else if (rows <= FEW_ROWS) gemm_passes<Math, 2, false>(a, stride, rows, slice, depth, acc, first, next, lines, nullptr);
+  else gemm_passes<Math, 1, false>(a, stride, rows, slice, depth, acc, first, next, lines, nullptr);
+}
+
+template <class Math>
+void gemm_slices(Rows x, int64_t rows, const void* panel_, const void* next, int64_t depth, typename Math::Sum* acc) {
   const char *a = x.data, *panel = static_cast<const char*>(panel_);
-  const int64_t stride = x.stride;
   const int64_t slice = (rows <= FEW_ROWS ? FEW_SLICE_BYTES : SLICE_BYTES) / STEP_BYTES;
   for (int64_t done = 0; done < depth; done += slice, a += slice * 4, panel += slice * STEP_BYTES) {
     const int64_t count = depth - done < slice ? depth - done : slice;
-    const char* end = panel + count * STEP_BYTES;
-    const bool first = done == 0;
-    if (rows <= GEMM_ROWS)
-      gemm_passes<Math, 4, false>(a, stride, rows, panel, count, acc, first, end, 4 * count, nullptr);
-    else if (rows <= FEW_ROWS)
-      gemm_passes<Math, 2, false>(a, stride, rows, panel, count, acc, first, end, 4 * count, nullptr);
-    else gemm_passes<Math, 1, false>(a, stride, rows, panel, count, acc, first, end, 4 * count, nullptr);
+    const char* then = done + count == depth ? static_cast<const char*>(next) : panel + count * STEP_BYTES;
+    gemm_slice<Math>(a, x.stride, rows, panel, count, acc, done == 0, then, 4 * count);
   }
 }
 
 template <class E>
-void gemm(Rows a, int64_t rows, const void* panel, int64_t depth, float* acc) {
-  gemm_slices<typename MathOf<E>::type>(a, rows, panel, depth, acc);
+void gemm(Rows a, int64_t rows, const void* panel, const void* next, int64_t depth, float* acc) {
+  gemm_slices<typename MathOf<E>::type>(a, rows, panel, next, depth, acc);
 }
 
-inline void gemm_bytes(Rows a, int64_t rows, const void* panel, int64_t depth, int32_t* acc) {
-  gemm_slices<Bytes>(a, rows, panel, depth, acc);
+inline void gemm_bytes(Rows a, int64_t rows, const void* panel, const void* next, int64_t depth, int32_t* acc) {
+  gemm_slices<Bytes>(a, rows, panel, next, depth, acc);
 }
 
 }  // namespace FD_ISA

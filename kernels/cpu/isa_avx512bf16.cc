@@ -10,9 +10,11 @@
 
 #include "vec.h"
 #include "gemm.h"
+#include "digits.h"
 #include "weight_only.h"
 #include "quantize.h"
 #include "rows.h"
+#include "byte_pairs.h"
 #include "cache_bytes.h"
 #include "attend.h"
 #include "attend_part.h"

@@ -13,30 +13,37 @@ using bf16 = uint16_t;
 enum class Dtype { kFloat32, kBfloat16 };
 inline int64_t size_of(Dtype dtype) { return dtype == Dtype::kBfloat16 ? 2 : 4; }
 
-// How a packed matrix is stored; the layouts are in gemm.h, weight_only.h and bytes.h. kWint8 and kWint4 are integers
-// with a scale for each GROUP of inputs of an output, multiplied with activations as they are; kW8a8 has a scale for each
-// output and is multiplied with activations rounded to bytes.
+// How a packed matrix is stored; the layouts are in gemm.h and weight_only.h. kWint8 and kWint4 are integers with a scale
+// for each group of inputs of an output, multiplied with activations as they are or as integers of 15 or 12 bits; kW8a8
+// has a scale for each output and is multiplied with activations rounded to bytes.
 enum class Format { kFloat32, kBfloat16, kWint8, kWint4, kW8a8 };
 inline bool is_weight_only(Format format) { return format == Format::kWint8 || format == Format::kWint4; }
 inline Format format_of(Dtype dtype) { return dtype == Dtype::kBfloat16 ? Format::kBfloat16 : Format::kFloat32; }
 
 constexpr int64_t PANEL = 64;      // output features in a packed panel
-constexpr int64_t GROUP = 64;      // inputs that share a scale
+constexpr int64_t CHUNK = 64;      // inputs that integers of a weight-only format are stored by; groups consist of these
 constexpr int64_t KEY_GROUP = 16;  // keys stored together
 constexpr int64_t KEY_TILE = 64;   // keys scored together, at absolute positions
 constexpr int64_t KEY_PART = 512;  // keys between two merges of the softmax state, at absolute positions
-constexpr int64_t SPARE_ROWS = 15;  // that a kernel may compute to fill a tile
+constexpr int64_t SPARE_ROWS = 15;  // that a kernel may compute, or read, to fill a tile
 constexpr int MAX_HEAD_DIM = 256;
 
+// Inputs that share a scale; the last group of a panel may have fewer. At 4 bits the scale matters more, at 8 the time that
+// many rows take to scale the sums of a group.
+inline int64_t group_inputs(Format format) { return format == Format::kWint4 ? 128 : 256; }
+
 // Bytes of a group of a panel: the scales in bf16, then the integers.
-inline int64_t group_bytes(Format format) { return PANEL * 2 + GROUP * PANEL / (format == Format::kWint4 ? 2 : 1); }
+inline int64_t group_bytes(Format format) {
+  return PANEL * 2 + group_inputs(format) * PANEL / (format == Format::kWint4 ? 2 : 1);
+}
+inline int64_t groups_of(Format format, int64_t k) { return (k + group_inputs(format) - 1) / group_inputs(format); }
 
 // Of a kW8a8 panel, before its integers: the scales in float, then 128 times the sum of each output's integers.
 constexpr int64_t W8A8_HEAD_BYTES = PANEL * 8;
 
 // Inputs as the panels hold them: K rounded up, the rest zeros.
 inline int64_t padded_inputs(Format format, int64_t k) {
-  const int64_t step = format == Format::kFloat32 ? 1 : format == Format::kBfloat16 ? 2 : format == Format::kW8a8 ? 4 : GROUP;
+  const int64_t step = format == Format::kFloat32 ? 1 : format == Format::kBfloat16 ? 2 : format == Format::kW8a8 ? 4 : CHUNK;
   return (k + step - 1) / step * step;
 }
 
@@ -46,7 +53,8 @@ inline int64_t panel_bytes(Format format, int64_t k) {
     case Format::kFloat32: return k * PANEL * 4;
     case Format::kBfloat16: return k * PANEL * 2;
     case Format::kW8a8: return W8A8_HEAD_BYTES + k * PANEL;
-    default: return k / GROUP * group_bytes(format);
+    case Format::kWint8: return groups_of(format, k) * PANEL * 2 + k * PANEL;
+    default: return groups_of(format, k) * PANEL * 2 + k * PANEL / 2;
   }
 }
 
@@ -74,16 +82,30 @@ struct AttendState {
   float *peak, *mass, *values;
 };
 
+// What makes a sum over a group out of one of integers: `offset` off, then times `scale`.
+struct SumScale {
+  float scale;
+  int32_t offset;
+};
+
 // Rows of activations as the panels of one format want them, `stride` bytes apart; or `tiled`, which is 16 rows by 64 bytes
-// one after the other, so that 16 rows take 16 strides. `scales` are of bytes alone.
+// one after the other, so that 16 rows take 16 strides. `scales` are of bytes alone, `sum_scales` [rows][groups] of digits.
 struct Rows {
   const char* data;
   int64_t stride;
-  const float* scales;
+  const float* scales = nullptr;
+  const SumScale* sum_scales = nullptr;
+  int64_t groups = 0;
   bool tiled = false;
 
   // Those from `row` on; of tiled rows a multiple of 16.
-  Rows from(int64_t row) const { return {data + row * stride, stride, scales == nullptr ? nullptr : scales + row, tiled}; }
+  Rows from(int64_t row) const {
+    Rows rest = *this;
+    rest.data += row * stride;
+    if (scales != nullptr) rest.scales += row;
+    if (sum_scales != nullptr) rest.sum_scales += row * groups;
+    return rest;
+  }
 };
 
 // The functions of one instruction set for one element type.
@@ -94,12 +116,15 @@ struct RowKernels {
   // as they are.
   void (*to_tiles)(const char* x, int64_t stride, int64_t rows, int64_t bytes, char* out);
   // acc[rows][64] = a[rows][depth] x panel, in order of depth; depth counts K (bf16: pairs, zero-padded). Where `a` is
-  // tiled, acc has room for whole tiles.
-  void (*gemm)(Rows a, int64_t rows, const void* panel, int64_t depth, float* acc);
-  // acc[rows][64] = a[rows][groups of inputs] x panel, of a weight-only format.
-  void (*gemm_groups)(Rows a, int64_t rows, const void* panel, Format format, int64_t groups, float* acc);
+  // tiled, acc has room for whole tiles. `next` is the panel that will be wanted after this one.
+  void (*gemm)(Rows a, int64_t rows, const void* panel, const void* next, int64_t depth, float* acc);
+  // acc[rows][64] = a[rows][inputs] x panel, of a weight-only format. After digits there may be read SPARE_ROWS more.
+  void (*gemm_groups)(Rows a, int64_t rows, const void* panel, const void* next, Format format, int64_t inputs, float* acc);
+  // x[size] as two rows of digits for the above, the larger ones first, each of `size` rounded up to CHUNKs; and a scale
+  // for each group. Null where it takes activations as they are.
+  void (*to_digits)(const void* x, int64_t size, Format format, char* digits, SumScale* scales);
   // acc[rows][64] = a[rows][4 depth] x panel, bytes that are 128 too large times signed ones.
-  void (*gemm_bytes)(Rows a, int64_t rows, const void* panel, int64_t depth, int32_t* acc);
+  void (*gemm_bytes)(Rows a, int64_t rows, const void* panel, const void* next, int64_t depth, int32_t* acc);
   // acc[rows][64] = (sums - offsets[64]) * (row_scales[rows] * scales[64]); acc and sums may be the same memory.
   void (*scale_sums)(const int32_t* sums, int64_t rows, const int32_t* offsets, const float* scales,
                      const float* row_scales, float* acc);
@@ -141,8 +166,8 @@ struct FloatKernels {
   void (*merge)(AttendState total, AttendState part, int64_t rows, int64_t head_dim, int64_t stride);
   // Divide by the mass: values[rows][stride] becomes the answer.
   void (*finish)(AttendState state, int64_t rows, int64_t head_dim, int64_t stride);
-  // A group of a panel out of w[GROUP][64].
-  void (*quantize)(const float* w, Format format, void* group);
+  // A group of a panel out of w[inputs][64].
+  void (*quantize)(const float* w, Format format, int64_t inputs, void* group);
   // Largest element and whether there is a NaN.
   float (*peak)(const float* x, int64_t size, bool* has_nan);
   // A weight is exp((x - peak) * inverse), x <= peak, rounded to a multiple of 2^-36, or 1 where `inverse` is 0: its sums

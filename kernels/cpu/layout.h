@@ -5,43 +5,26 @@
 
 namespace fdserve {
 
-// Where the vector of 64 bytes begins that holds input k of an output.
-static inline int64_t weight_vector(int64_t per_vector, int64_t k, int64_t column) {
-  return (k / per_vector * 4 + column / 16) * 64;
-}
+constexpr int64_t CHUNK_TILE = 16 * 64;  // bytes: CHUNK inputs of 16 outputs, four inputs together
 
-// Byte of input k (of GROUP) and an output of the panel, at 8 bits.
-static inline int64_t byte_of_weight(int64_t k, int64_t column) {
-  // Unpacking takes bytes from halves of 128-bit lanes: four outputs, then their next pair of inputs.
-  const int64_t lane = column % 16;
-  return weight_vector(4, k, column) + lane / 4 * 16 + k % 4 / 2 * 8 + lane % 4 * 2 + k % 2;
-}
-
-// At 4 bits: the byte, and whether it is the upper half.
-static inline int64_t nibble_of_weight(int64_t k, int64_t column, bool* upper) {
-  *upper = k / 2 % 2 != 0;
-  return weight_vector(8, k, column) + column % 16 * 4 + k % 2 * 2 + k % 8 / 4;
+// Byte of input k of a group and an output of the panel.
+static inline int64_t place_of_weight(Format format, int64_t k, int64_t column) {
+  if (format == Format::kWint8) return k / 4 * PANEL * 4 + column * 4 + k % 4;
+  const int64_t tile = k / CHUNK * 2 + column % 32 / 16;
+  return tile * CHUNK_TILE + k % CHUNK / 4 * 64 + column % 16 * 4 + k % 4;
 }
 
 static inline int weight_at(const char* packed, Format format, int64_t k, int64_t column) {
-  if (format == Format::kWint8) {
-    const int byte = static_cast<unsigned char>(packed[byte_of_weight(k, column)]);
-    return byte < 128 ? byte : 128 - byte;
-  }
-  bool upper;
-  const int byte = static_cast<unsigned char>(packed[nibble_of_weight(k, column, &upper)]);
-  return (upper ? byte >> 4 : byte & 15) - 8;
+  const int byte = static_cast<unsigned char>(packed[place_of_weight(format, k, column)]);
+  if (format == Format::kWint8) return byte - 128;
+  return (column < 32 ? byte & 15 : byte >> 4) - 8;
 }
 
 // Into a group of zeros.
 static inline void put_weight(char* packed, Format format, int64_t k, int64_t column, int value) {
-  if (format == Format::kWint8) {
-    packed[byte_of_weight(k, column)] = static_cast<char>(value < 0 ? 128 - value : value);
-    return;
-  }
-  bool upper;
-  char& byte = packed[nibble_of_weight(k, column, &upper)];
-  byte = static_cast<char>(byte | (value + 8) << (upper ? 4 : 0));
+  char& byte = packed[place_of_weight(format, k, column)];
+  if (format == Format::kWint8) byte = static_cast<char>(value + 128);
+  else byte = static_cast<char>(byte | (value + 8) << (column < 32 ? 0 : 4));
 }
 
 }  // namespace fdserve

@@ -18,46 +18,69 @@ constexpr int64_t ROW_BLOCK = 192;         // rows whose sums and inputs share t
 constexpr int64_t TILED_ROWS = 32;         // up to which a copy costs more than it gains
 constexpr int64_t BYTES_CHUNK = 32 << 10;  // of activations a task rounds
 
+// Calls work(row) for each, some on each thread.
+template <class Work>
+void each_row(int64_t rows, int64_t row_bytes, Work&& work) {
+  const int64_t chunk = std::max<int64_t>(1, BYTES_CHUNK / row_bytes);
+  parallel((rows + chunk - 1) / chunk, [&](int64_t c) {
+    for (int64_t r = c * chunk; r < std::min(rows, (c + 1) * chunk); ++r) work(r);
+  });
+}
+
+Rows rows_of_bytes(const RowKernels& kernels, const char* x, int64_t rows, int64_t row, int64_t k, ScratchSlot slot) {
+  const int64_t padded = padded_inputs(Format::kW8a8, k);
+  float* scales = scratch<float>(slot, rows + rows * padded / 4);
+  uint8_t* bytes = reinterpret_cast<uint8_t*>(scales + rows);
+  each_row(rows, padded, [&](int64_t r) {
+    std::memset(bytes + (r + 1) * padded - 4, 0, 4);
+    scales[r] = kernels.to_bytes(x + r * row, k, bytes + r * padded);
+  });
+  return {reinterpret_cast<char*>(bytes), padded, scales};
+}
+
+Rows rows_of_digits(const RowKernels& kernels, const char* x, int64_t rows, int64_t row, int64_t k, Format format,
+                    ScratchSlot slot) {
+  const int64_t stride = 2 * padded_inputs(format, k), groups = groups_of(format, k);
+  const int64_t scale_bytes = rows * groups * static_cast<int64_t>(sizeof(SumScale));
+  char* digits = scratch<char>(slot, (rows + SPARE_ROWS) * stride + scale_bytes);
+  SumScale* scales = reinterpret_cast<SumScale*>(digits + (rows + SPARE_ROWS) * stride);
+  each_row(rows, stride, [&](int64_t r) {
+    kernels.to_digits(x + r * row, k, format, digits + r * stride, scales + r * groups);
+  });
+  return {digits, stride, nullptr, scales, groups};
+}
+
 }  // namespace
 
 Rows prepared_rows(const void* x_, int64_t rows, int64_t k, Dtype dtype, Format format, ScratchSlot slot) {
   const char* x = static_cast<const char*>(x_);
-  const int64_t row = k * size_of(dtype), padded = padded_inputs(format, k);
-  if (format != Format::kW8a8) {
-    const int64_t stride = padded * size_of(dtype);
-    if (padded == k) return {x, stride, nullptr};
-    char* copy = scratch<char>(slot, rows * stride);
-    for (int64_t r = 0; r < rows; ++r) {
-      std::memcpy(copy + r * stride, x + r * row, static_cast<size_t>(row));
-      std::memset(copy + r * stride + row, 0, static_cast<size_t>(stride - row));
-    }
-    return {copy, stride, nullptr};
-  }
   const RowKernels& kernels = row_kernels(dtype);
-  float* scales = scratch<float>(slot, rows + rows * padded / 4);
-  uint8_t* bytes = reinterpret_cast<uint8_t*>(scales + rows);
-  const int64_t chunk = std::max<int64_t>(1, BYTES_CHUNK / padded);
-  parallel((rows + chunk - 1) / chunk, [&](int64_t c) {
-    for (int64_t r = c * chunk; r < std::min(rows, (c + 1) * chunk); ++r) {
-      std::memset(bytes + (r + 1) * padded - 4, 0, 4);
-      scales[r] = kernels.to_bytes(x + r * row, k, bytes + r * padded);
-    }
-  });
-  return {reinterpret_cast<char*>(bytes), padded, scales};
+  const int64_t row = k * size_of(dtype), stride = padded_inputs(format, k) * size_of(dtype);
+  if (format == Format::kW8a8) return rows_of_bytes(kernels, x, rows, row, k, slot);
+  if (is_weight_only(format) && kernels.to_digits != nullptr) return rows_of_digits(kernels, x, rows, row, k, format, slot);
+  if (stride == row) return {x, stride};
+  char* copy = scratch<char>(slot, rows * stride);
+  for (int64_t r = 0; r < rows; ++r) {
+    std::memcpy(copy + r * stride, x + r * row, static_cast<size_t>(row));
+    std::memset(copy + r * stride + row, 0, static_cast<size_t>(stride - row));
+  }
+  return {copy, stride};
 }
 
 namespace {
 
 // Many rows as tiles, where there is such a thing: then loads are one stream, and rows a power of two apart do not take
 // each other's place in the first-level cache.
-Rows tiled_rows(const RowKernels& kernels, Rows x, int64_t rows, int64_t bytes) {
+Rows tiled_rows(const RowKernels& kernels, Rows x, int64_t rows) {
+  const int64_t bytes = x.stride;
   if (kernels.to_tiles == nullptr || rows <= TILED_ROWS || bytes % 64 != 0) return x;
   const int64_t strips = (rows + 15) / 16;
   char* tiles = scratch<char>(kScratchTiled, strips * 16 * bytes);
   parallel(strips, [&](int64_t s) {
     kernels.to_tiles(x.data + s * 16 * x.stride, x.stride, std::min<int64_t>(16, rows - s * 16), bytes, tiles + s * 16 * bytes);
   });
-  return {tiles, bytes, x.scales, true};
+  x.data = tiles, x.tiled = true;
+  return x;
 }
 
 // More rows share a panel where that cache is large.
@@ -67,46 +90,50 @@ int64_t row_block_of(int64_t row_bytes) {
 }
 
 // Bytes times bytes: exact, then scaled once.
-void byte_product(const RowKernels& kernels, Rows x, int64_t rows, int64_t k, const char* panel, float* acc) {
+void byte_product(const RowKernels& kernels, Rows x, int64_t rows, int64_t k, const char* panel, const void* next, float* acc) {
   const float* scales = reinterpret_cast<const float*>(panel);
   const int32_t* offsets = reinterpret_cast<const int32_t*>(panel) + PANEL;
   int32_t* sums = reinterpret_cast<int32_t*>(acc);
-  kernels.gemm_bytes(x, rows, panel + W8A8_HEAD_BYTES, padded_inputs(Format::kW8a8, k) / 4, sums);
+  kernels.gemm_bytes(x, rows, panel + W8A8_HEAD_BYTES, next, padded_inputs(Format::kW8a8, k) / 4, sums);
   kernels.scale_sums(sums, rows, offsets, scales, x.scales, acc);
+}
+
+// Calls work(first row, rows, task) for `tasks` of each block of rows.
+template <class Work>
+void each_block(int64_t tokens, int64_t row_bytes, int64_t pass_rows, int64_t tasks, Work&& work) {
+  const int64_t most = row_block_of(row_bytes), blocks = (tokens + most - 1) / most;
+  // As even as can be, in whole passes of the panel product.
+  const auto start = [&](int64_t block) {
+    return block == blocks ? tokens : block * tokens / blocks / pass_rows * pass_rows;
+  };
+  parallel(blocks * tasks, [&](int64_t task) {
+    const int64_t first = start(task / tasks);
+    work(first, start(task / tasks + 1) - first, task % tasks);
+  });
 }
 
 }  // namespace
 
 void panel_product(const RowKernels& kernels, Format format, Rows x, int64_t rows, int64_t k, const void* panel_,
-                   float* acc) {
+                   const void* next, float* acc) {
   const char* panel = static_cast<const char*>(panel_);
-  if (format == Format::kW8a8) return byte_product(kernels, x, rows, k, panel, acc);
+  if (format == Format::kW8a8) return byte_product(kernels, x, rows, k, panel, next, acc);
   const int64_t inputs = padded_inputs(format, k);
-  if (is_weight_only(format)) return kernels.gemm_groups(x, rows, panel, format, inputs / GROUP, acc);
-  kernels.gemm(x, rows, panel, format == Format::kBfloat16 ? inputs / 2 : inputs, acc);
+  if (is_weight_only(format)) return kernels.gemm_groups(x, rows, panel, next, format, inputs, acc);
+  kernels.gemm(x, rows, panel, next, format == Format::kBfloat16 ? inputs / 2 : inputs, acc);
 }
 
 void linear(const void* x, int64_t tokens, Dtype dtype, const Matrix& weight, void* out, Dtype out_dtype) {
-  const RowKernels& kernels = row_kernels(dtype);
-  const RowKernels& out_kernels = row_kernels(out_dtype);
-  const int64_t n = weight.n, k = weight.k;
-  const Rows plain = prepared_rows(x, tokens, k, dtype, weight.format, kScratchCall);
-  const int64_t element = weight.format == Format::kW8a8 ? 1 : size_of(dtype);
-  const Rows rows = tiled_rows(kernels, plain, tokens, padded_inputs(weight.format, k) * element);
-  const int64_t bytes = panel_bytes(weight.format, k), count = (n + PANEL - 1) / PANEL;
-  const int64_t most = row_block_of(rows.stride), row_blocks = (tokens + most - 1) / most;
-  const int64_t out_size = size_of(out_dtype);
-  // Blocks as even as can be, in whole passes of the panel product.
-  const auto row_block = [&](int64_t block) {
-    return block == row_blocks ? tokens : block * tokens / row_blocks / kernels.pass_rows * kernels.pass_rows;
-  };
-  parallel(row_blocks * count, [&](int64_t task) {
-    const int64_t first = row_block(task / count), end = row_block(task / count + 1);
-    const int64_t p = task % count, width = std::min(PANEL, n - p * PANEL);
-    float* acc = scratch<float>(kScratchTile, (end - first + SPARE_ROWS) * PANEL);
-    panel_product(kernels, weight.format, rows.from(first), end - first, k,
-                  static_cast<const char*>(weight.panels) + p * bytes, acc);
-    out_kernels.put(acc, end - first, width, static_cast<char*>(out) + (first * n + p * PANEL) * out_size, n * out_size);
+  const RowKernels &kernels = row_kernels(dtype), &out_kernels = row_kernels(out_dtype);
+  const int64_t n = weight.n, k = weight.k, out_size = size_of(out_dtype);
+  const Rows rows = tiled_rows(kernels, prepared_rows(x, tokens, k, dtype, weight.format, kScratchCall), tokens);
+  const int64_t bytes = panel_bytes(weight.format, k);
+  each_block(tokens, rows.stride, kernels.pass_rows, (n + PANEL - 1) / PANEL, [&](int64_t first, int64_t count, int64_t p) {
+    float* acc = scratch<float>(kScratchTile, (count + SPARE_ROWS) * PANEL);
+    const char* panel = static_cast<const char*>(weight.panels) + p * bytes;
+    panel_product(kernels, weight.format, rows.from(first), count, k, panel, panel + bytes, acc);
+    char* to = static_cast<char*>(out) + (first * n + p * PANEL) * out_size;
+    out_kernels.put(acc, count, std::min(PANEL, n - p * PANEL), to, n * out_size);
   });
 }
 

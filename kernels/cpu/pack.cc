@@ -114,8 +114,9 @@ void pack_integers(char* panels, const From* weight, int64_t n, int64_t k, Forma
     pack_panel(weight, n, k, p * PANEL, in_out, wide, k * PANEL);
     char* panel = panels + p * bytes;
     if (format == Format::kW8a8) return pack_bytes(wide, padded, panel);
-    for (int64_t g = 0; g < padded / GROUP; ++g)
-      kernels.quantize(wide + g * GROUP * PANEL, format, panel + g * group_bytes(format));
+    const int64_t group = group_inputs(format);
+    for (int64_t i = 0; i < padded; i += group, panel += group_bytes(format))
+      kernels.quantize(wide + i * PANEL, format, std::min(group, padded - i), panel);
   });
 }
 
@@ -156,21 +157,23 @@ void gather(const E* panels, int64_t id, int64_t k, E* out) {
 template <class E>
 void gather_integers(const Matrix& table, int64_t id, E* out) {
   const char* panel = static_cast<const char*>(table.panels) + id / PANEL * panel_bytes(table.format, table.k);
-  const int64_t column = id % PANEL;
+  const int64_t column = id % PANEL, group = group_inputs(table.format);
   const bool nibbles = table.format == Format::kWint4;
+  // The format known where the loop is compiled: divisions become shifts.
+  const auto place = [&](int64_t i) {
+    return nibbles ? place_of_weight(Format::kWint4, i, column) : place_of_weight(Format::kWint8, i, column);
+  };
   // A row is scattered over a panel: ask for all of it before waiting for any.
-  for (int64_t first = 0, at = 0; first < table.k; first += GROUP, at += group_bytes(table.format)) {
+  for (int64_t first = 0, at = 0; first < table.k; first += group, at += group_bytes(table.format)) {
     __builtin_prefetch(panel + at + column * 2);
-    for (int64_t i = 0; i < GROUP; i += nibbles ? 8 : 4)
-      __builtin_prefetch(panel + at + PANEL * 2 + (i / (nibbles ? 8 : 4) * 4 + column / 16) * 64);
+    for (int64_t i = 0; i < std::min(group, table.k - first); i += 4)
+      __builtin_prefetch(panel + at + PANEL * 2 + place(i));
   }
-  for (int64_t first = 0; first < table.k; first += GROUP, panel += group_bytes(table.format)) {
+  for (int64_t first = 0; first < table.k; first += group, panel += group_bytes(table.format)) {
     float scale;
     convert(reinterpret_cast<const bf16*>(panel)[column], scale);
     const char* packed = panel + PANEL * 2;
-    const int64_t count = std::min(GROUP, table.k - first);
-    // The format known where the loop is compiled: divisions become shifts.
-    for (int64_t i = 0; i < count; ++i) {
+    for (int64_t i = 0; i < std::min(group, table.k - first); ++i) {
       const int value = nibbles ? weight_at(packed, Format::kWint4, i, column) : weight_at(packed, Format::kWint8, i, column);
       convert(static_cast<float>(value) * scale, out[first + i]);
     }

@@ -12,11 +12,11 @@ FD_INLINE vf nearest(vf x, float low, float high) {
   return floor < splat(high) ? floor : splat(high);
 }
 
-// The scale of 16 levels, -8 to 7, for VL columns of w[GROUP][64] with the smallest squared error among some that put the
+// The scale of 16 levels, -8 to 7, for VL columns of w[inputs][64] with the smallest squared error among some that put the
 // largest weight near -8: to clip it a little, or to leave some room, serves the others.
-FD_INLINE vf scale_of_nibbles(const float* w) {
+FD_INLINE vf scale_of_nibbles(const float* w, int64_t inputs) {
   vf extreme = {};
-  for (int64_t k = 0; k < GROUP; ++k) {
+  for (int64_t k = 0; k < inputs; ++k) {
     const vf x = load(w + k * PANEL);
     extreme = magnitude(x) > magnitude(extreme) ? x : extreme;
   }
@@ -24,7 +24,7 @@ FD_INLINE vf scale_of_nibbles(const float* w) {
   for (float steps = 6.75f; steps <= 10.0f; steps += 0.25f) {
     const vf scale = to_bf16_and_back(extreme / splat(-steps)), inverse = inverse_or_zero(scale);
     vf error = {};
-    for (int64_t k = 0; k < GROUP; ++k) {
+    for (int64_t k = 0; k < inputs; ++k) {
       const vf x = load(w + k * PANEL), off = x - nearest(x * inverse, -8, 7) * scale;
       error = fma(off, off, error);
     }
@@ -34,26 +34,26 @@ FD_INLINE vf scale_of_nibbles(const float* w) {
   return best;
 }
 
-FD_INLINE vf scale_of_bytes(const float* w) {
+FD_INLINE vf scale_of_bytes(const float* w, int64_t inputs) {
   vf largest = {};
-  for (int64_t k = 0; k < GROUP; ++k) largest = max(magnitude(load(w + k * PANEL)), largest);
+  for (int64_t k = 0; k < inputs; ++k) largest = max(magnitude(load(w + k * PANEL)), largest);
   return to_bf16_and_back(largest * splat(1.0f / 127));
 }
 
-inline void quantize(const float* w, Format format, void* group_) {
+inline void quantize(const float* w, Format format, int64_t inputs, void* group_) {
   char* group = static_cast<char*>(group_);
   const bool nibbles = format == Format::kWint4;
   alignas(64) float codes[PANEL];
   alignas(64) float scales[PANEL];
   for (int64_t column = 0; column < PANEL; column += VL)
-    store(scales + column, nibbles ? scale_of_nibbles(w + column) : scale_of_bytes(w + column));
+    store(scales + column, nibbles ? scale_of_nibbles(w + column, inputs) : scale_of_bytes(w + column, inputs));
   for (int64_t column = 0; column < PANEL; ++column) {
     uint32_t bits;
     __builtin_memcpy(&bits, scales + column, 4);
     reinterpret_cast<bf16*>(group)[column] = static_cast<bf16>(bits >> 16);
   }
-  __builtin_memset(group + PANEL * 2, 0, static_cast<size_t>(group_bytes(format) - PANEL * 2));
-  for (int64_t k = 0; k < GROUP; ++k) {
+  __builtin_memset(group + PANEL * 2, 0, static_cast<size_t>(panel_bytes(format, inputs) - PANEL * 2));
+  for (int64_t k = 0; k < inputs; ++k) {
     for (int64_t column = 0; column < PANEL; column += VL) {
       const vf x = load(w + k * PANEL + column) * inverse_or_zero(load(scales + column));
       store(codes + column, nearest(x, nibbles ? -8 : -127, nibbles ? 7 : 127));
