@@ -64,8 +64,7 @@ void decoder(const DecoderCall& call) {
     }
     linear(attended, rows, dtype, layer.o, answer, dtype);
     rms_norm(answer, residual, layer.post_norm, call.eps, rows, hidden, dtype, x, residual);
-    linear(x, rows, dtype, layer.gate_up, both, dtype);
-    swiglu(both, rows, inner, dtype, activated);
+    linear_swiglu(x, rows, dtype, layer.gate_up, both, activated);
     linear(activated, rows, dtype, layer.down, answer, dtype);
     rms_norm(answer, residual, last ? call.norm : layers[l + 1].input_norm, call.eps, rows, hidden, dtype,
              last ? static_cast<char*>(call.out) : x, residual);

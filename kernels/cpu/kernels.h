@@ -212,6 +212,8 @@ void embedding(const int32_t* ids, int64_t tokens, const Matrix& table, Dtype dt
 void rms_norm(const void* x, const void* residual, const void* weight, float eps, int64_t tokens, int64_t size,
               Dtype dtype, void* out, void* total);
 void swiglu(const void* x, int64_t tokens, int64_t size, Dtype dtype, void* out);
+// Both of these at once: out[T][N / 2] = swiglu(x[T][K] times the packed matrix), `both` has room for the product.
+void linear_swiglu(const void* x, int64_t tokens, Dtype dtype, const Matrix& weight, void* both, void* out);
 
 struct AttentionCall {
   Dtype dtype;

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import pytest
 
 from fdserve import ops
+from fdserve.demo import CHECKPOINT
 from fdserve.models.layers import Rope
 from tests.golden.layouts import GOLDEN, write_variant
 from tests.models.stepping import Chunk, LocalGroup, Stepper, load
@@ -147,6 +148,16 @@ def test_one_operator_for_all_blocks_gives_the_bits_of_many(
     together = Stepper(model).step(chunks, [26, 0, 7])
     monkeypatch.setattr(model, "_decoder", None)
     np.testing.assert_array_equal(Stepper(model).step(chunks, [26, 0, 7]), together)
+
+
+def test_many_rows_at_once_give_the_bits_of_few(dtype: str, quantization: str | None) -> None:
+    """With layers wide enough for SwiGLU to take its inputs as they are computed."""
+    model = load(CHECKPOINT, dtype, quantization=quantization)
+    tokens = np.random.default_rng(3).integers(3, 1536, 150).tolist()
+    whole = Stepper(model).step([Chunk(0, tokens)])
+    stepper = Stepper(model)
+    parts = [stepper.step([Chunk(0, tokens[at : at + 25])]) for at in range(0, len(tokens), 25)]
+    np.testing.assert_array_equal(np.concatenate(parts), whole)
 
 
 def test_only_the_rows_asked_for(golden: Golden, dtype: str) -> None:
