@@ -22,6 +22,10 @@ log = logging.getLogger("fdserve")
 
 Build = Callable[[Config], Awaitable[Server]]
 
+SWITCH_SECONDS = 0.0005
+"""How long a thread that runs Python keeps the event loop waiting, a tenth of Python's own choice: the loop waits
+several times a token, and grammars, long prompts and large answers are made in threads."""
+
 
 class App:
     """One server as an ASGI application. Its lifespan builds the server and runs the engine.
@@ -89,6 +93,7 @@ class App:
         if config is None:
             config = Config.load(None, os.environ)
             configure_logging(config)
+        sys.setswitchinterval(SWITCH_SECONDS)
         server = await self._build(config)
         table = routes(server)
         self._dispatcher = Dispatcher(

@@ -10,13 +10,14 @@ import msgspec
 import pytest
 
 from fdserve import errors
+from fdserve.api import messages_input, responses_input
 from fdserve.api.fields import EXTRA_FIELDS
 from fdserve.api.metrics import Metrics
 from fdserve.config import Config
 from fdserve.engine.engine import EngineStats
 from fdserve.errors import ServerError
 from fdserve.http.request import BODY_SECONDS
-from fdserve.protocol.chat import ChatMessage, ChatRequest
+from fdserve.protocol.chat import ChatMessage, ChatRequest, ConversationRequest
 from fdserve.protocol.completion import CompletionRequest
 from fdserve.protocol.messages import CountTokensRequest, MessagesRequest
 from fdserve.protocol.responses import ResponsesRequest
@@ -129,8 +130,20 @@ def test_nothing_is_documented_that_no_request_has() -> None:
 )
 def test_the_fields_of_the_other_forms_of_a_chat(heading: str, request_type: type[msgspec.Struct]) -> None:
     before_details = section(PROTOCOL, heading).partition("\n### ")[0]
-    assert first_cells(before_details) == set(request_type.__struct_fields__)
-    assert set(CountTokensRequest.__struct_fields__) < set(MessagesRequest.__struct_fields__)
+    documented, fields = first_cells(before_details), set(request_type.__struct_fields__)
+    refused = first_cells(section(PROTOCOL, "### In the other forms of a chat"))
+    assert fields - set(ConversationRequest.__struct_fields__) - refused <= documented <= fields
+    assert set(CountTokensRequest.__struct_fields__) == set(MessagesRequest.__struct_fields__)
+
+
+def test_the_fields_that_are_refused_in_the_other_forms_of_a_chat() -> None:
+    table = section(PROTOCOL, "### In the other forms of a chat")
+    rows = re.findall(r"^\| `(\w+)` \| (.*?) ?\| (.*?) ?\|$", table, re.MULTILINE)
+    for column, refused in ((1, responses_input.REFUSED), (2, messages_input.REFUSED)):
+        documented = {row[0]: row[column].replace("`", "") for row in rows if row[column]}
+        assert documented.keys() == refused.keys()
+        for name, hint in refused.items():
+            assert documented[name] in ("none", hint.removeprefix("Send ").removesuffix("."))
 
 
 def test_the_extension_fields_are_listed() -> None:

@@ -6,7 +6,6 @@ import time
 from collections.abc import Sequence
 from functools import partial
 
-import anyio
 from msgspec import UNSET, UnsetType
 
 from fdserve.api.generation import (
@@ -16,7 +15,7 @@ from fdserve.api.generation import (
     collect_all,
     encoded_apart,
     entry_size,
-    for_each,
+    forward_in_turn,
     join,
     off_loop_if_long,
     usage,
@@ -123,27 +122,11 @@ class ChatAnswer:
 
     async def stream(self, reply: Reply) -> None:
         """Send an event for whatever comes, as it comes: choices in turn, each in order."""
-        lock = anyio.Lock(fast_acquire=True)
         tokens = self._request.max_streaming_response_tokens or 1
-
-        async def forward(choice: Choice) -> None:
-            finished = False
-            while not finished:
-                piece = await choice.next_piece(tokens)
-                finished = piece.finish_reason is not None
-                if piece.prompt_logprobs is None:  # nearly all of them
-                    data = self._events(choice, piece)
-                else:
-                    work = partial(self._events, choice, piece)
-                    data = await off_loop_if_long(self._server, self._size([piece]), work)
-                if data:
-                    async with lock:
-                        await reply.events(data)
-
         await reply.start_events()
         await reply.events(b"".join(self._opening(choice) for choice in self._choices))
         try:
-            await for_each(self._choices, forward)
+            await forward_in_turn(self._choices, reply, tokens, self._encoded)
         finally:
             total = self._usage()
         last = ChatChunk(
@@ -156,6 +139,11 @@ class ChatAnswer:
             system_fingerprint=SYSTEM_FINGERPRINT,
         )
         await reply.end_events(event(last) if wants_usage(self._request) else b"")
+
+    async def _encoded(self, choice: Choice, piece: Piece) -> bytes:
+        if piece.prompt_logprobs is None:  # nearly all of them
+            return self._events(choice, piece)
+        return await off_loop_if_long(self._server, self._size([piece]), partial(self._events, choice, piece))
 
     def _opening(self, choice: Choice) -> bytes:
         delta = Delta(role="assistant", content="")

@@ -17,6 +17,7 @@ from fdserve.api.params import (
     stop_table,
     truncated,
 )
+from fdserve.api.prompt import tokenized
 from fdserve.api.structured import compile_form
 from fdserve.api.token_rules import token_rules
 from fdserve.errors import InvalidRequest
@@ -72,14 +73,14 @@ def _prompts(request: CompletionRequest, server: Server) -> list[list[int]]:
         message = "Missing required parameter: 'prompt'."
         raise InvalidRequest(message, param="prompt", code="missing_required_parameter")
     if isinstance(prompt, str):
-        prompts = [server.tokenizer.encode(prompt)]
+        prompts = [tokenized(prompt, server, param)]
     else:
         ids = [item for item in prompt if isinstance(item, int)]
         texts = [item for item in prompt if isinstance(item, str)]
         lists = [item for item in prompt if isinstance(item, list)]
         if len(prompt) not in (len(ids), len(texts), len(lists)):
             raise InvalidRequest("A prompt mixes texts, token ids or lists of token ids.", param="prompt")
-        prompts = [server.tokenizer.encode(text) for text in texts] or lists or [ids]
+        prompts = [tokenized(text, server, param) for text in texts] or lists or [ids]
     limit = max_tokens_of(request)
     return [truncated(checked_prompt(token_ids, server, param), request, server, limit) for token_ids in prompts]
 

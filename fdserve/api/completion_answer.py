@@ -16,7 +16,7 @@ from fdserve.api.generation import (
     collect_all,
     encoded_apart,
     entry_size,
-    for_each,
+    forward_in_turn,
     off_loop_if_long,
     usage,
     wants_usage,
@@ -87,6 +87,8 @@ class CompletionAnswer:
         self._created = int(time.time())
         self._reports = [PromptReport(server, request, choice.prompt) for choice in choices[::per_prompt]]
         self._writers: dict[int, CompletionLogprobsWriter] = {}
+        self._begun: set[int] = set()
+        """The choices of which something was sent."""
 
     async def send(self, reply: Reply) -> None:
         """Wait for every choice and send the completion."""
@@ -128,29 +130,25 @@ class CompletionAnswer:
 
     async def stream(self, reply: Reply) -> None:
         """Send an event for whatever comes, as it comes: choices in turn, each in order."""
-        lock = anyio.Lock(fast_acquire=True)
         tokens = self._request.max_streaming_response_tokens or 1
-
-        async def forward(choice: Choice) -> None:
-            first, finished = True, False
-            while not finished:
-                piece = await choice.next_piece(tokens)
-                finished = piece.finish_reason is not None
-                if first and choice.index % self._per_prompt == 0:
-                    await self._take(self._report(choice), piece)
-                told = piece.logprobs or self._request.return_token_ids or piece.prompt_logprobs is not None
-                if piece.content or told or finished or (first and self._request.echo):
-                    data = await self._first(choice, piece) if first else self._encoded(choice, piece, first=False)
-                    first = False
-                    async with lock:
-                        await reply.events(data)
-
         await reply.start_events()
         try:
-            await for_each(self._choices, forward)
+            await forward_in_turn(self._choices, reply, tokens, self._told)
         finally:
             total = self._usage()
         await reply.end_events(event(self._completion([], total)) if wants_usage(self._request) else b"")
+
+    async def _told(self, choice: Choice, piece: Piece) -> bytes:
+        """The event of a piece; nothing where there is nothing to tell."""
+        first = choice.index not in self._begun
+        if first and choice.index % self._per_prompt == 0:
+            await self._take(self._report(choice), piece)
+        told = piece.logprobs or self._request.return_token_ids or piece.prompt_logprobs is not None
+        ends = piece.finish_reason is not None
+        if not (piece.content or told or ends or (first and self._request.echo)):
+            return b""
+        self._begun.add(choice.index)
+        return await self._first(choice, piece) if first else self._encoded(choice, piece, first=False)
 
     async def _take(self, report: PromptReport, piece: Piece) -> None:
         """Take what the first piece of a prompt's first choice tells of it."""

@@ -8,9 +8,11 @@ import msgspec
 
 from fdserve.http.errors import invalid_field
 from fdserve.http.request import decode
-from fdserve.protocol.chat import ChatRequest
+from fdserve.protocol.chat import ChatRequest, ConversationRequest
 from fdserve.protocol.completion import CompletionRequest
 from fdserve.protocol.generation import GenerationRequest
+from fdserve.protocol.messages import CountTokensRequest, MessagesRequest
+from fdserve.protocol.responses import ResponsesRequest
 
 R = TypeVar("R", bound=GenerationRequest)
 
@@ -26,9 +28,8 @@ EXTRA_FIELDS = frozenset(
     | {"priority", "cache_salt", "request_id", "logits_processors_args"}
 )
 
-_DECODERS: dict[type, msgspec.json.Decoder[Any]] = {
-    kind: msgspec.json.Decoder(kind) for kind in (ChatRequest, CompletionRequest)
-}
+_KINDS = (ChatRequest, CompletionRequest, ResponsesRequest, MessagesRequest, CountTokensRequest)
+_DECODERS: dict[type, msgspec.json.Decoder[Any]] = {kind: msgspec.json.Decoder(kind) for kind in _KINDS}
 
 
 def read_request(body: bytes, kind: type[R]) -> R:
@@ -44,7 +45,7 @@ def read_request(body: bytes, kind: type[R]) -> R:
     fields = _given(msgspec.json.decode(body))
     fields = {**_given(fields.pop("extra_body", {})), **fields}
     kwargs = fields.get("chat_template_kwargs")
-    if kind is ChatRequest and isinstance(kwargs, dict):
+    if issubclass(kind, ConversationRequest) and isinstance(kwargs, dict):
         fields = {**{name: kwargs[name] for name in EXTRA_FIELDS & kwargs.keys()}, **fields}
     try:
         return msgspec.convert(fields, kind, str_keys=True)

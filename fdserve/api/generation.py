@@ -14,7 +14,7 @@ from anyio import to_thread
 from fdserve import __version__
 from fdserve.api.choice import Choice, Piece, join, new_choice
 from fdserve.http.request import Request
-from fdserve.http.response import encode
+from fdserve.http.response import Reply, encode
 from fdserve.protocol.generation import (
     CompletionTokensDetails,
     GenerationRequest,
@@ -32,6 +32,7 @@ __all__ = [
     "encoded_apart",
     "entry_size",
     "for_each",
+    "forward_in_turn",
     "join",
     "new_choice",
     "off_loop_if_long",
@@ -97,6 +98,27 @@ async def for_each(choices: Sequence[Choice], consume: Callable[[Choice], Awaita
             tasks.start_soon(guarded, choice)
     if errors:
         raise errors[0]
+
+
+async def forward_in_turn(
+    choices: Sequence[Choice], reply: Reply, tokens: int, events: Callable[[Choice, Piece], Awaitable[bytes]]
+) -> None:
+    """Send what `events` makes of all that comes, as it comes: choices in turn, each in order, `tokens` at a time.
+
+    Raises like `for_each`. Cancellation loses what was not sent.
+    """
+    lock = anyio.Lock(fast_acquire=True)
+
+    async def forward(choice: Choice) -> None:
+        finished = False
+        while not finished:
+            piece = await choice.next_piece(tokens)
+            finished = piece.finish_reason is not None
+            if data := await events(choice, piece):
+                async with lock:
+                    await reply.events(data)
+
+    await for_each(choices, forward)
 
 
 async def collect(choice: Choice) -> Piece:

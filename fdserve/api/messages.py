@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Sequence
 
-import msgspec
-
 from fdserve.api.chat import check_chat, prepare_chat, rendered
-from fdserve.api.generation import Choice, Piece, running, usage
+from fdserve.api.fields import read_request
+from fdserve.api.generation import Choice, Piece, response_id, running, usage
 from fdserve.api.messages_input import chat_request, prompt_request
 from fdserve.api.messages_output import BlockWriter
 from fdserve.api.params import check_request
-from fdserve.http.request import Request, decode
+from fdserve.http.request import Request
 from fdserve.http.response import Reply, named_event
 from fdserve.protocol.message_events import MessageDelta, MessageEvent, MessageStart, MessageStop, Ping, StopDelta
 from fdserve.protocol.messages import (
@@ -27,17 +25,14 @@ from fdserve.protocol.messages import (
 )
 from fdserve.server import Server
 
-_DECODER = msgspec.json.Decoder(MessagesRequest)
-_COUNT_DECODER = msgspec.json.Decoder(CountTokensRequest)
-
 
 async def create_message(server: Server, http: Request, reply: Reply) -> None:
     """Generate the answer to a conversation. Cancelling it cancels the generation."""
     server.check_ready()
-    request = decode(http.body, _DECODER)
+    request = read_request(http.body, MessagesRequest)
     choices = await prepare_chat(chat_request(request), server, http)
-    id = f"msg_{uuid.uuid4().hex}"
-    with running(server, http, (id,), choices):
+    id = response_id("msg_", request)
+    with running(server, http, (id, request.request_id), choices):
         answer = _Answer(id, request, server, http, choices[0])
         if request.stream:
             await answer.stream(reply)
@@ -47,7 +42,7 @@ async def create_message(server: Server, http: Request, reply: Reply) -> None:
 
 async def count_tokens(server: Server, http: Request, reply: Reply) -> None:
     """How many tokens the prompt has, in all."""
-    chat = prompt_request(decode(http.body, _COUNT_DECODER))
+    chat = prompt_request(read_request(http.body, CountTokensRequest))
     check_request(chat, server)
     check_chat(chat, server)
     _, prompt = await rendered(chat, server, http)
@@ -62,6 +57,7 @@ class _Answer:
         self._server = server
         self._http = http
         self._choice = choice
+        self._tokens = request.max_streaming_response_tokens or 1
         hidden = request.thinking is not None and request.thinking.display == "omitted"
         self._writer = BlockWriter(hide_thoughts=hidden)
 
@@ -81,11 +77,11 @@ class _Answer:
         """Send events for whatever comes, as it comes."""
         await reply.start_events()
         # How much of the prompt was cached is known with the first token, and clients look for it in the first event.
-        piece = await self._choice.next_piece()
+        piece = await self._choice.next_piece(self._tokens)
         await reply.events(_encoded([MessageStart(message=self._message()), Ping(), *self._writer.push(piece)]))
         try:
             while piece.finish_reason is None:
-                piece = await self._choice.next_piece()
+                piece = await self._choice.next_piece(self._tokens)
                 if data := _encoded(self._writer.push(piece)):
                     await reply.events(data)
         finally:

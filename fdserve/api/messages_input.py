@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import groupby
 
+from fdserve.api.adapted import new_chat
 from fdserve.errors import InvalidRequest
 from fdserve.protocol.chat import ChatMessage, ChatRequest
 from fdserve.protocol.messages import (
@@ -14,33 +15,50 @@ from fdserve.protocol.messages import (
     MessagesRequest,
     MessageTool,
     MessageToolChoice,
-    OutputConfig,
     ResultBlock,
-    Thinking,
 )
 from fdserve.protocol.structured import JsonSchemaFormat, ResponseFormat
 from fdserve.protocol.tools import CalledFunction, FunctionDefinition, FunctionName, NamedTool, PastToolCall, Tool
 from fdserve.protocol.tools import ToolChoice as ChatToolChoice
 
+# The fields of a chat that are refused -> what to do instead.
+REFUSED = {
+    "prompt_token_ids": "Send messages.",
+    "max_completion_tokens": "Send max_tokens.",
+    "stop": "Send stop_sequences.",
+    "response_format": "Send output_config.format.",
+    "reasoning_effort": "Send output_config.effort.",
+    "parallel_tool_calls": "Send tool_choice.disable_parallel_tool_use.",
+    "functions": "Send tools.",
+    "function_call": "Send tool_choice.",
+    "n": "A message is one answer.",
+    "logprobs": "",
+    "top_logprobs": "",
+    "prompt_logprobs": "",
+    "temp_scaled_logprobs": "",
+    "top_p_normalized_logprobs": "",
+    "return_token_ids": "",
+}
 _TOOL_CHOICES: dict[str, ChatToolChoice] = {"auto": "auto", "any": "required", "none": "none"}
 
 
 def prompt_request(request: CountTokensRequest) -> ChatRequest:
-    """A chat with what the prompt is made of. Raises InvalidRequest for what cannot be served."""
+    """A chat with all but the form of its answer. Raises InvalidRequest for what cannot be served."""
+    chat = new_chat(request, REFUSED)
     messages = [ChatMessage(role="system", content=_text(request.system, "system"))] if request.system else []
     for index, message in enumerate(request.messages):
         messages += _chat_messages(message, f"messages[{index}]")
-    choice = request.tool_choice
-    chat = ChatRequest(
-        messages=messages,
-        model=request.model,
-        tools=[_chat_tool(tool, index) for index, tool in enumerate(request.tools or ())],
-        tool_choice=_tool_choice(choice) if choice else None,
-        parallel_tool_calls=not choice.disable_parallel_tool_use if choice else None,
+    chat.messages = messages
+    chat.max_completion_tokens = request.max_tokens
+    chat.stop = request.stop_sequences
+    chat.tools = [_chat_tool(tool, index) for index, tool in enumerate(request.tools or ())]
+    if (choice := request.tool_choice) is not None:
+        chat.tool_choice = _tool_choice(choice)
+        chat.parallel_tool_calls = not choice.disable_parallel_tool_use
+    if chat.continue_final_message is None and not chat.add_generation_prompt:
         # An answer that the client began goes on where it ends.
-        continue_final_message=request.messages[-1].role == "assistant" or None,
-    )
-    _set_thinking(chat, request.thinking, request.output_config)
+        chat.continue_final_message = request.messages[-1].role == "assistant" or None
+    _set_thinking(chat, request)
     return chat
 
 
@@ -51,11 +69,6 @@ def chat_request(request: MessagesRequest) -> ChatRequest:
         message = "max_tokens must be greater than thinking.budget_tokens."
         raise InvalidRequest(message, param="thinking.budget_tokens")
     chat = prompt_request(request)
-    chat.max_completion_tokens = request.max_tokens
-    chat.temperature = request.temperature
-    chat.top_p = request.top_p
-    chat.top_k = request.top_k
-    chat.stop = request.stop_sequences
     format = request.output_config.format if request.output_config else None
     if format is not None:
         schema = JsonSchemaFormat(schema=format.schema, strict=True)
@@ -63,14 +76,20 @@ def chat_request(request: MessagesRequest) -> ChatRequest:
     return chat
 
 
-def _set_thinking(chat: ChatRequest, thinking: Thinking | None, output: OutputConfig | None) -> None:
-    chat.enable_thinking = thinking is not None and thinking.type != "disabled"
-    if thinking is not None and thinking.type == "enabled":
-        if thinking.budget_tokens is None:
-            raise _missing("thinking.budget_tokens")
-        chat.reasoning_max_tokens = thinking.budget_tokens
-    if output is not None:
-        chat.reasoning_effort = output.effort
+def _set_thinking(chat: ChatRequest, request: CountTokensRequest) -> None:
+    thinking = request.thinking
+    if thinking is not None:
+        for name in ("enable_thinking", "reasoning_max_tokens"):
+            if getattr(chat, name) is not None:
+                raise InvalidRequest(f"thinking and {name} both say how to think: give one of them.", param=name)
+        if thinking.type == "enabled":
+            if thinking.budget_tokens is None:
+                raise _missing("thinking.budget_tokens")
+            chat.reasoning_max_tokens = thinking.budget_tokens
+    if chat.enable_thinking is None:
+        chat.enable_thinking = thinking is not None and thinking.type != "disabled"
+    if request.output_config is not None:
+        chat.reasoning_effort = request.output_config.effort
 
 
 def _chat_messages(message: InputMessage, path: str) -> list[ChatMessage]:

@@ -52,11 +52,20 @@ def render_prompt(request: ChatRequest, server: Server) -> tuple[str, list[int]]
         text = None
     else:
         text = _text(request, server)
-        ids = checked_prompt(server.tokenizer.encode(text), server, "messages")
+        ids = checked_prompt(tokenized(text, server, "messages"), server, "messages")
     kept = truncated(ids, request, server, max_tokens_of(request))
     if text is None or len(kept) < len(ids):
         text = decode(server.tokenizer, kept, skip_special_tokens=False)
     return text, kept
+
+
+def tokenized(text: str, server: Server, param: str) -> list[int]:
+    """The text's ids. Raises InvalidRequest, with the field that it came in, for more than a text may have."""
+    try:
+        return server.tokenizer.encode(text)
+    except InvalidRequest as error:
+        error.param, error.code = param, "context_length_exceeded"
+        raise
 
 
 def _text(request: ChatRequest, server: Server) -> str:

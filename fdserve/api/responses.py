@@ -9,13 +9,14 @@ from collections.abc import Sequence
 import msgspec
 
 from fdserve.api.chat import prepare_chat
+from fdserve.api.fields import read_request
 from fdserve.api.generation import Choice, Piece, running, usage
 from fdserve.api.response_store import StoredResponse
 from fdserve.api.responses_input import as_own_fields, chat_request, input_items, wants_logprobs
 from fdserve.api.responses_output import OutputWriter
 from fdserve.api.responses_truncation import drop_oldest_turns
 from fdserve.errors import InvalidRequest, NotFound, Overloaded, ServerError
-from fdserve.http.request import Request, decode
+from fdserve.http.request import Request
 from fdserve.http.response import Reply, named_event
 from fdserve.protocol.response_events import (
     ResponseCompleted,
@@ -41,23 +42,23 @@ from fdserve.protocol.responses import (
 )
 from fdserve.server import Server
 
-_DECODER = msgspec.json.Decoder(ResponsesRequest)
 _ITEMS = msgspec.json.Decoder(list[InputItem])
 
 
 async def create_response(server: Server, http: Request, reply: Reply) -> None:
     """Generate a response. Cancelling it cancels the generation, and then nothing is stored."""
     server.check_ready()
-    request = decode(http.body, _DECODER)
+    request = read_request(http.body, ResponsesRequest)
     history = _history(server, request.previous_response_id)
     own = _resolved(server, input_items(request))
+    chat = chat_request(request, history, own)
     with as_own_fields():
-        chat = chat_request(request, history, own)
         if request.truncation == "auto":
             await drop_oldest_turns(chat, server, http)
         choices = await prepare_chat(chat, server, http)
     id = f"resp_{uuid.uuid4().hex}"
-    with running(server, http, (id,), choices):
+    # Whoever knows a response's id can read it, so that is none that a client may choose.
+    with running(server, http, (id, request.request_id), choices):
         answer = _Answer(id, request, server, http, choices[0], [*history, *own])
         if request.stream:
             await answer.stream(reply)
@@ -155,10 +156,11 @@ class _Answer:
         await reply.events(
             self._encoded([ResponseCreated(response=self._response), ResponseInProgress(response=self._response)])
         )
+        tokens = self._request.max_streaming_response_tokens or 1
         try:
             piece = Piece()
             while piece.finish_reason is None:
-                piece = await self._choice.next_piece()
+                piece = await self._choice.next_piece(tokens)
                 if data := self._encoded(self._writer.push(piece)):
                     await reply.events(data)
             last = self._end(piece)

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from fdserve.api.adapted import new_chat
 from fdserve.errors import InvalidRequest, ServerError
 from fdserve.protocol.chat import ChatMessage, ChatRequest
 from fdserve.protocol.responses import FunctionTool, InputItem, InputPart, ResponsesRequest, TextFormat, ToolChoice
@@ -23,6 +24,22 @@ from fdserve.protocol.tools import (
 from fdserve.protocol.tools import ToolChoice as ChatToolChoice
 
 LOGPROBS = "message.output_text.logprobs"
+
+# The fields of a chat that are refused -> what to do instead.
+REFUSED = {
+    "messages": "Send input.",
+    "prompt_token_ids": "Send input.",
+    "max_tokens": "Send max_output_tokens.",
+    "max_completion_tokens": "Send max_output_tokens.",
+    "response_format": "Send text.format.",
+    "reasoning_effort": "Send reasoning.effort.",
+    "logprobs": "Send include or top_logprobs.",
+    "functions": "Send tools.",
+    "function_call": "Send tool_choice.",
+    "n": "A response is one answer.",
+    "prompt_logprobs": "",
+    "return_token_ids": "",
+}
 
 _TEXT_PARTS = ("input_text", "output_text", "text", "reasoning_text", "summary_text")
 # The fields that a chat's checks complain of -> where their values came from.
@@ -56,25 +73,20 @@ def chat_request(request: ResponsesRequest, history: Sequence[InputItem], own: S
     Raises InvalidRequest for what cannot be served.
     """
     _check(request)
+    chat = new_chat(request, REFUSED)
     messages = [ChatMessage(role="system", content=request.instructions)] if request.instructions else []
     messages += chat_messages(history) if history else []
     messages += chat_messages(own)
     if not messages:
         raise InvalidRequest("The input is empty.", param="input")
-    return ChatRequest(
-        messages=messages,
-        model=request.model,
-        max_completion_tokens=request.max_output_tokens,
-        temperature=request.temperature,
-        top_p=request.top_p,
-        logprobs=wants_logprobs(request),
-        top_logprobs=request.top_logprobs,
-        tools=[_chat_tool(tool, index) for index, tool in enumerate(request.tools or ())],
-        tool_choice=_tool_choice(request),
-        parallel_tool_calls=request.parallel_tool_calls,
-        response_format=_response_format(request.text.format if request.text else None),
-        reasoning_effort=request.reasoning.effort if request.reasoning else None,
-    )
+    chat.messages = messages
+    chat.max_completion_tokens = request.max_output_tokens
+    chat.logprobs = wants_logprobs(request)
+    chat.tools = [_chat_tool(tool, index) for index, tool in enumerate(request.tools or ())]
+    chat.tool_choice = _tool_choice(request)
+    chat.response_format = _response_format(request.text.format if request.text else None)
+    chat.reasoning_effort = request.reasoning.effort if request.reasoning else None
+    return chat
 
 
 def input_items(request: ResponsesRequest) -> list[InputItem]:

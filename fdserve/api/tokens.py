@@ -6,7 +6,6 @@ None of them needs the engine, so they work while the model loads, too.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import msgspec
 
@@ -15,6 +14,7 @@ from fdserve.api.fields import read_request
 from fdserve.api.generation import off_loop_if_long
 from fdserve.api.models import check_model
 from fdserve.api.params import check_request
+from fdserve.api.prompt import tokenized
 from fdserve.api.token_rules import check_token_ids
 from fdserve.errors import InvalidRequest
 from fdserve.http.request import Request, decode
@@ -31,13 +31,16 @@ from fdserve.protocol.tokens import (
 from fdserve.server import Server
 from fdserve.text.detokenizer import decode as detokenized
 from fdserve.text.detokenizer import token_text
+from fdserve.text.length import check_length
+
+_NULL = msgspec.Raw(b"null")
 
 
 class _Form(msgspec.Struct):
-    """What tells the two forms of a request to tokenize apart, and what both may ask."""
+    """What tells the two forms of a request to tokenize apart, and what both may ask; the rest is decoded once only."""
 
-    prompt: Any = None
-    messages: Any = None
+    prompt: msgspec.Raw = _NULL
+    messages: msgspec.Raw = _NULL
     return_token_strs: bool | None = None
 
 
@@ -45,19 +48,19 @@ _FORM = msgspec.json.Decoder(_Form)
 _PROMPT = msgspec.json.Decoder(TokenizePrompt)
 _DETOKENIZE = msgspec.json.Decoder(DetokenizeRequest)
 
-MAX_TOKENS = 1 << 20
-"""That one request may ask about: answers take memory in proportion."""
-
 
 async def tokenize(server: Server, http: Request, reply: Reply) -> None:
     """The token ids of a prompt, or of the prompt that messages lead to. Cancellation waits for a thread."""
     form = decode(http.body, _FORM)
-    if form.prompt is not None and form.messages is not None:
+    has_messages = form.messages != _NULL
+    if has_messages and form.prompt != _NULL:
         raise InvalidRequest("A request to tokenize has either a prompt or messages.", param="prompt")
-    if form.messages is None:
+    if not has_messages:
         request = decode(http.body, _PROMPT)
         check_model(server, request.model)
-        await _answer(server, http, reply, lambda: _tokenization(server, form, server.tokenizer.encode(request.prompt)))
+        await _answer(
+            server, http, reply, lambda: _tokenization(server, form, tokenized(request.prompt, server, "prompt"))
+        )
     else:
         chat = _chat(server, http)
         await _answer(server, http, reply, lambda: _tokenization(server, form, render_prompt(chat, server)[1]), chat)
@@ -67,7 +70,7 @@ async def detokenize(server: Server, http: Request, reply: Reply) -> None:
     """The text of token ids, control tokens included. Cancellation waits for a thread."""
     request = decode(http.body, _DETOKENIZE)
     check_model(server, request.model)
-    _check_count(len(request.tokens), "tokens")
+    check_length(len(request.tokens), "tokens")
     check_token_ids(request.tokens, server, "tokens")
 
     def detokenization() -> Detokenization:
@@ -96,7 +99,7 @@ async def render_chat(server: Server, http: Request, reply: Reply) -> None:
 
     def rendered_chat() -> RenderedChat:
         text, token_ids = render_prompt(chat, server)
-        _check_count(len(token_ids), "messages")
+        check_length(len(token_ids), "messages")
         return RenderedChat(
             prompt=text, prompt_token_ids=token_ids, count=len(token_ids), max_model_len=server.max_model_len
         )
@@ -112,16 +115,11 @@ def _chat(server: Server, http: Request) -> ChatRequest:
 
 
 def _tokenization(server: Server, form: _Form, token_ids: list[int]) -> Tokenization:
-    _check_count(len(token_ids), "prompt" if form.messages is None else "messages")
+    check_length(len(token_ids), "prompt" if form.messages == _NULL else "messages")
     result = Tokenization(count=len(token_ids), max_model_len=server.max_model_len, tokens=token_ids)
     if form.return_token_strs:
         result.token_strs = [token_text(server.tokenizer, token_id)[0] for token_id in token_ids]
     return result
-
-
-def _check_count(count: int, param: str) -> None:
-    if count > MAX_TOKENS:
-        raise InvalidRequest(f"There are {count} tokens; a request may ask about {MAX_TOKENS} at most.", param=param)
 
 
 async def _answer(

@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+import anyio
+
 from fdserve.errors import InternalError, InvalidRequest, Overloaded, ServerError, Unauthorized
 from fdserve.http.asgi import Receive, Scope, Send
 from fdserve.http.error_forms import ErrorForm
@@ -20,6 +22,8 @@ from fdserve.http.router import Route, Router
 access_log = logging.getLogger("fdserve.access")
 log = logging.getLogger("fdserve.http")
 
+LONG_BODY_BYTES = 65_536
+"""About a millisecond's work to decode."""
 CLIENT_CLOSED = 499  # nginx's status for a client that left; it is only logged and counted
 
 
@@ -45,6 +49,7 @@ class Dispatcher:
         self._max_concurrency = max_concurrency
         self._max_request_bytes = max_request_bytes
         self._observe = observe
+        self._turnstile = anyio.Lock()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request. Cancelling it abandons the request and frees what its handler held."""
@@ -64,6 +69,10 @@ class Dispatcher:
                     check_media_type(request.headers)
                 with self._counted(route):
                     await request.read(self._max_request_bytes)
+                    if len(request.body) > LONG_BODY_BYTES:
+                        # Those that came together are decoded one by one, so that others get on in between.
+                        async with self._turnstile:
+                            pass
                     await _answer(route, request, reply)
             except ServerError as error:  # refused before the handler
                 await _refuse(form, request, reply, error)

@@ -53,17 +53,13 @@ class ChatMessage(msgspec.Struct, kw_only=True):
     function_call: CalledFunction | None = None
 
 
-class ChatRequest(GenerationRequest, kw_only=True):
-    """`messages` are required unless there are `prompt_token_ids`."""
+class ConversationRequest(GenerationRequest, kw_only=True):
+    """The fields of a chat beside those that /v1/responses and /v1/messages have in a form of their own."""
 
-    messages: list[ChatMessage] | None = None
-    max_tokens: Positive | None = None
     max_completion_tokens: Positive | None = None
     response_max_tokens: Positive | None = None
     logprobs: bool | None = None
     top_logprobs: TopLogprobs | None = None
-    tools: list[Tool] | None = None
-    tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     enable_thinking: bool | None = None
     reasoning_effort: ReasoningEffort | None = None
@@ -76,6 +72,18 @@ class ChatRequest(GenerationRequest, kw_only=True):
     # OpenAI's older form of tools.
     functions: Annotated[list[FunctionDefinition], Meta(max_length=128)] | None = None
     function_call: Literal["none", "auto"] | FunctionName | None = None
+    # Known and not supported.
+    modalities: list[str] | None = None
+    audio: Any = None
+
+
+class ChatRequest(ConversationRequest, kw_only=True):
+    """`messages` are required unless there are `prompt_token_ids`."""
+
+    messages: list[ChatMessage] | None = None
+    max_tokens: Positive | None = None
+    tools: list[Tool] | None = None
+    tool_choice: ToolChoice | None = None
     # OpenAI's, and without effect here.
     store: Any = None
     safety_identifier: Any = None
@@ -86,9 +94,6 @@ class ChatRequest(GenerationRequest, kw_only=True):
     verbosity: Any = None
     web_search_options: Any = None
     moderation: Any = None
-    # Known and not supported.
-    modalities: list[str] | None = None
-    audio: Any = None
 
 
 class TopLogprob(msgspec.Struct):

@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from fdserve.protocol.generation import Positive, Probability
+from fdserve.protocol.chat import ConversationRequest
+from fdserve.protocol.generation import Positive
 from fdserve.protocol.tools import ToolName
 
 StopSequence = Annotated[str, Meta(min_length=1)]
@@ -80,26 +81,21 @@ class OutputConfig(msgspec.Struct, kw_only=True):
     format: OutputFormat | None = None
 
 
-class CountTokensRequest(msgspec.Struct, kw_only=True):
-    """The fields that the prompt is made of."""
+class CountTokensRequest(ConversationRequest, kw_only=True):
+    """Anthropic's fields, and those of a chat; see `fdserve.api.adapted` for which of these are refused."""
 
     messages: Annotated[list[InputMessage], Meta(min_length=1)]
-    model: str | None = None
+    max_tokens: Positive | None = None
     system: str | list[ResultBlock] | None = None
     tools: list[MessageTool] | None = None
     tool_choice: MessageToolChoice | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
+    stop_sequences: list[StopSequence] | None = None
 
 
 class MessagesRequest(CountTokensRequest, kw_only=True):
     max_tokens: Positive
-    stream: bool | None = None
-    stop_sequences: list[StopSequence] | None = None
-    temperature: Annotated[float, Meta(ge=0.0)] | None = None
-    top_p: Probability | None = None
-    top_k: Annotated[int, Meta(ge=-1)] | None = None
-    metadata: dict[str, Any] | None = None
 
 
 class TokenCount(msgspec.Struct):

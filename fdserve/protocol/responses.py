@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from fdserve.protocol.chat import TokenLogprob
-from fdserve.protocol.generation import Positive, Probability, TopLogprobs
+from fdserve.protocol.chat import ConversationRequest, TokenLogprob
+from fdserve.protocol.generation import Positive
 from fdserve.protocol.tools import ToolName
 
 ItemStatus = Literal["in_progress", "completed", "incomplete"]
@@ -88,35 +88,31 @@ class Reasoning(msgspec.Struct, kw_only=True):
     summary: Literal["auto", "concise", "detailed"] | None = None
 
 
-class ResponsesRequest(msgspec.Struct, kw_only=True):
+class ResponsesRequest(ConversationRequest, kw_only=True):
+    """OpenAI's fields, and those of a chat; see `fdserve.api.adapted` for which of these are refused."""
+
     input: str | list[InputItem]
-    model: str | None = None
     instructions: str | None = None
     previous_response_id: str | None = None
     store: bool | None = None
-    stream: bool | None = None
     max_output_tokens: Positive | None = None
-    temperature: Annotated[float, Meta(ge=0.0)] | None = None
-    top_p: Probability | None = None
-    top_logprobs: TopLogprobs | None = None
     include: list[str] | None = None
     text: TextOptions | None = None
     reasoning: Reasoning | None = None
     tools: list[FunctionTool] | None = None
     tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
-    parallel_tool_calls: bool | None = None
     truncation: Literal["auto", "disabled"] | None = None
     metadata: Metadata | None = None
     # Echoed, and nothing else.
     max_tool_calls: Positive | None = None
     prompt_cache_key: str | None = None
     safety_identifier: str | None = None
-    service_tier: str | None = None
-    user: str | None = None
-    # Known and not supported.
+    # Known and not supported; the last two have other names here.
     background: bool | None = None
     conversation: Any = None
     prompt: Any = None
+    messages: Any = None
+    max_tokens: Any = None
 
 
 class OutputText(msgspec.Struct, kw_only=True, tag_field="type", tag="output_text"):

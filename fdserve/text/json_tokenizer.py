@@ -9,6 +9,7 @@ import msgspec
 import tokenizers
 
 from fdserve.errors import StartupError
+from fdserve.text.length import check_length
 from fdserve.text.pieces import decoder_kinds, spelling_of_decoder, well_formed
 from fdserve.text.tokenizer_config import TEXT_TAGS, TokenizerConfig
 
@@ -52,6 +53,7 @@ class JsonTokenizer:
 
     def encode(self, text: str) -> list[int]:
         encodings = self._tokenizer.encode_batch_fast([well_formed(text)], add_special_tokens=False)
+        check_length(len(encodings[0]))
         return encodings[0].ids
 
     def token_bytes(self, token_id: int) -> bytes:

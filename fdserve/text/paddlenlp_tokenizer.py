@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fdserve.errors import StartupError
+from fdserve.text.length import check_length
 from fdserve.text.pieces import (
     Spelling,
     byte_level_bytes,
@@ -64,6 +65,7 @@ class PaddleNLPTokenizer:
                 continue
             for run in _short_runs(part) if self._cut else (part,):
                 ids.extend(self._tokenizer.convert_tokens_to_ids(self._tokenizer.tokenize(run)))
+                check_length(len(ids))
         return ids
 
     def token_bytes(self, token_id: int) -> bytes:

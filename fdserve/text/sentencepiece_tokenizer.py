@@ -7,9 +7,13 @@ from pathlib import Path
 import sentencepiece
 
 from fdserve.errors import StartupError
+from fdserve.text.length import check_length
 from fdserve.text.pieces import sentencepiece_bytes, well_formed
 from fdserve.text.splitter import TokenSplitter
 from fdserve.text.tokenizer_config import TEXT_TAGS, TokenizerConfig
+
+LONG_PART = 100_000
+"""Characters from which there may be very many tokens."""
 
 
 class SentencePieceTokenizer:
@@ -49,8 +53,14 @@ class SentencePieceTokenizer:
         for part, is_token in self._splitter.split(well_formed(text)):
             if is_token:
                 ids.append(self._ids[part])
-            else:
+            elif len(part) < LONG_PART:
                 ids.extend(self._model.encode(part))
+            else:
+                # An array is made in no time, so how many ids there are is known before they become objects.
+                found = self._model.encode(part, return_type="numpy")
+                check_length(len(ids) + len(found))
+                ids.extend(found.tolist())
+        check_length(len(ids))
         return ids
 
     def token_bytes(self, token_id: int) -> bytes:

@@ -36,7 +36,8 @@ class Tokenizer(Protocol):
     def encode(self, text: str) -> list[int]:
         """The ids of the text, never with a bos or eos of its own.
 
-        Special and added tokens that are spelled out in the text become their ids.
+        Special and added tokens that are spelled out in the text become their ids. Raises InvalidRequest, without a
+        param, for more than `length.MAX_TOKENS`.
         """
 
     def token_bytes(self, token_id: int) -> bytes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from typing import Any
 
@@ -38,16 +37,9 @@ def whole(response: Response) -> dict[str, Any]:
 def events(response: Response) -> list[dict[str, Any]]:
     """The events, each as openai's client takes it, without an end mark, numbered in order."""
     assert response.status == 200, response.body
-    assert response.headers["content-type"] == "text/event-stream; charset=utf-8"
-    parts = response.body.decode().split("\n\n")
-    assert parts.pop() == ""
-    result = []
-    for part in parts:
-        name, data = part.split("\n")
-        event = json.loads(data.removeprefix("data: "))
-        assert name == f"event: {event['type']}"
+    result = response.named_events
+    for event in result:
         EVENT.validate_python(event, strict=True)
-        result.append(event)
     assert [event["sequence_number"] for event in result] == list(range(len(result)))
     return result
 

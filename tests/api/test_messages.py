@@ -47,16 +47,10 @@ def whole(response: Response) -> dict[str, Any]:
 def events(response: Response) -> list[dict[str, Any]]:
     """The events, each as Anthropic's client takes it; pings and the last error are not checked by it."""
     assert response.status == 200, response.body
-    parts = response.body.decode().split("\n\n")
-    assert parts.pop() == ""
-    result = []
-    for part in parts:
-        name, data = part.split("\n")
-        event = json.loads(data.removeprefix("data: "))
-        assert name == f"event: {event['type']}"
+    result = response.named_events
+    for event in result:
         if event["type"] not in ("ping", "error"):
             EVENT.validate_python(event, strict=True)
-        result.append(event)
     return result
 
 

@@ -9,10 +9,10 @@ import anyio
 import msgspec
 import pytest
 
-from fdserve.api import tokens
 from fdserve.config import Config
+from fdserve.text import length
 from tests.http.client import Client, serving
-from tests.http.fake_engine import TEMPLATE, VOCAB_SIZE, FakeEngine, ids, silent
+from tests.http.fake_engine import TEMPLATE, VOCAB_SIZE, ByteTokenizer, FakeEngine, ids, silent
 
 pytestmark = pytest.mark.anyio
 
@@ -168,7 +168,7 @@ async def test_long_work_and_its_encoding_leave_the_event_loop(
 
 
 async def test_the_number_of_tokens_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokens, "MAX_TOKENS", 10)
+    monkeypatch.setattr(length, "MAX_TOKENS", 10)
     messages = [{"role": "user", "content": "123"}]  # 10 tokens with "user: " and a line break
     longer = [{"role": "user", "content": "1234"}]
     async with serving() as client:
@@ -182,6 +182,35 @@ async def test_the_number_of_tokens_is_bounded(monkeypatch: pytest.MonkeyPatch) 
             response = await client.post(path, bad)
             assert (response.status, response.error["param"]) == (400, param)
             assert response.error["message"] == "There are 11 tokens; a request may ask about 10 at most."
+
+
+async def test_a_text_of_too_many_tokens_is_no_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tokenizer says so, before there is a list of them."""
+
+    def encode(tokenizer: ByteTokenizer, text: str) -> list[int]:
+        length.check_length(len(text) * 1000)
+        return list(text.encode())
+
+    monkeypatch.setattr(ByteTokenizer, "encode", encode)
+    text = "x" * 2000
+    async with serving() as client:
+        for response, param in (
+            (await client.chat(text), "messages"),
+            (await client.complete(text), "prompt"),
+            (await client.complete(["a", text]), "prompt"),
+            (await client.post("/tokenize", {"prompt": text}), "prompt"),
+            (await client.post("/v1/responses", {"input": text}), "input"),
+        ):
+            assert (response.status, response.error["code"]) == (400, "context_length_exceeded")
+            assert response.error["param"] == param
+            assert "a request may ask about 1048576 at most" in response.error["message"]
+
+
+async def test_null_is_no_form_of_a_request() -> None:
+    async with serving() as client:
+        assert (await client.post("/tokenize", {"prompt": "a", "messages": None})).json()["tokens"] == [97]
+        assert (await client.post("/tokenize", {"prompt": None, "messages": MESSAGES})).status == 200
+        assert (await client.post("/tokenize", {"prompt": None, "messages": None})).error["param"] == "prompt"
 
 
 async def test_they_count_for_the_limit() -> None:

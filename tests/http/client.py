@@ -49,6 +49,19 @@ class Response:
         assert all(part.startswith(b"data: ") for part in parts[:-1])
         return [json.loads(part[6:]) for part in parts[:-2]]
 
+    @property
+    def named_events(self) -> list[Any]:
+        """The data of events that have names, which are the types in the data, too; there is no end mark."""
+        assert self.headers["content-type"] == "text/event-stream; charset=utf-8"
+        parts = self.body.decode().split("\n\n")
+        assert parts.pop() == ""
+        result = []
+        for part in parts:
+            name, data = part.split("\n")
+            result.append(json.loads(data.removeprefix("data: ")))
+            assert name == f"event: {result[-1]['type']}"
+        return result
+
 
 @dataclass
 class Client:

@@ -4,10 +4,13 @@ import logging
 from typing import Any
 
 import anyio
+import anyio.lowlevel
 import pytest
 
+from fdserve.api.fields import read_request
 from fdserve.config import Config
 from fdserve.errors import Unavailable
+from fdserve.http.middleware import LONG_BODY_BYTES
 from tests.http.client import Client, serving
 from tests.http.fake_engine import FakeEngine, broken, endless, say, silent
 
@@ -33,6 +36,30 @@ async def test_a_wrong_key(authorization: str | None) -> None:
             assert response.error["type"] == "authentication_error"
             assert response.headers["www-authenticate"] == "Bearer"
         assert not client.engine.requests
+
+
+async def test_others_get_on_between_long_bodies_that_come_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    turns = 0
+    decoded: dict[bool, list[int]] = {True: [], False: []}
+
+    def read(body: bytes, kind: type) -> Any:
+        decoded[len(body) > LONG_BODY_BYTES].append(turns)
+        return read_request(body, kind)
+
+    async def take_turns() -> None:
+        nonlocal turns
+        while len(decoded[True]) < 8:
+            await anyio.lowlevel.checkpoint()
+            turns += 1
+
+    monkeypatch.setattr("fdserve.api.chat.read_request", read)
+    async with serving() as client, anyio.create_task_group() as tasks:
+        tasks.start_soon(take_turns)
+        for text in ("Hi", "x" * LONG_BODY_BYTES) * 8:
+            tasks.start_soon(client.chat, text)
+    spans = {long: max(when) - min(when) for long, when in decoded.items()}
+    assert spans[True] >= 6
+    assert spans[False] <= 2
 
 
 async def test_a_right_key() -> None:

@@ -10,7 +10,8 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fdserve.errors import StartupError
+from fdserve.errors import InvalidRequest, StartupError
+from fdserve.text import length, sentencepiece_tokenizer
 from fdserve.text.splitter import TokenSplitter
 from fdserve.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -44,6 +45,19 @@ class TestEveryTokenizer:
     )
     def test_bytes_of_the_ids_are_the_text(self, tokenizer: Tokenizer, text: str) -> None:
         assert joined(tokenizer, tokenizer.encode(text)) == text.encode()
+
+    def test_long_texts_have_the_same_ids_up_to_a_number(
+        self, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        text = "hello <think>world 你好" * 5
+        ids = tokenizer.encode(text)
+        monkeypatch.setattr(sentencepiece_tokenizer, "LONG_PART", 0)
+        monkeypatch.setattr(length, "MAX_TOKENS", len(ids))
+        assert tokenizer.encode(text) == ids
+        assert all(type(token_id) is int for token_id in tokenizer.encode(text))
+        monkeypatch.setattr(length, "MAX_TOKENS", len(ids) - 1)
+        with pytest.raises(InvalidRequest, match=f"There are {len(ids)} tokens"):
+            tokenizer.encode(text)
 
     @settings(max_examples=60, deadline=None)
     @given(text=TEXTS | WORDY)
