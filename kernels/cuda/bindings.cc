@@ -97,7 +97,7 @@ std::vector<Tensor> attention(const Tensor& qkv, const Tensor& k_cache, const Te
   Tensor workspace = make({bytes / 4}, DataType::FLOAT32, qkv);
   check(fdserve_cuda_attention(queries.data(), k_cache.data(), v_cache.data(), &paged, tokens, max_query_len, longest,
                                heads, head_dim, 1.0f / std::sqrt(static_cast<float>(head_dim)), dtype, out.data(),
-                               bytes > 0 ? workspace.data<float>() : nullptr, stream_of(qkv)),
+                               bytes > 0 ? workspace.data<float>() : nullptr, multiprocessors(), stream_of(qkv)),
         "attention");
   return {out};
 }

@@ -130,11 +130,11 @@ struct GemmTile {
       uint32_t columns[2][4];
 #pragma unroll
       for (int pair = 0; pair < 2; ++pair)
-        ldmatrix_x4(columns[pair], b + chunk64_at(warp * 32 + pair * 16 + matrix / 2 * 8 + lane % 8, step * 2 + matrix % 2));
+        ldmatrix_x4(columns[pair], shared_at(b + chunk64_at(warp * 32 + pair * 16 + matrix / 2 * 8 + lane % 8, step * 2 + matrix % 2)));
 #pragma unroll
       for (int m = 0; m < BM / 16; ++m) {
         uint32_t rows[4];
-        ldmatrix_x4(rows, a + chunk64_at(m * 16 + lane % 16, step * 2 + lane / 16));
+        ldmatrix_x4(rows, shared_at(a + chunk64_at(m * 16 + lane % 16, step * 2 + lane / 16)));
 #pragma unroll
         for (int j = 0; j < 4; ++j)
           mma_16816<T>(sums[m][j], rows, {columns[j / 2][j % 2 * 2], columns[j / 2][j % 2 * 2 + 1]});

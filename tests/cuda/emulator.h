@@ -46,7 +46,7 @@ inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 namespace emulator {
 
 constexpr int WARP = 32;
-constexpr size_t STACK_BYTES = 256 << 10, MAX_SHARED_BYTES = 227 << 10, GUARD_BYTES = 64;
+constexpr size_t STACK_BYTES = 256 << 10, MAX_SHARED_BYTES = 227 << 10, GUARD_BYTES = 64, SHARED_ALIGNMENT = 128;
 constexpr unsigned char GUARD = 0xA5;
 
 [[noreturn]] inline void fail(const char* what) {
@@ -85,6 +85,8 @@ struct Block {
   size_t current = 0, threads = 0, alive = 0;
   uint64_t progress = 0;
 
+  // As device.cuh aligns it.
+  char* dynamic() { return shared.data() + -reinterpret_cast<uintptr_t>(shared.data()) % SHARED_ALIGNMENT; }
   Fiber& fiber() { return fibers[current]; }
   Warp& warp() { return warps[current / WARP]; }
 };
@@ -170,11 +172,11 @@ void launch(Kernel kernel, dim3 grid, dim3 threads, size_t shared_bytes, Args...
       for (unsigned x = 0; x < grid.x; ++x) {
         b.index = dim3(x, y, z);
         // Fresh garbage: a kernel that reads what it did not write gives NaNs.
-        b.shared.assign(shared_bytes + GUARD_BYTES, static_cast<char>(0xFF));
-        std::memset(b.shared.data() + shared_bytes, GUARD, GUARD_BYTES);
+        b.shared.assign(shared_bytes + GUARD_BYTES + SHARED_ALIGNMENT, static_cast<char>(0xFF));
+        std::memset(b.dynamic() + shared_bytes, GUARD, GUARD_BYTES);
         run_block();
         for (size_t i = 0; i < GUARD_BYTES; ++i)
-          if (static_cast<unsigned char>(b.shared[shared_bytes + i]) != GUARD)
+          if (static_cast<unsigned char>(b.dynamic()[shared_bytes + i]) != GUARD)
             fail("a write past the dynamic shared memory");
       }
 }
@@ -288,6 +290,22 @@ float emulated_half_of(uint32_t pair, int which) {
 }
 
 template <class T>
+uint32_t pack(float low, float high);
+template <>
+inline uint32_t pack<__nv_bfloat16>(float low, float high) {
+  return __float2bfloat16(low).bits | static_cast<uint32_t>(__float2bfloat16(high).bits) << 16;
+}
+template <>
+inline uint32_t pack<__half>(float low, float high) {
+  const __half both[2] = {__float2half(low), __float2half(high)};
+  uint32_t bits;
+  std::memcpy(&bits, both, 4);
+  return bits;
+}
+
+inline float exp2_approx(float x) { return std::exp2(x); }
+
+template <class T>
 void mma_16816(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   struct Fragments { uint32_t a[4], b[2]; } mine = {{a[0], a[1], a[2], a[3]}, {b[0], b[1]}};
   emulator::Warp& warp = emulator::block().warp();
@@ -309,11 +327,14 @@ void mma_16816(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   __syncwarp();
 }
 
-inline void ldmatrix(uint32_t (&r)[4], const void* row, bool transposed) {
+using Shared = uintptr_t;
+inline Shared shared_at(const void* place) { return reinterpret_cast<Shared>(place); }
+
+inline void ldmatrix(uint32_t (&r)[4], Shared row, bool transposed) {
   emulator::Warp& warp = emulator::block().warp();
   const int lane = emulator::lane();
-  if (reinterpret_cast<uintptr_t>(row) % 16 != 0) emulator::fail("ldmatrix of an unaligned row");
-  warp.slots[lane][0] = reinterpret_cast<uint64_t>(row);
+  if (row % 16 != 0) emulator::fail("ldmatrix of an unaligned row");
+  warp.slots[lane][0] = row;
   __syncwarp();
   for (int matrix = 0; matrix < 4; ++matrix) {
     uint16_t two[2];
@@ -325,8 +346,8 @@ inline void ldmatrix(uint32_t (&r)[4], const void* row, bool transposed) {
   }
   __syncwarp();
 }
-inline void ldmatrix_x4(uint32_t (&r)[4], const void* row) { ldmatrix(r, row, false); }
-inline void ldmatrix_x4_transposed(uint32_t (&r)[4], const void* row) { ldmatrix(r, row, true); }
+inline void ldmatrix_x4(uint32_t (&r)[4], Shared row) { ldmatrix(r, row, false); }
+inline void ldmatrix_x4_transposed(uint32_t (&r)[4], Shared row) { ldmatrix(r, row, true); }
 
 // Copies 16 bytes, or zeros. At once: a kernel that reads them before it waits is not caught here.
 inline void copy_async_16(void* shared, const void* global, bool there) {
@@ -341,7 +362,7 @@ inline void commit_copies() {}
 template <int N>
 void wait_copies() {}
 
-inline char* dynamic_shared() { return emulator::block().shared.data(); }
+inline char* dynamic_shared() { return emulator::block().dynamic(); }
 
 template <class Kernel, class... Args>
 void launch(Kernel kernel, dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t, Args... args) {

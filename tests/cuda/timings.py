@@ -118,6 +118,7 @@ class Sequences:
                 BF16,
                 pointer(self.out),
                 room,
+                ctypes.c_int(gpu.multiprocessors),
             )
         )
 
