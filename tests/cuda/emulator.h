@@ -84,6 +84,7 @@ struct Block {
   jmp_buf scheduler;
   size_t current = 0, threads = 0, alive = 0;
   uint64_t progress = 0;
+  int votes = 0;
 
   // As device.cuh aligns it.
   char* dynamic() { return shared.data() + -reinterpret_cast<uintptr_t>(shared.data()) % SHARED_ALIGNMENT; }
@@ -207,6 +208,15 @@ inline int lane() { return static_cast<int>(block().current % WARP); }
 #define gridDim (emulator::block().grid)
 
 inline void __syncthreads() { emulator::meet(emulator::block().barrier, static_cast<int>(emulator::block().alive)); }
+inline int __syncthreads_count(int predicate) {
+  emulator::Block& b = emulator::block();
+  b.votes += predicate != 0;
+  __syncthreads();
+  const int votes = b.votes;
+  if (b.barrier.arrived + 1 == static_cast<int>(b.alive)) b.votes = 0;  // all have read it
+  __syncthreads();
+  return votes;
+}
 inline void __syncwarp(unsigned mask = ~0u) { emulator::meet(emulator::block().warp().barrier, __builtin_popcount(mask)); }
 template <class T>
 T __shfl_sync(unsigned mask, T value, int from) { return emulator::exchange(mask, value, from & 31); }
