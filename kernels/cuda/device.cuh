@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 #ifdef FDSERVE_EMULATED
 #include "emulator.h"
@@ -42,6 +43,28 @@ struct alignas(16) Vector {
   static constexpr int SIZE = 16 / sizeof(T);
   T values[SIZE];
 };
+
+#ifndef FDSERVE_EMULATED
+__device__ inline void store_16(void* to, uint4 bits) {
+  asm volatile("st.global.v4.u32 [%0], {%1,%2,%3,%4};" ::"l"(__cvta_generic_to_global(to)), "r"(bits.x), "r"(bits.y),
+               "r"(bits.z), "r"(bits.w) : "memory");
+}
+#endif
+
+// One access of 16 bytes of global memory: the compiler takes it apart where it sees elements alone.
+template <class T>
+__device__ Vector<T> load_vector(const T* from) {
+  const uint4 bits = *reinterpret_cast<const uint4*>(from);
+  Vector<T> vector;
+  memcpy(&vector, &bits, 16);
+  return vector;
+}
+template <class T>
+__device__ void store_vector(T* to, const Vector<T>& vector) {
+  uint4 bits;
+  memcpy(&bits, &vector, 16);
+  store_16(to, bits);
+}
 
 // Places in a workspace, one after the other, each aligned to 256 bytes; with no base it only counts them.
 class Places {

@@ -313,6 +313,11 @@ inline uint32_t pack<__half>(float low, float high) {
   return bits;
 }
 
+inline void store_16(void* to, uint4 bits) {
+  if (reinterpret_cast<uintptr_t>(to) % 16 != 0) emulator::fail("an unaligned store");
+  std::memcpy(to, &bits, 16);
+}
+
 inline float exp2_approx(float x) { return std::exp2(x); }
 
 template <class T>
