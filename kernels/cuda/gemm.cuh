@@ -26,30 +26,31 @@ struct Weights {
   int group;
 };
 
+// Four bytes as floats, less what stands for 0. A byte in the last place of 2^23 makes a float of it, which the units that
+// convert integers would take four times as long for.
+__device__ inline void floats_of(uint32_t bytes, float zero, float* out) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) out[i] = __uint_as_float(__byte_perm(bytes, 0x4B000000, 0x7440 + i)) - (8388608.0f + zero);
+}
+
+// Eight weights as numbers of 16 bits, exactly.
 template <class T, int BITS>
-struct Integers;
-template <class T>
-struct Integers<T, 8> {
-  static __device__ Vector<T> eight(const char* from) {
-    Vector<T> out;
+__device__ inline uint4 eight_weights(const char* from) {
+  float x[8];
+  if constexpr (BITS == 8) {
     const uint2 raw = *reinterpret_cast<const uint2*>(from);
-    for (int i = 0; i < 8; ++i) {
-      const int8_t value = static_cast<int8_t>((i < 4 ? raw.x : raw.y) >> i % 4 * 8);
-      out.values[i] = from_float<T>(static_cast<float>(value));
-    }
-    return out;
-  }
-};
-template <class T>
-struct Integers<T, 4> {
-  static __device__ Vector<T> eight(const char* from) {
-    Vector<T> out;
+    floats_of(raw.x ^ 0x80808080u, 128.0f, x);
+    floats_of(raw.y ^ 0x80808080u, 128.0f, x + 4);
+  } else {
     const uint32_t raw = *reinterpret_cast<const uint32_t*>(from);
-    for (int i = 0; i < 8; ++i)
-      out.values[i] = from_float<T>(static_cast<float>(static_cast<int>(raw >> i * 4 & 15) - 8));
-    return out;
+    float low[4], high[4];
+    floats_of(raw & 0x0F0F0F0Fu, 8.0f, low);
+    floats_of(raw >> 4 & 0x0F0F0F0Fu, 8.0f, high);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) x[i * 2] = low[i], x[i * 2 + 1] = high[i];
   }
-};
+  return {pack<T>(x[0], x[1]), pack<T>(x[2], x[3]), pack<T>(x[4], x[5]), pack<T>(x[6], x[7])};
+}
 
 template <class T, int BM, int BITS>
 struct GemmTile {
@@ -83,10 +84,11 @@ struct GemmTile {
         multiply(a, reinterpret_cast<const T*>(stage + A_BYTES), sums);
       } else {
         T* const converted = reinterpret_cast<T*>(shared + GEMM_STAGES * STAGE_BYTES);
+#pragma unroll
         for (int i = threadIdx.x; i < GEMM_COLUMNS * 8; i += GEMM_THREADS) {
           const int row = i / 8, chunk = i % 8;
-          *reinterpret_cast<Vector<T>*>(converted + chunk64_at(row, chunk)) =
-              Integers<T, BITS>::eight(stage + A_BYTES + row * ROW_BYTES + chunk * BITS);
+          *reinterpret_cast<uint4*>(converted + chunk64_at(row, chunk)) =
+              eight_weights<T, BITS>(stage + A_BYTES + row * ROW_BYTES + chunk * BITS);
         }
         __syncthreads();
         multiply(a, converted, part);

@@ -73,7 +73,14 @@ def test_rope_and_store(device: Emulated, rng: np.random.Generator, dtype: str, 
 @every_dtype
 @pytest.mark.parametrize(
     ("tokens", "hidden", "inner", "experts", "top_k"),
-    [(5, 128, 64, 8, 2), (1, 72, 40, 4, 4), (40, 64, 72, 3, 2), (3, 64, 64, 64, 6), (0, 64, 64, 4, 2)],
+    [
+        (5, 128, 64, 8, 2),
+        (1, 72, 40, 4, 4),
+        (40, 64, 72, 3, 2),
+        (3, 64, 64, 64, 6),
+        (0, 64, 64, 4, 2),
+        (1027, 136, 8, 5, 1),  # as many tokens as are routed four at a time
+    ],
 )
 def test_moe(
     device: Emulated,
