@@ -2,8 +2,9 @@
 //
 // The weights are [N][K] row-major, in 16 bits or as 8- or 4-bit integers with a float32 scale for each row and group of
 // `group` elements (a multiple of 64). Integers become 16-bit numbers exactly; a group's products are summed before the
-// scale is applied, so quantized weights lose nothing on the way. Tiles of 64 along K come by asynchronous copies, three
-// under way at a time. Every element accumulates along K in one order, whatever BM and whichever rows are beside it.
+// scale is applied, so quantized weights lose nothing on the way. Tiles of 64 along K come by asynchronous copies into three
+// buffers; into five where rows are few, for then the time is that of reading weights, often by fewer blocks than there are
+// multiprocessors, and four tiles under way are 32 KiB of 8-bit weights. Every element accumulates along K in one order, whatever BM and whichever rows are beside it.
 #pragma once
 
 #include "device.cuh"
@@ -14,7 +15,6 @@ constexpr int GEMM_WARPS = 4;
 constexpr int GEMM_THREADS = GEMM_WARPS * WARP;
 constexpr int GEMM_COLUMNS = 128;
 constexpr int GEMM_DEPTH = 64;
-constexpr int GEMM_STAGES = 3;
 
 // The place of a 16-byte chunk in a shared tile whose rows have 64 elements of 16 bits.
 __device__ inline int chunk64_at(int row, int chunk) { return row * GEMM_DEPTH + (chunk ^ row % 8) * 8; }
@@ -56,8 +56,8 @@ template <class T, int BM, int BITS>
 struct GemmTile {
   static constexpr int ROW_BYTES = GEMM_DEPTH * BITS / 8;  // of a weight row in a stage
   static constexpr int A_BYTES = BM * GEMM_DEPTH * 2, B_BYTES = GEMM_COLUMNS * ROW_BYTES;
-  static constexpr int STAGE_BYTES = A_BYTES + B_BYTES;
-  static constexpr int SHARED_BYTES = GEMM_STAGES * STAGE_BYTES + (BITS == 16 ? 0 : GEMM_COLUMNS * GEMM_DEPTH * 2);
+  static constexpr int STAGES = BM == 16 ? 5 : 3, STAGE_BYTES = A_BYTES + B_BYTES;
+  static constexpr int SHARED_BYTES = STAGES * STAGE_BYTES + (BITS == 16 ? 0 : GEMM_COLUMNS * GEMM_DEPTH * 2);
   // A lane's sums: of rows m * 16 + lane / 4 (+ 8) and columns 32 warp + 8 j + lane % 4 * 2 (+ 1), as of mma's fragments.
   using Sums = float[BM / 16][4][4];
 
@@ -67,23 +67,23 @@ struct GemmTile {
   static __device__ void run(RowOf row_of, ColumnOf column_of, const Weights& w, Sums& sums) {
     char* const shared = dynamic_shared();
     const int steps = static_cast<int>((w.depth + GEMM_DEPTH - 1) / GEMM_DEPTH);
-    for (int stage = 0; stage < GEMM_STAGES - 1; ++stage) {
+    for (int stage = 0; stage < STAGES - 1; ++stage) {
       if (stage < steps) copy(row_of, column_of, w, stage, shared + stage * STAGE_BYTES);
       commit_copies();
     }
     Sums part = {};
     for (int step = 0; step < steps; ++step) {
-      wait_copies<GEMM_STAGES - 2>();
+      wait_copies<STAGES - 2>();
       __syncthreads();  // the stage has come, and all are done with the one before
-      const int ahead = step + GEMM_STAGES - 1;
-      if (ahead < steps) copy(row_of, column_of, w, ahead, shared + ahead % GEMM_STAGES * STAGE_BYTES);
+      const int ahead = step + STAGES - 1;
+      if (ahead < steps) copy(row_of, column_of, w, ahead, shared + ahead % STAGES * STAGE_BYTES);
       commit_copies();
-      char* const stage = shared + step % GEMM_STAGES * STAGE_BYTES;
+      char* const stage = shared + step % STAGES * STAGE_BYTES;
       const T* a = reinterpret_cast<const T*>(stage);
       if constexpr (BITS == 16) {
         multiply(a, reinterpret_cast<const T*>(stage + A_BYTES), sums);
       } else {
-        T* const converted = reinterpret_cast<T*>(shared + GEMM_STAGES * STAGE_BYTES);
+        T* const converted = reinterpret_cast<T*>(shared + STAGES * STAGE_BYTES);
 #pragma unroll
         for (int i = threadIdx.x; i < GEMM_COLUMNS * 8; i += GEMM_THREADS) {
           const int row = i / 8, chunk = i % 8;
