@@ -4,7 +4,8 @@
 // `group` elements (a multiple of 64). Integers become 16-bit numbers exactly; a group's products are summed before the
 // scale is applied, so quantized weights lose nothing on the way. Tiles of 64 along K come by asynchronous copies into three
 // buffers; into five where rows are few, for then the time is that of reading weights, often by fewer blocks than there are
-// multiprocessors, and four tiles under way are 32 KiB of 8-bit weights. Every element accumulates along K in one order, whatever BM and whichever rows are beside it.
+// multiprocessors, and four tiles under way are 32 KiB of 8-bit weights. Every element accumulates along K in one order,
+// whatever BM and whichever rows are beside it.
 #pragma once
 
 #include "device.cuh"

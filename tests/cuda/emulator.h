@@ -3,8 +3,9 @@
 //
 // Every thread of a block is a fiber of one operating-system thread; a block runs to its end before the next begins. A
 // fiber runs until it meets a barrier or a warp-wide operation and then lets the others run, so shared memory and shuffles
-// behave as on a GPU where all code between two barriers is free of races. A barrier that not all threads reach, and a
-// write past the dynamic shared memory, end the process with a message.
+// behave as on a GPU where all code between two barriers is free of races. Of one block the first fiber goes first, of the
+// next the last, which shows many races. An asynchronous copy is done when its thread waits for it, no sooner. A barrier that
+// not all threads reach, and a write past the dynamic shared memory, end the process with a message.
 #pragma once
 
 #include <setjmp.h>
@@ -59,12 +60,21 @@ struct Barrier {
   unsigned generation = 0;
 };
 
+// An asynchronous copy of 16 bytes, or of zeros from null; complete once its group is waited for.
+struct Copy {
+  void* to;
+  const void* from;
+  int group;
+};
+
 struct Fiber {
   std::unique_ptr<char[]> stack{new char[STACK_BYTES]};
   ucontext_t context;
   jmp_buf state;
   dim3 thread;
   bool begun = false, done = false;
+  std::vector<Copy> copies;
+  int group = 0;
 };
 
 struct Warp {
@@ -83,6 +93,7 @@ struct Block {
   ucontext_t home;
   jmp_buf scheduler;
   size_t current = 0, threads = 0, alive = 0;
+  bool backwards = false;
   uint64_t progress = 0;
   int votes = 0;
 
@@ -142,6 +153,8 @@ inline void run_block() {
   for (size_t i = 0; i < b.threads; ++i) {
     Fiber& fiber = b.fibers[i];
     fiber.begun = fiber.done = false;
+    fiber.copies.clear();
+    fiber.group = 0;
     fiber.thread = dim3(i % b.block.x, i / b.block.x % b.block.y, i / b.block.x / b.block.y);
     getcontext(&fiber.context);
     fiber.context.uc_stack = {fiber.stack.get(), 0, STACK_BYTES};
@@ -151,10 +164,11 @@ inline void run_block() {
   while (b.alive > 0) {
     const uint64_t before = b.progress;
     for (size_t i = 0; i < b.threads; ++i)
-      if (!b.fibers[i].done) resume(i);
+      if (const size_t number = b.backwards ? b.threads - 1 - i : i; !b.fibers[number].done) resume(number);
     if (b.progress == before && b.alive > 0) fail("a barrier that not all threads reach");
   }
   if (b.barrier.arrived != 0) fail("threads ended inside of a barrier");
+  b.backwards = !b.backwards;
 }
 
 template <class Kernel, class... Args>
@@ -370,18 +384,27 @@ inline void ldmatrix(uint32_t (&r)[4], Shared row, bool transposed) {
 inline void ldmatrix_x4(uint32_t (&r)[4], Shared row) { ldmatrix(r, row, false); }
 inline void ldmatrix_x4_transposed(uint32_t (&r)[4], Shared row) { ldmatrix(r, row, true); }
 
-// Copies 16 bytes, or zeros. At once: a kernel that reads them before it waits is not caught here.
 inline void copy_async_16(void* shared, const void* global, bool there) {
   if (reinterpret_cast<uintptr_t>(shared) % 16 != 0) emulator::fail("an unaligned asynchronous copy");
   if (there && reinterpret_cast<uintptr_t>(global) % 16 != 0) emulator::fail("an unaligned asynchronous copy");
-  if (there)
-    std::memcpy(shared, global, 16);
-  else
-    std::memset(shared, 0, 16);
+  emulator::Fiber& fiber = emulator::block().fiber();
+  fiber.copies.push_back({shared, there ? global : nullptr, fiber.group});
 }
-inline void commit_copies() {}
+inline void commit_copies() { ++emulator::block().fiber().group; }
 template <int N>
-void wait_copies() {}
+void wait_copies() {
+  emulator::Fiber& fiber = emulator::block().fiber();
+  std::vector<emulator::Copy> rest;
+  for (const emulator::Copy& copy : fiber.copies) {
+    if (copy.group >= fiber.group - N)
+      rest.push_back(copy);
+    else if (copy.from != nullptr)
+      std::memcpy(copy.to, copy.from, 16);
+    else
+      std::memset(copy.to, 0, 16);
+  }
+  fiber.copies.swap(rest);
+}
 
 inline char* dynamic_shared() { return emulator::block().dynamic(); }
 
