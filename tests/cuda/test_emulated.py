@@ -52,7 +52,7 @@ SHAPES = {
     "one": checks.Shape((1,), (0,)),
     "long": checks.Shape((1, 9), (2100, 1020), heads=8, kv_heads=1, head_dim=128, block_size=64),
     "prefill": checks.Shape((70,), (30,), heads=8, kv_heads=1, head_dim=128, block_size=32),
-    # Rows of several wide tiles, of which some warps' are past the end, between decodes; groups that tiles divide unevenly.
+    # Rows of several wide tiles, some warps' past the end, between decodes; groups that tiles divide unevenly.
     "wide": checks.Shape((1, 27, 2, 0, 7), (40, 1010, 3, 7, 30), heads=5, kv_heads=1),
     "no groups": checks.Shape((5, 17, 2), (1023, 63, 64), heads=2, kv_heads=2),
 }
