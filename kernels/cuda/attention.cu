@@ -21,7 +21,7 @@ namespace fdserve::cuda {
 namespace {
 
 constexpr int SCORE_STRIDE = KEY_TILE + 8;
-constexpr int64_t MAX_WORKSPACE_BYTES = 256 << 20;
+constexpr int64_t MAX_WORKSPACE_BYTES = 512 << 20;
 
 template <class T, int HD>
 __global__ void __launch_bounds__(ATTENTION_THREADS, 2)
@@ -298,7 +298,8 @@ void attention(const void* q, const void* k_cache, const void* v_cache, int64_t 
   const size_t tiles = 4 * KEY_TILE * HD * sizeof(T);
   if (!all_wide) {
     launch(narrow_kernel<T, HD>, dim3(plan.narrow, kv_heads, sequences), dim3(ATTENTION_THREADS),
-           ROW_TILE * HD * sizeof(T) + tiles + ROW_TILE * SCORE_STRIDE * sizeof(float), stream, queries, keys, values, out, call);
+           ROW_TILE * HD * sizeof(T) + tiles + ROW_TILE * SCORE_STRIDE * sizeof(float), stream, queries, keys, values, out,
+           call);
     if (plan.narrow > 1)
       launch(merge_narrow_kernel<T>, dim3(sequences * plan.narrow_rows, kv_heads), dim3(HD), 0, stream, out, call);
   }

@@ -197,9 +197,9 @@ void moe(const FdserveMoe& call, void* workspace, cudaStream_t stream) {
   else
     (few ? products<T, 16, 4> : products<T, 64, 4>)(call, at, base, stream);
   const int64_t vectors = call.hidden / 8;
-  launch(combine_kernel<T>, dim3(call.tokens), dim3(vectors < 512 ? (vectors + WARP - 1) / WARP * WARP : 512), 0, stream, reinterpret_cast<const float*>(base + at.answers),
-         static_cast<const int*>(slot_of), static_cast<const float*>(weights), static_cast<const T*>(call.shared), top_k,
-         call.hidden, static_cast<T*>(call.out));
+  launch(combine_kernel<T>, dim3(call.tokens), dim3(vectors < 512 ? (vectors + WARP - 1) / WARP * WARP : 512), 0, stream,
+         reinterpret_cast<const float*>(base + at.answers), static_cast<const int*>(slot_of), static_cast<const float*>(weights),
+         static_cast<const T*>(call.shared), top_k, call.hidden, static_cast<T*>(call.out));
 }
 
 }  // namespace

@@ -120,8 +120,8 @@ void rms_norm(const void* x, const void* residual, const void* weight, float eps
 template <class T>
 void swiglu(const void* x, int64_t tokens, int64_t inner, void* out, cudaStream_t stream) {
   const int64_t vectors = inner / Vector<T>::SIZE;
-  launch(swiglu_kernel<T>, dim3(tokens, (vectors + 255) / 256), dim3(vectors < 256 ? (vectors + WARP - 1) / WARP * WARP : 256), 0,
-         stream, static_cast<const T*>(x), static_cast<int>(vectors), static_cast<T*>(out));
+  launch(swiglu_kernel<T>, dim3(tokens, (vectors + 255) / 256),
+         dim3(vectors < 256 ? (vectors + WARP - 1) / WARP * WARP : 256), 0, stream, static_cast<const T*>(x), static_cast<int>(vectors), static_cast<T*>(out));
 }
 
 template <class T>

@@ -43,11 +43,13 @@ using cudaStream_t = void*;
 using cudaError_t = int;
 constexpr cudaError_t cudaSuccess = 0, cudaErrorInvalidValue = 1;
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline const char* cudaGetErrorString(cudaError_t) { return "an emulated one"; }
 
 namespace emulator {
 
 constexpr int WARP = 32;
-constexpr size_t STACK_BYTES = 256 << 10, MAX_SHARED_BYTES = 227 << 10, GUARD_BYTES = 64, SHARED_ALIGNMENT = 128;
+// The shared memory is that of the architectures that have least (sm_86, sm_89, sm_120).
+constexpr size_t STACK_BYTES = 256 << 10, MAX_SHARED_BYTES = 99 << 10, GUARD_BYTES = 64, SHARED_ALIGNMENT = 128;
 constexpr unsigned char GUARD = 0xA5;
 
 [[noreturn]] inline void fail(const char* what) {
