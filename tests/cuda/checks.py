@@ -103,10 +103,11 @@ class Step:
         cache = (sequences * width + 2, shape.kv_heads, size, shape.head_dim)
         self.keys, self.values = (np.full(cache, np.nan, np.float32) for _ in range(2))
         for sequence, end in enumerate(ends):
-            for position in range(end):
-                at = self.tables[sequence, position // size], slice(None), position % size
-                for tensor in (self.keys, self.values):
-                    tensor[at] = rounded(rng.normal(size=(shape.kv_heads, shape.head_dim)), dtype)
+            places = np.arange(end)
+            at = self.tables[sequence, places // size], slice(None), places % size
+            for tensor in (self.keys, self.values):
+                tensor[at] = rounded(rng.normal(size=(end, shape.kv_heads, shape.head_dim)), dtype)
+        self.caches = [device.put(to_bits(tensor, dtype)) for tensor in (self.keys, self.values)]
         self.tokens = sum(shape.lengths)
         self.queries = rounded(rng.normal(size=(self.tokens, shape.heads, shape.head_dim)), dtype)
 
@@ -128,9 +129,8 @@ class Step:
         number = ctypes.c_int(multiprocessors)
         size = device.library.fdserve_cuda_attention_workspace(*map(ctypes.c_int64, sizes), number)
         workspace = device.empty((size // 4,), np.float32) if size else None
-        keys, values = (device.put(to_bits(each, self.dtype)) for each in (self.keys, self.values))
         device.call(
-            "fdserve_cuda_attention", device.put(to_bits(queries, self.dtype)), keys, values, ctypes.byref(paged),
+            "fdserve_cuda_attention", device.put(to_bits(queries, self.dtype)), *self.caches, ctypes.byref(paged),
             tokens, most, longest, shape.heads, shape.head_dim, shape.head_dim**-0.5, code(self.dtype), out, workspace,
             number,
         )  # fmt: skip

@@ -20,10 +20,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from tests.cuda.cases import groups
 from tests.cuda.outcomes import Outcome, do_all, run_all
 from tests.cuda.report import HEADER, Figure, Limits
 
 CHECKERS = 4  # processes of checks at a time: most of their time goes into references
+TIMED = ("attention", "sampler", "rows", "experts", "quantized", "sampler of ranks")
 CHECKING = 0.6  # of the time, so that some is left for timings
 
 
@@ -50,9 +52,10 @@ def main() -> int:
         print(device.result["told"], flush=True)
         if arguments.library is None and not _build(library, device.result["architecture"]):
             return 2
-        failures = _check(jobs, started + arguments.seconds * CHECKING)
+        only = arguments.only or [*groups(), *TIMED]
+        failures = _check(jobs, [group for group in groups() if group in only], started + arguments.seconds * CHECKING)
         if not arguments.no_timings:
-            _time(jobs, deadline)
+            _time(jobs, [group for group in TIMED if group in only], deadline)
         print(f"\n{failures} checks failed" if failures else "\nall checks passed")
     return int(failures > 0)
 
@@ -64,6 +67,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--architecture", default="90a", help="what --build compiles for (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=540, help="after which all ends (default: %(default)s)")
     parser.add_argument("--no-timings", action="store_true", help="checks alone")
+    parser.add_argument("--only", nargs="+", metavar="GROUP", help="of the groups that the report names")
     parser.add_argument("--job", nargs=3, metavar=("KIND", "GROUP", "FIRST"), help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -89,9 +93,8 @@ def _build(library: Path, architecture: str) -> bool:
     return True
 
 
-def _check(jobs: Any, deadline: float) -> int:
+def _check(jobs: Any, chosen: list[str], deadline: float) -> int:
     """How many checks failed, those that were not reached among them. Prints which."""
-    from tests.cuda.cases import groups
 
     def check(group: str) -> int:
         started = time.monotonic()
@@ -104,10 +107,10 @@ def _check(jobs: Any, deadline: float) -> int:
         return len(failed)
 
     with ThreadPoolExecutor(CHECKERS) as pool:
-        return sum(pool.map(check, groups()))
+        return sum(pool.map(check, chosen))
 
 
-def _time(jobs: Any, deadline: float) -> None:
+def _time(jobs: Any, chosen: list[str], deadline: float) -> None:
     """Print the table, line by line."""
     measured = run_all(jobs("limits", ""), deadline=deadline)
     if not measured or measured[-1].error is not None:
@@ -126,13 +129,13 @@ def _time(jobs: Any, deadline: float) -> None:
         else:
             print(Figure.of(outcome.result).row(outcome.name, limits), flush=True)
 
-    for group in ("attention", "sampler", "rows", "experts", "quantized", "sampler of ranks"):
+    for group in chosen:
         run_all(jobs("time", group), deadline=deadline, patience=60, told=told)
 
 
 def _do(arguments: argparse.Namespace) -> None:
     """Be the other process."""
-    from tests.cuda import cases, gpu
+    from tests.cuda import gpu
 
     kind, group, first = arguments.job[0], arguments.job[1], int(arguments.job[2])
     if kind == "device":
@@ -143,7 +146,7 @@ def _do(arguments: argparse.Namespace) -> None:
         return
     device = gpu.Gpu(ctypes.CDLL(str(arguments.library)))
     if kind == "check":
-        do_all([(name, partial(case, device)) for name, case in cases.groups()[group]], first, device.is_usable)
+        do_all([(name, partial(case, device)) for name, case in groups()[group]], first, device.is_usable)
         return
     from tests.cuda import timings
 
