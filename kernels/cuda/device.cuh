@@ -165,7 +165,8 @@ __device__ inline void ldmatrix_x4_transposed(uint32_t (&r)[4], Shared row) {
 
 // 16 bytes from global to shared memory, or zeros where there is nothing to read; complete after wait_copies.
 __device__ inline void copy_async_16(void* shared, const void* global, bool there) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_at(shared)), "l"(global), "r"(there ? 16 : 0) : "memory");
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_at(shared)), "l"(global),
+               "r"(there ? 16 : 0) : "memory");
 }
 __device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Wait until at most N groups of copies are under way.

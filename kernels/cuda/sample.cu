@@ -67,7 +67,7 @@ __device__ void tell(const FdserveSample& c, const Params& params, float peak, i
   if (threadIdx.x == 0 && token >= 0 && token < c.vocab_size) c.logprobs[row] = logprob(token);
 }
 
-__global__ void __launch_bounds__(DRAW_THREADS) draw_kernel(FdserveSample c, Room room) {
+__global__ void __launch_bounds__(DRAW_THREADS, 2) draw_kernel(FdserveSample c, Room room) {
   const int64_t row = blockIdx.x;
   const Params params(c, row);
   const u64* keys = merge_keys(room.scan, row, reinterpret_cast<u64*>(dynamic_shared()));

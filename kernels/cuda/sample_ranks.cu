@@ -29,7 +29,7 @@ __device__ const float* drawn_logits(const FdserveSample& c, const Params& param
   return (changes(c, params, row) ? room.changed.logits : c.logits) + row * c.stride;
 }
 
-__global__ void __launch_bounds__(DRAW_THREADS) offer_kernel(FdserveSample c, Ranks ranks, Room room, char* out) {
+__global__ void __launch_bounds__(DRAW_THREADS, 2) offer_kernel(FdserveSample c, Ranks ranks, Room room, char* out) {
   const int64_t row = blockIdx.x;
   const Params params(c, row);
   char* offered = out + row * ranks.offered_bytes();
@@ -65,7 +65,7 @@ __device__ void put_candidates(const Row& row, const float* logits, int size, ui
   for (int i = threadIdx.x; i < CANDIDATES; i += DRAW_THREADS) out[i] = keys[i];
 }
 
-__global__ void __launch_bounds__(DRAW_THREADS) weigh_kernel(FdserveSample c, Ranks ranks, Room room, char* out) {
+__global__ void __launch_bounds__(DRAW_THREADS, 2) weigh_kernel(FdserveSample c, Ranks ranks, Room room, char* out) {
   __shared__ u64 keys[CANDIDATES];
   __shared__ int count;
   DrawScratch& scratch = *reinterpret_cast<DrawScratch*>(dynamic_shared());
@@ -161,7 +161,7 @@ __device__ int choose(const Gathered& from, const Params& params, float peak, u6
   return index < 0 ? BROKEN : from.ids[index];
 }
 
-__global__ void __launch_bounds__(DRAW_THREADS) settle_kernel(FdserveSample c, Ranks ranks, Room room, char* out) {
+__global__ void __launch_bounds__(DRAW_THREADS, 2) settle_kernel(FdserveSample c, Ranks ranks, Room room, char* out) {
   DrawScratch& scratch = *reinterpret_cast<DrawScratch*>(dynamic_shared());
   const int64_t row = blockIdx.x;
   const Params params(c, row);

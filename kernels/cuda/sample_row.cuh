@@ -15,8 +15,9 @@ namespace fdserve::cuda {
 
 using u64 = unsigned long long;
 
-constexpr int DRAW_THREADS = 1024;
+constexpr int DRAW_THREADS = 512;  // of 64 registers, so that two rows share a multiprocessor
 constexpr int DRAW_WARPS = DRAW_THREADS / WARP;
+constexpr int BATCH = 16;  // logits that a thread has under way
 constexpr int BIN_BITS = 13, BINS = 1 << BIN_BITS;
 constexpr float UNIT = 1099511627776.0f;  // 2^40
 
@@ -80,8 +81,6 @@ struct Cut {
 struct DrawScratch {
   uint32_t low[BINS], high[BINS];  // halves of the bins' amounts: shared memory adds 32 bits at a time
   u64 sums[DRAW_WARPS];
-  u64 before;
-  int id;
 };
 
 // Where a running sum reaches its target: the index, -1 if there is nothing at all; the sum before it; the sum of all.
@@ -101,7 +100,7 @@ class Row {
 
   // The lowest id of the likeliest.
   __device__ int first() const {
-    return nth(size, [&](int i) { return static_cast<u64>(logits[i] == peak); }, [](u64) { return u64{1}; }).index;
+    return nth(size, logit_at(), [&](int, float x) { return static_cast<u64>(x == peak); }, [](u64) { return u64{1}; }).index;
   }
 
   // The mass, or with `count` the number, of what `cut` and `least` (a weight) leave.
@@ -138,7 +137,7 @@ class Row {
       });
       __syncthreads();
       auto amount = [&](int i) { return static_cast<u64>(s.high[bins - 1 - i]) << 32 | s.low[bins - 1 - i]; };
-      const Reached found = nth(bins, amount, [&](u64) { return target; });
+      const Reached found = nth(bins, amount, [](int, u64 x) { return x; }, [&](u64) { return target; });
       if (found.all < target) return cut;
       target -= found.before;
       equal = amount(found.index);
@@ -154,19 +153,21 @@ class Row {
       if (found.value == cut.value) found.last = cut.last;
       return found;
     }
-    auto is_equal = [&](int i) { return static_cast<u64>(logits[i] == found.value && kept(i, logits[i], cut, least)); };
-    found.last = nth(size, is_equal, [&](u64) { return wanted == 0 ? 1 : wanted; }).index;
+    auto is_equal = [&](int i, float x) { return static_cast<u64>(x == found.value && kept(i, x, cut, least)); };
+    found.last = nth(size, logit_at(), is_equal, [&](u64) { return wanted; }).index;
     return found;
   }
 
   // The index at which the kept mass, added up in the order of ids, reaches `target`.
   __device__ int at(u64 target, const Cut& cut, float least) const {
-    return nth(size, [&](int i) { return mass_of(i, cut, least); }, [&](u64) { return target; }).index;
+    auto mass = [&](int i, float x) { return kept(i, x, cut, least) ? units(x) : 0; };
+    return nth(size, logit_at(), mass, [&](u64) { return target; }).index;
   }
 
   // The index that `number` (of 2^53) draws from the kept mass.
   __device__ int draw(u64 number, const Cut& cut, float least) const {
-    return nth(size, [&](int i) { return mass_of(i, cut, least); }, [&](u64 all) { return drawn(number, all); }).index;
+    auto mass = [&](int i, float x) { return kept(i, x, cut, least) ? units(x) : 0; };
+    return nth(size, logit_at(), mass, [&](u64 all) { return drawn(number, all); }).index;
   }
 
  private:
@@ -175,27 +176,31 @@ class Row {
   const float peak, inverse;
   DrawScratch& s;
 
+  struct LogitAt {
+    const float* logits;
+    __device__ float operator()(int i) const { return logits[i]; }
+  };
+  __device__ LogitAt logit_at() const { return {logits}; }
+
   __device__ bool kept(int i, float x, const Cut& cut, float least) const {
     return cut.keeps(x, i) && (least <= 0.0f || weight(x) >= least);
-  }
-
-  __device__ u64 mass_of(int i, const Cut& cut, float least) const {
-    return kept(i, logits[i], cut, least) ? units(logits[i]) : 0;
   }
 
   // Calls use(index, logit) for every logit, on some thread.
   template <class Use>
   __device__ void each_logit(Use use) const {
-    int done = 0;
-    if (reinterpret_cast<uintptr_t>(logits) % 16 == 0) {
-      done = size / 4 * 4;
-#pragma unroll 2
-      for (int i = threadIdx.x * 4; i < done; i += DRAW_THREADS * 4) {
-        const float4 four = *reinterpret_cast<const float4*>(logits + i);
-        use(i, four.x), use(i + 1, four.y), use(i + 2, four.z), use(i + 3, four.w);
-      }
+    const int fours = reinterpret_cast<uintptr_t>(logits) % 16 == 0 ? size / 4 : 0;
+    for (int base = threadIdx.x; base < fours; base += DRAW_THREADS * BATCH / 4) {
+      float4 four[BATCH / 4];
+#pragma unroll
+      for (int i = 0; i < BATCH / 4; ++i)
+        four[i] = reinterpret_cast<const float4*>(logits)[min(base + i * DRAW_THREADS, fours - 1)];
+#pragma unroll
+      for (int i = 0; i < BATCH / 4; ++i)
+        if (const int at = (base + i * DRAW_THREADS) * 4; at < fours * 4)
+          use(at, four[i].x), use(at + 1, four[i].y), use(at + 2, four[i].z), use(at + 3, four[i].w);
     }
-    for (int i = done + threadIdx.x; i < size; i += DRAW_THREADS) use(i, logits[i]);
+    for (int i = fours * 4 + threadIdx.x; i < size; i += DRAW_THREADS) use(i, logits[i]);
   }
 
   // Bits of a logit below which none matters to `reach`.
@@ -236,53 +241,49 @@ class Row {
     return sum;
   }
 
-  // The first of `count` indices at which amount(0) + amount(1) + ... reaches target_of(all); the last with any amount if
-  // none does. First by warps, each on a stretch, then by threads on the one stretch that holds it.
-  template <class Amount, class TargetOf>
-  __device__ Reached nth(int count, Amount amount, TargetOf target_of) const {
+  // The first of `count` indices at which amount(0, load(0)) + amount(1, load(1)) + ... reaches target_of(all); the last with
+  // any amount if none does. Warps add up stretches, then stretches of the one that holds it, down to 32 numbers.
+  template <class Load, class Amount, class TargetOf>
+  __device__ Reached nth(int count, Load load, Amount amount, TargetOf target_of) const {
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-    const int stretch = (count + DRAW_THREADS - 1) / DRAW_THREADS * WARP;
-    u64 own = 0;
-#pragma unroll 4
-    for (int i = warp * stretch + lane; i < min((warp + 1) * stretch, count); i += WARP) own += amount(i);
-    own = warp_total(own);
-    __syncthreads();
-    if (lane == 0) s.sums[warp] = own;
-    __syncthreads();
-    u64 all = 0, before = 0;
-    for (int other = 0; other < DRAW_WARPS; ++other) all += s.sums[other];
-    if (all == 0) return {-1, 0, 0};
-    u64 target = target_of(all);
-    if (target > all) target = all;
-    int holder = 0;
-    for (; before + s.sums[holder] < target; ++holder) before += s.sums[holder];
-
-    const int each = (stretch + DRAW_THREADS - 1) / DRAW_THREADS;
-    const int first = min(holder * stretch + static_cast<int>(threadIdx.x) * each, (holder + 1) * stretch);
-    const int end = min(min(first + each, (holder + 1) * stretch), count);
-    own = 0;
-    for (int i = first; i < end; ++i) own += amount(i);
+    int first = 0, end = count;
+    u64 before = 0, all = 0, target = 0;
+    do {
+      const int stretch = (end - first + DRAW_THREADS - 1) / DRAW_THREADS * WARP;
+      const int begin = min(first + warp * stretch, end), stop = min(begin + stretch, end);
+      u64 own = 0;
+      for (int base = begin + lane; base < stop; base += BATCH * WARP) {
+        decltype(load(0)) x[BATCH];
+#pragma unroll
+        for (int i = 0; i < BATCH; ++i) x[i] = load(min(base + i * WARP, stop - 1));
+#pragma unroll
+        for (int i = 0; i < BATCH; ++i)
+          if (base + i * WARP < stop) own += amount(base + i * WARP, x[i]);
+      }
+      own = warp_total(own);
+      __syncthreads();
+      if (lane == 0) s.sums[warp] = own;
+      __syncthreads();
+      if (target == 0) {
+        for (int other = 0; other < DRAW_WARPS; ++other) all += s.sums[other];
+        if (all == 0) return {-1, 0, 0};
+        target = target_of(all);
+        target = target < 1 ? 1 : target > all ? all : target;
+      }
+      int holder = 0;
+      for (; before + s.sums[holder] < target; ++holder) before += s.sums[holder];
+      first += holder * stretch;
+      end = min(first + stretch, end);
+    } while (end - first > WARP);
+    const int index = first + lane;
+    const u64 own = index < end ? amount(index, load(index)) : 0;
     u64 upto = own;
     for (int by = 1; by < WARP; by *= 2) {
       const u64 below = __shfl_up_sync(ALL, upto, by);
       if (lane >= by) upto += below;
     }
-    __syncthreads();
-    if (lane == WARP - 1) s.sums[warp] = upto;
-    __syncthreads();
-    before += upto - own;
-    for (int other = 0; other < warp; ++other) before += s.sums[other];
-    if (own > 0 && before < target && target <= before + own)
-      for (int i = first; i < end; ++i) {
-        const u64 here = amount(i);
-        if (before + here >= target) {
-          s.id = i, s.before = before;
-          break;
-        }
-        before += here;
-      }
-    __syncthreads();
-    return {s.id, s.before, all};
+    const int holder = __ffs(__ballot_sync(ALL, before + upto >= target)) - 1;
+    return {first + holder, before + __shfl_sync(ALL, upto - own, holder), all};
   }
 };
 
