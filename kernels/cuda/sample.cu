@@ -70,11 +70,15 @@ __device__ void tell(const FdserveSample& c, const Params& params, float peak, i
 __global__ void __launch_bounds__(DRAW_THREADS, 2) draw_kernel(FdserveSample c, Room room) {
   const int64_t row = blockIdx.x;
   const Params params(c, row);
-  const u64* keys = merge_keys(room.scan, row, reinterpret_cast<u64*>(dynamic_shared()));
+  __shared__ Total shown;
+  const u64* keys = merge_keys(room.scan, row, reinterpret_cast<u64*>(dynamic_shared()), [&] {
+    const Sum* sums = room.scan.sums + row * room.scan.num_parts * BLOCKS_A_PART;
+    const int blocks = static_cast<int>((c.vocab_size + SUM_BLOCK - 1) / SUM_BLOCK);
+    const Total total = total_of(blocks, [&](int block) { return sums[block]; });
+    if (threadIdx.x % WARP == 0) shown = total;
+  });
+  const Total total = shown;
   const int num_top = static_cast<int>(c.num_top);
-  const Sum* sums = room.scan.sums + row * room.scan.num_parts * BLOCKS_A_PART;
-  const Total total =
-      total_of(static_cast<int>((c.vocab_size + SUM_BLOCK - 1) / SUM_BLOCK), [&](int block) { return sums[block]; });
   const bool told = !total.broken && params.mode == 0;
   for (int i = threadIdx.x; i < num_top; i += DRAW_THREADS) {
     const bool there = keys[i] != 0;

@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(DRAW_THREADS, 2) offer_kernel(FdserveSample c,
   char* offered = out + row * ranks.offered_bytes();
   for (int i = threadIdx.x; i < ranks.blocks(ranks.c.rank); i += DRAW_THREADS)
     Ranks::sums_in(offered)[i] = room.scan.sums[row * room.scan.num_parts * BLOCKS_A_PART + i];
-  const u64* keys = merge_keys(room.scan, row, reinterpret_cast<u64*>(dynamic_shared()));
+  const u64* keys = merge_keys(room.scan, row, reinterpret_cast<u64*>(dynamic_shared()), [] {});
   for (int i = threadIdx.x; i < room.scan.kept; i += DRAW_THREADS) ranks.keys_in(offered)[i] = keys[i];
   u64 best = keys[0];
   __syncthreads();  // the keys' place is taken by what follows

@@ -148,29 +148,33 @@ inline void launch_scan(const FdserveSample& c, const Scan& scan, cudaStream_t s
 // Bytes of shared memory that `merge_keys` needs.
 inline size_t merge_bytes(const Scan& scan) { return (scan.num_parts + 1) * scan.kept * sizeof(u64); }
 
-// The `kept` largest of a row's keys in order, in shared memory, zeros behind the last. By the whole block.
-__device__ inline const u64* merge_keys(const Scan& scan, int64_t row, u64* keys) {
-  const int kept = scan.kept, count = scan.num_parts * kept;
+// The `kept` largest of a row's keys in order, in shared memory, zeros behind the last. By the whole block, of which the last
+// warp calls `beside` meanwhile.
+template <class Beside>
+__device__ const u64* merge_keys(const Scan& scan, int64_t row, u64* keys, Beside beside) {
+  constexpr int AT_A_TIME = 4;
+  const int kept = scan.kept, parts = scan.num_parts, count = parts * kept;
   u64* merged = keys + count;
   for (int i = threadIdx.x; i < count; i += blockDim.x) keys[i] = scan.keys[row * count + i];
   for (int i = threadIdx.x; i < kept; i += blockDim.x) merged[i] = 0;
   __syncthreads();
+  if (threadIdx.x / WARP == blockDim.x / WARP - 1) beside();
   for (int i = threadIdx.x; i < count; i += blockDim.x) {
     const u64 key = keys[i];
     if (key == 0) continue;
-    // Its place is how many are before it: those of its own part, and of each other part what a search says.
-    int place = i % kept;
-    for (int part = 0; part < scan.num_parts && place < kept; ++part) {
-      if (part == i / kept) continue;
-      int low = 0;
-      for (int high = kept; low < high;) {
-        const int middle = (low + high) / 2;
-        if (keys[part * kept + middle] > key)
-          low = middle + 1;
-        else
-          high = middle;
-      }
-      place += low;
+    // Its place is how many are before it: in each part what a search says, in a few parts at a time. Most keys are soon
+    // known to have none.
+    int place = 0;
+    for (int part = 0; part < parts && place < kept; part += AT_A_TIME) {
+      int before[AT_A_TIME] = {};
+      for (int step = power_of_two(kept + 1) / 2; step > 0; step /= 2)
+#pragma unroll
+        for (int j = 0; j < AT_A_TIME; ++j) {
+          const int next = before[j] + step;
+          if (part + j < parts && next <= kept && keys[(part + j) * kept + next - 1] > key) before[j] = next;
+        }
+#pragma unroll
+      for (int j = 0; j < AT_A_TIME; ++j) place += before[j];
     }
     if (place < kept) merged[place] = key;
   }
@@ -184,7 +188,7 @@ struct Total {
   bool broken;  // a NaN, or nothing finite at the top
 };
 
-// From the sums of a row's `count` blocks, `sum_of(block)`. Every warp computes it.
+// From the sums of a row's `count` blocks, `sum_of(block)`. By a whole warp, or every one.
 template <class SumOf>
 __device__ Total total_of(int count, SumOf sum_of) {
   const int lane = threadIdx.x % WARP;
