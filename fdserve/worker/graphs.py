@@ -32,10 +32,13 @@ def record_cuda_graph(work: Callable[[], Any]) -> tuple[Any, Callable[[], None]]
 
     work()  # what is set up at the first call must not be recorded
     paddle.device.synchronize()
-    graph: Any = CUDAGraph()
+    # Without a place it would be the first of those that the launcher chose, whatever `set_device` says.
+    graph: Any = CUDAGraph(paddle.CUDAPlace(int(paddle.get_device().partition(":")[2])))
     graph.capture_begin()
-    result = work()
-    graph.capture_end()
+    try:
+        result = work()
+    finally:
+        graph.capture_end()  # or nothing could run on this stream any more
     return result, graph.replay
 
 

@@ -14,7 +14,7 @@ namespace fdserve::cuda {
 
 constexpr int KEY_TILE = 64;
 constexpr int KEY_PART = 1024;
-constexpr int ROW_TILE = 16;       // rows of a warp
+constexpr int ROW_TILE = 16;       // rows of an mma instruction
 constexpr float NONE = -INFINITY;  // the peak of a row that has seen no key
 
 // Shared tiles hold rows of HD elements in chunks of 16 bytes, permuted so that eight rows' equal chunks lie in eight
@@ -22,50 +22,47 @@ constexpr float NONE = -INFINITY;  // the peak of a row that has seen no key
 template <int HD>
 __device__ inline int chunk_at(int row, int chunk) { return row * HD + (chunk ^ row % 8) * 8; }
 
-// Starts the copy of keys [first, first + 64) into `tile`; zeros from `end` on.
-template <class T, int HD, int THREADS>
-__device__ void copy_tile(const PagedHead<T>& from, int first, int end, T* tile) {
-  constexpr int CHUNKS = HD / 8;
-  for (int i = threadIdx.x; i < KEY_TILE * CHUNKS; i += THREADS) {
-    const int row = i / CHUNKS, chunk = i % CHUNKS, key = first + row;
-    const bool there = key < end;
-    copy_async_16(tile + chunk_at<HD>(row, chunk), (there ? from.row(key) : from.cache) + chunk * 8, there);
-  }
-}
+// Fragments come from where a lane's chunk of the first one lies; other chunks differ from it in bits of the address alone,
+// so that a few registers and constants lead to all of them.
+__device__ inline Shared chunk_from(Shared first, int step) { return (first ^ step % 4 * 32) + step / 4 * 128; }
 
-// The fragment of 16 rows of `tile` and elements [16 step, 16 step + 16).
 template <int HD, class T>
-__device__ void load_rows(uint32_t (&a)[4], const T* tile, int first_row, int step) {
+__device__ Shared rows_at(const T* tile) {
   const int lane = threadIdx.x % WARP;
-  ldmatrix_x4(a, tile + chunk_at<HD>(first_row + lane % 16, step * 2 + lane / 16));
+  return shared_at(tile + chunk_at<HD>(lane % 16, lane / 16));
 }
-
-// scores += rows x keys [16 pair, 16 pair + 16) of the tile, over elements [16 step, 16 step + 16); two tiles of 8 keys.
 template <int HD, class T>
-__device__ void score_keys(float (&left)[4], float (&right)[4], const uint32_t (&a)[4], const T* keys, int pair, int step) {
-  const int lane = threadIdx.x % WARP, matrix = lane / 8;
-  uint32_t b[4];
-  ldmatrix_x4(b, keys + chunk_at<HD>(pair * 16 + matrix / 2 * 8 + lane % 8, step * 2 + matrix % 2));
-  mma_16816<T>(left, a, {b[0], b[1]});
-  mma_16816<T>(right, a, {b[2], b[3]});
+__device__ Shared keys_at(const T* tile) {
+  const int lane = threadIdx.x % WARP;
+  return shared_at(tile + chunk_at<HD>(lane / 16 * 8 + lane % 8, lane / 8 % 2));
 }
-
-// values += weights of keys [16 step, 16 step + 16) x their columns [16 pair, 16 pair + 16).
 template <int HD, class T>
-__device__ void weigh_values(float (&left)[4], float (&right)[4], const uint32_t (&a)[4], const T* values, int pair, int step) {
-  const int lane = threadIdx.x % WARP, matrix = lane / 8;
-  uint32_t b[4];
-  ldmatrix_x4_transposed(b, values + chunk_at<HD>(step * 16 + matrix % 2 * 8 + lane % 8, pair * 2 + matrix / 2));
-  mma_16816<T>(left, a, {b[0], b[1]});
-  mma_16816<T>(right, a, {b[2], b[3]});
+__device__ Shared values_at(const T* tile) {
+  const int lane = threadIdx.x % WARP;
+  return shared_at(tile + chunk_at<HD>(lane % 16, lane / 16));
 }
 
+// The fragment of 16 rows and elements [16 step, 16 step + 16).
+template <int HD>
+__device__ void load_rows(uint32_t (&a)[4], Shared rows, int step) { ldmatrix_x4(a, chunk_from(rows, step)); }
+
+// The fragments of keys [16 pair, 16 pair + 16), elements [16 step, 16 step + 16): two registers for each 8 keys.
+template <int HD>
+__device__ void load_keys(uint32_t (&b)[4], Shared keys, int pair, int step) {
+  ldmatrix_x4(b, chunk_from(keys, step) + pair * 16 * HD * 2);
+}
+
+// Those of values of keys [16 step, 16 step + 16), columns [16 pair, 16 pair + 16): two registers for each 8 columns.
+template <int HD>
+__device__ void load_values(uint32_t (&b)[4], Shared values, int pair, int step) {
+  ldmatrix_x4_transposed(b, chunk_from(values, pair) + step * 16 * HD * 2);
+}
+
+// left += a x the first half of b, right += a x the second.
 template <class T>
-__device__ inline uint32_t pack(float low, float high) {
-  union { T halves[2]; uint32_t pair; } both;
-  both.halves[0] = from_float<T>(low);
-  both.halves[1] = from_float<T>(high);
-  return both.pair;
+__device__ inline void multiply(float (&left)[4], float (&right)[4], const uint32_t (&a)[4], const uint32_t (&b)[4]) {
+  mma_16816<T>(left, a, {b[0], b[1]});
+  mma_16816<T>(right, a, {b[2], b[3]});
 }
 
 // The fragment of a tile's weights of keys [16 step, 16 step + 16).
@@ -76,50 +73,61 @@ __device__ inline void weights_of(uint32_t (&a)[4], const float (&weights)[8][4]
     a[i] = pack<T>(weights[step * 2 + i / 2][i % 2 * 2], weights[step * 2 + i / 2][i % 2 * 2 + 1]);
 }
 
-// A lane's share of the softmax state of two rows (group and group + 8) in one part.
+// A lane's share of the softmax state of two rows (group and group + 8) in one part. Peaks count in powers of two.
 struct Softmax {
   float peak[2] = {NONE, NONE};
   float mass[2] = {0.0f, 0.0f};  // of this lane's columns alone, until `total_mass`
 };
 
-// The power of two by which a state with peak `from` is scaled to one with peak `to`; scores count in powers of two.
-__device__ inline float rescale(float from, float to, float scale) {
-  return from == NONE ? 0.0f : exp2f(__fmul_rn(__fadd_rn(from, -to), scale));
+// By what a state with peak `from` is multiplied to have the peak `to`, which is not lower.
+__device__ inline float rescale(float from, float to) {
+  return from == to ? 1.0f : exp2_approx(__fadd_rn(from, -to));
 }
 
-// Turns a tile's scores, as a warp's fragments (8 tiles of 8 keys), into weights, in place; returns by what the values so
-// far are to be multiplied. Row `half` of a lane sees keys below `seen[half]` of this tile.
-__device__ inline void weigh(float (&scores)[8][4], Softmax& state, const int (&seen)[2], float scale, float (&factor)[2]) {
+// Takes the keys that a row does not see out of a tile's scores, as a warp's fragments (8 tiles of 8 keys): row `half` of a
+// lane sees those below `seen[half]`.
+__device__ inline void hide(float (&scores)[8][4], const int (&seen)[2]) {
   const int column = threadIdx.x % 4 * 2;
 #pragma unroll
+  for (int j = 0; j < 8; ++j)
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      if (j * 8 + column + i % 2 >= seen[i / 2]) scores[j][i] = NONE;
+}
+
+// Turns a tile's scores into weights, in place; returns by what the values so far are to be multiplied. `scale` is positive.
+__device__ inline void weigh(float (&scores)[8][4], Softmax& state, float scale, float (&factor)[2]) {
+#pragma unroll
   for (int half = 0; half < 2; ++half) {
-    float peak = state.peak[half];
+    float peak = NONE;
 #pragma unroll
-    for (int j = 0; j < 8; ++j)
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        float& score = scores[j][half * 2 + i];
-        if (j * 8 + column + i >= seen[half]) score = NONE;
-        peak = score > peak ? score : peak;
-      }
-    for (int bits = 1; bits <= 2; bits *= 2) {
-      const float other = __shfl_xor_sync(ALL, peak, bits);
-      peak = other > peak ? other : peak;
-    }
-    factor[half] = peak == NONE ? 1.0f : rescale(state.peak[half], peak, scale);
-    if (peak == state.peak[half]) factor[half] = 1.0f;
+    for (int j = 0; j < 8; ++j) peak = fmaxf(peak, fmaxf(scores[j][half * 2], scores[j][half * 2 + 1]));
+    for (int bits = 1; bits <= 2; bits *= 2) peak = fmaxf(peak, __shfl_xor_sync(ALL, peak, bits));
+    peak = fmaxf(state.peak[half], __fmul_rn(peak, scale));
+    factor[half] = rescale(state.peak[half], peak);
+    const float base = peak == NONE ? 0.0f : -peak;  // a row that has seen nothing has weights of 0
     float mass = __fmul_rn(state.mass[half], factor[half]);
 #pragma unroll
     for (int j = 0; j < 8; ++j)
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         float& score = scores[j][half * 2 + i];
-        score = rescale(score, peak, scale);
+        score = exp2_approx(__fmaf_rn(score, scale, base));
         mass = __fadd_rn(mass, score);
       }
     state.peak[half] = peak;
     state.mass[half] = mass;
   }
+}
+
+// Multiplies the values so far. Most tiles do not raise a peak, and to multiply by 1 changes nothing.
+template <int N>
+__device__ inline void scale_values(float (&sums)[N][4], const float (&factor)[2]) {
+  if (__all_sync(ALL, factor[0] == 1.0f && factor[1] == 1.0f)) return;
+#pragma unroll
+  for (int j = 0; j < N; ++j)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sums[j][i] = __fmul_rn(sums[j][i], factor[i / 2]);
 }
 
 __device__ inline float total_mass(float mass) {
@@ -131,10 +139,10 @@ __device__ inline float total_mass(float mass) {
 struct Merge {
   float peak, before, part;  // the new peak, and the factors of the two
 
-  __device__ Merge(float peak_before, float peak_part, float scale) {
-    peak = peak_part > peak_before ? peak_part : peak_before;
-    before = peak == NONE ? 0.0f : rescale(peak_before, peak, scale);
-    part = peak == NONE ? 0.0f : rescale(peak_part, peak, scale);
+  __device__ Merge(float peak_before, float peak_part) {
+    peak = fmaxf(peak_before, peak_part);
+    before = peak == NONE ? 0.0f : rescale(peak_before, peak);
+    part = peak == NONE ? 0.0f : rescale(peak_part, peak);
   }
   __device__ float operator()(float x_before, float x_part) const {
     return __fmaf_rn(x_part, part, __fmul_rn(x_before, before));

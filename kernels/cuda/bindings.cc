@@ -19,8 +19,8 @@ std::vector<Tensor> norm(const Tensor& x, const Tensor* residual, const Tensor& 
           "add_rms_norm: the residual must be like x");
   std::vector<Tensor> out = {make(x.shape(), x.dtype(), x)};
   if (residual != nullptr) out.push_back(make(x.shape(), x.dtype(), x));
-  check(fdserve_cuda_rms_norm(x.data(), residual != nullptr ? residual->data() : nullptr, weight.data(), eps, x.shape()[0],
-                              x.shape()[1], dtype_of(x), out[0].data(), residual != nullptr ? out[1].data() : nullptr,
+  check(fdserve_cuda_rms_norm(content_of(x), residual != nullptr ? content_of(*residual) : nullptr, content_of(weight), eps,
+                              x.shape()[0], x.shape()[1], dtype_of(x), out[0].data(), residual != nullptr ? out[1].data() : nullptr,
                               stream_of(x)),
         "rms_norm");
   return out;
@@ -35,7 +35,7 @@ std::vector<Tensor> add_rms_norm(const Tensor& x, const Tensor& residual, const 
 std::vector<Tensor> swiglu(const Tensor& x) {
   require(x.shape().size() == 2 && x.shape()[1] % 16 == 0, "swiglu: x must be [T, 2I], I a multiple of 8");
   Tensor out = make({x.shape()[0], x.shape()[1] / 2}, x.dtype(), x);
-  check(fdserve_cuda_swiglu(x.data(), x.shape()[0], x.shape()[1] / 2, dtype_of(x), out.data(), stream_of(x)), "swiglu");
+  check(fdserve_cuda_swiglu(content_of(x), x.shape()[0], x.shape()[1] / 2, dtype_of(x), out.data(), stream_of(x)), "swiglu");
   return {out};
 }
 
@@ -46,20 +46,21 @@ std::vector<Tensor> sum_ranks(const Tensor& parts) {
   const int ranks = static_cast<int>(shape[0]);
   shape.erase(shape.begin());
   Tensor out = make(shape, parts.dtype(), parts);
-  check(fdserve_cuda_sum_ranks(parts.data(), ranks, out.numel(), dtype_of(parts), out.data(), stream_of(parts)), "sum_ranks");
+  check(fdserve_cuda_sum_ranks(content_of(parts), ranks, out.numel(), dtype_of(parts), out.data(), stream_of(parts)),
+        "sum_ranks");
   return {out};
 }
 
 std::vector<Tensor> quant_linear(const Tensor& x, const Tensor& weight, const Tensor& scales, int bits, bool to_float) {
-  const int64_t depth = x.shape()[1], columns = weight.shape()[0];
-  require(x.shape().size() == 2 && weight.shape().size() == 2 && (bits == 8 || bits == 4) &&
-              weight.shape()[1] * 8 == depth * bits,
+  require(x.shape().size() == 2 && weight.shape().size() == 2 && phi::SizeOf(weight.dtype()) == 1 &&
+              (bits == 8 || bits == 4) && weight.shape()[1] * 8 == x.shape()[1] * bits,
           "quant_linear: x must be [T, K] and the weight [N, K] integers of 8 or 4 bits");
+  const int64_t depth = x.shape()[1], columns = weight.shape()[0];
   require(scales.shape().size() == 2 && scales.shape()[0] == columns && depth % scales.shape()[1] == 0 &&
               depth / scales.shape()[1] % 64 == 0,
           "quant_linear: scales must be [N, K / group], the group a multiple of 64");
   Tensor out = make({x.shape()[0], columns}, to_float ? DataType::FLOAT32 : x.dtype(), x);
-  check(fdserve_cuda_quant_linear(x.data(), x.shape()[0], weight.data(),
+  check(fdserve_cuda_quant_linear(content_of(x), x.shape()[0], content_of(weight),
                                   data_of<float>(scales, DataType::FLOAT32, "quant_linear: scales must be float32"), bits,
                                   static_cast<int>(depth / scales.shape()[1]), depth, columns, dtype_of(x), to_float,
                                   out.data(), stream_of(x)),
@@ -88,16 +89,17 @@ std::vector<Tensor> attention(const Tensor& qkv, const Tensor& k_cache, const Te
                               static_cast<int>(block_size), static_cast<int>(kv_heads)};
   const int dtype = dtype_of(qkv);
   Tensor queries = make({tokens, heads * head_dim}, qkv.dtype(), qkv), out = make({tokens, heads * head_dim}, qkv.dtype(), qkv);
-  check(fdserve_cuda_rope_and_store(qkv.data(), data_of<float>(rope, DataType::FLOAT32, "attention: rope must be float32"),
+  check(fdserve_cuda_rope_and_store(content_of(qkv), data_of<float>(rope, DataType::FLOAT32, "attention: rope must be float32"),
                                     &paged, tokens, heads, head_dim, dtype, queries.data(),
-                                    const_cast<void*>(k_cache.data()), const_cast<void*>(v_cache.data()), stream_of(qkv)),
+                                    const_cast<void*>(content_of(k_cache)), const_cast<void*>(content_of(v_cache)),
+                                    stream_of(qkv)),
         "attention");
   const int64_t bytes = fdserve_cuda_attention_workspace(sequences, tokens, max_query_len, longest, heads, kv_heads,
                                                          head_dim, multiprocessors());
   Tensor workspace = make({bytes / 4}, DataType::FLOAT32, qkv);
-  check(fdserve_cuda_attention(queries.data(), k_cache.data(), v_cache.data(), &paged, tokens, max_query_len, longest,
+  check(fdserve_cuda_attention(queries.data(), content_of(k_cache), content_of(v_cache), &paged, tokens, max_query_len, longest,
                                heads, head_dim, 1.0f / std::sqrt(static_cast<float>(head_dim)), dtype, out.data(),
-                               bytes > 0 ? workspace.data<float>() : nullptr, stream_of(qkv)),
+                               bytes > 0 ? workspace.data<float>() : nullptr, multiprocessors(), stream_of(qkv)),
         "attention");
   return {out};
 }
@@ -106,9 +108,10 @@ std::vector<Tensor> moe(const Tensor& x, const Tensor& gate, const Tensor& corre
                         const Tensor& down, const paddle::optional<Tensor>& up_gate_scales,
                         const paddle::optional<Tensor>& down_scales, const paddle::optional<Tensor>& shared, int bits,
                         int64_t inner, int64_t top_k, float norm_min) {
-  const int64_t experts = gate.shape()[0], hidden = x.shape()[1];
-  require(x.shape().size() == 2 && gate.shape().size() == 2 && gate.shape()[1] == hidden && correction_bias.numel() == experts,
+  require(x.shape().size() == 2 && gate.shape().size() == 2 && gate.shape()[1] == x.shape()[1] &&
+              correction_bias.numel() == gate.shape()[0],
           "moe: x must be [T, H], gate [E, H] and correction_bias [E]");
+  const int64_t experts = gate.shape()[0], hidden = x.shape()[1];
   const int64_t bytes = bits == 16 ? 2 : 1, packed = bits == 4 ? 2 : 1;
   require(up_gate.numel() * packed == experts * 2 * inner * hidden && down.numel() * packed == experts * hidden * inner &&
               static_cast<int64_t>(phi::SizeOf(up_gate.dtype())) == bytes &&
@@ -125,10 +128,10 @@ std::vector<Tensor> moe(const Tensor& x, const Tensor& gate, const Tensor& corre
   Tensor out = make(x.shape(), x.dtype(), x);
   constexpr const char* KIND = "moe: gate, correction_bias and scales must be float32";
   const auto floats = [&](const Tensor& each) { return data_of<float>(each, DataType::FLOAT32, KIND); };
-  const FdserveMoe call = {x.data(), floats(gate), floats(correction_bias), up_gate.data(), down.data(),
+  const FdserveMoe call = {content_of(x), floats(gate), floats(correction_bias), content_of(up_gate), content_of(down),
                            bits != 16 ? floats(*up_gate_scales) : nullptr, bits != 16 ? floats(*down_scales) : nullptr,
-                           shared ? shared->data() : nullptr, out.data(), x.shape()[0], hidden, inner, experts, top_k, bits,
-                           group, norm_min};
+                           shared ? content_of(*shared) : nullptr, out.data(), x.shape()[0], hidden, inner, experts, top_k,
+                           bits, group, norm_min};
   Tensor workspace = make({fdserve_cuda_moe_workspace(&call)}, DataType::UINT8, x);
   check(fdserve_cuda_moe(&call, dtype_of(x), workspace.data(), stream_of(x)), "moe");
   return {out};

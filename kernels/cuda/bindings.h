@@ -17,13 +17,16 @@ inline void require(bool holds, const char* message) {
 }
 
 inline void check(cudaError_t status, const char* op) {
-  if (status != cudaSuccess) PADDLE_THROW(common::errors::External("%s: CUDA error %d", op, static_cast<int>(status)));
+  if (status != cudaSuccess)
+    PADDLE_THROW(common::errors::External("%s: CUDA error %d, %s", op, static_cast<int>(status), cudaGetErrorString(status)));
 }
 
 #ifdef FDSERVE_EMULATED
 inline cudaStream_t stream_of(const Tensor&) { return nullptr; }
 inline int multiprocessors() { return 8; }
+inline bool is_here(const Tensor& x) { return x.is_cpu(); }
 #else
+inline bool is_here(const Tensor& x) { return x.is_gpu(); }
 inline cudaStream_t stream_of(const Tensor& x) { return x.stream(); }
 inline int multiprocessors() {
   static const int count = [] {
@@ -35,6 +38,12 @@ inline int multiprocessors() {
   return count;
 }
 #endif
+
+// Its content, whatever its dtype. A kernel that is given a pointer to the host's memory would end all CUDA in the process.
+inline const void* content_of(const Tensor& x) {
+  require(x.numel() == 0 || is_here(x), "expected a tensor on the GPU");
+  return x.numel() == 0 ? nullptr : x.data();
+}
 
 inline int dtype_of(const Tensor& x) {
   require(x.dtype() == DataType::BFLOAT16 || x.dtype() == DataType::FLOAT16, "expected a bfloat16 or float16 tensor");
@@ -48,7 +57,7 @@ inline Tensor make(std::vector<int64_t> shape, DataType dtype, const Tensor& bes
 template <class T>
 const T* data_of(const Tensor& x, DataType dtype, const char* message) {
   require(x.dtype() == dtype, message);
-  return static_cast<const T*>(x.numel() == 0 ? nullptr : x.data());
+  return static_cast<const T*>(content_of(x));
 }
 
 }  // namespace fdserve::cuda::bindings

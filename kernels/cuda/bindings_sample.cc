@@ -73,7 +73,7 @@ FdserveSampleSizes sizes_of(const FdserveSample& call, const FdserveRanks& ranks
 const void* gathered(const Tensor& x, const FdserveSample& call, const FdserveRanks& ranks, int64_t bytes) {
   require(x.dtype() == DataType::UINT8 && x.numel() == ranks.ranks * call.rows * bytes,
           "sample: what is gathered must be uint8 [ranks, R, bytes]");
-  return x.data();
+  return content_of(x);
 }
 
 std::vector<Tensor> offer(FDSERVE_SAMPLED, int64_t vocab_size, int64_t num_top, int rank, const std::vector<int64_t>& starts) {

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 #ifdef FDSERVE_EMULATED
 #include "emulator.h"
@@ -43,6 +44,28 @@ struct alignas(16) Vector {
   T values[SIZE];
 };
 
+#ifndef FDSERVE_EMULATED
+__device__ inline void store_16(void* to, uint4 bits) {
+  asm volatile("st.global.v4.u32 [%0], {%1,%2,%3,%4};" ::"l"(__cvta_generic_to_global(to)), "r"(bits.x), "r"(bits.y),
+               "r"(bits.z), "r"(bits.w) : "memory");
+}
+#endif
+
+// One access of 16 bytes of global memory: the compiler takes it apart where it sees elements alone.
+template <class T>
+__device__ Vector<T> load_vector(const T* from) {
+  const uint4 bits = *reinterpret_cast<const uint4*>(from);
+  Vector<T> vector;
+  memcpy(&vector, &bits, 16);
+  return vector;
+}
+template <class T>
+__device__ void store_vector(T* to, const Vector<T>& vector) {
+  uint4 bits;
+  memcpy(&bits, &vector, 16);
+  store_16(to, bits);
+}
+
 // Places in a workspace, one after the other, each aligned to 256 bytes; with no base it only counts them.
 class Places {
  public:
@@ -60,6 +83,10 @@ class Places {
  private:
   char* base;
 };
+
+// Two numbers of 16 bits in a register, the first in the lower half.
+template <class T>
+__device__ uint32_t pack(float low, float high);
 
 __device__ inline float warp_sum(float x) {
   for (int bits = WARP / 2; bits > 0; bits /= 2) x += __shfl_xor_sync(ALL, x, bits);
@@ -86,6 +113,24 @@ __device__ inline float block_sum(float x, float* scratch) {
 
 #ifndef FDSERVE_EMULATED
 
+template <>
+__device__ inline uint32_t pack<bf16>(float low, float high) {
+  const __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&both);
+}
+template <>
+__device__ inline uint32_t pack<fp16>(float low, float high) {
+  const __half2 both = __floats2half2_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&both);
+}
+
+// 2^x to 2 units in the last place; what would be denormal is 0. One instruction, where exp2f takes four.
+__device__ inline float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // d[16][8] += a[16][16] * b[16][8] by one warp; the fragments as PTX lays out mma.m16n8k16 for 16-bit types.
 template <class T>
 __device__ void mma_16816(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
@@ -102,24 +147,26 @@ __device__ inline void mma_16816<fp16>(float (&d)[4], const uint32_t (&a)[4], co
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// Four 8x8 matrices of 16-bit elements from shared memory; lane i gives the address of row i % 8 of matrix i / 8.
-__device__ inline void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
-  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+// A place in shared memory, to calculate with.
+using Shared = uint32_t;
+__device__ inline Shared shared_at(const void* place) { return static_cast<Shared>(__cvta_generic_to_shared(place)); }
+
+// Four 8x8 matrices of 16-bit elements from shared memory; lane i gives the place of row i % 8 of matrix i / 8.
+__device__ inline void ldmatrix_x4(uint32_t (&r)[4], Shared row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(address) : "memory");
+               : "r"(row) : "memory");
 }
-__device__ inline void ldmatrix_x4_transposed(uint32_t (&r)[4], const void* row) {
-  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+__device__ inline void ldmatrix_x4_transposed(uint32_t (&r)[4], Shared row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(address) : "memory");
+               : "r"(row) : "memory");
 }
 
 // 16 bytes from global to shared memory, or zeros where there is nothing to read; complete after wait_copies.
 __device__ inline void copy_async_16(void* shared, const void* global, bool there) {
-  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(global), "r"(there ? 16 : 0) : "memory");
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_at(shared)), "l"(global),
+               "r"(there ? 16 : 0) : "memory");
 }
 __device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Wait until at most N groups of copies are under way.
@@ -128,6 +175,7 @@ __device__ inline void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
+// Aligned so that no permutation of 16-byte chunks within 128 bytes carries into the rest of an address.
 __device__ inline char* dynamic_shared() {
   extern __shared__ __align__(128) char fdserve_shared[];
   return fdserve_shared;

@@ -45,19 +45,18 @@ FDSERVE_EXPORT cudaError_t fdserve_cuda_rope_and_store(const void* qkv, const fl
                                                        int64_t tokens, int64_t heads, int64_t head_dim, int dtype, void* q,
                                                        void* k_cache, void* v_cache, cudaStream_t stream);
 
-// Bytes of the workspace that `fdserve_cuda_attention` should have; 0: none. `longest` bounds the sequences' tokens, the
-// step's included, and `max_query_len` the step's tokens of one sequence.
+// Bytes of the workspace that `fdserve_cuda_attention` should have on a device of so many multiprocessors; 0: none.
+// `longest` bounds the sequences' tokens, the step's included, and `max_query_len` the step's tokens of one sequence.
 FDSERVE_EXPORT int64_t fdserve_cuda_attention_workspace(int64_t sequences, int64_t tokens, int64_t max_query_len,
                                                         int64_t longest, int64_t heads, int64_t kv_heads, int64_t head_dim,
                                                         int multiprocessors);
 
 // out[T][heads][head_dim] = causal attention of q over the caches; head_dim is 64 or 128, heads a multiple of kv_heads.
-// With a workspace of T * heads * ceil(longest / 1024) * (head_dim + 2) floats, the keys are shared out among blocks; the
-// result is the same.
+// With a workspace of the size above for the same arguments, keys are shared out among blocks; the result is the same.
 FDSERVE_EXPORT cudaError_t fdserve_cuda_attention(const void* q, const void* k_cache, const void* v_cache,
                                                   const FdservePaged* paged, int64_t tokens, int64_t max_query_len,
                                                   int64_t longest, int64_t heads, int64_t head_dim, float scale, int dtype,
-                                                  void* out, float* workspace, cudaStream_t stream);
+                                                  void* out, float* workspace, int multiprocessors, cudaStream_t stream);
 
 // out[T][N], 16-bit or float32, = x[T][K] times W[N][K]: signed 8-bit integers, or 4-bit ones, two in a byte with the lower
 // half first and 8 for zero, times scales[N][K / group]. K is a multiple of `group`, and that of 64.

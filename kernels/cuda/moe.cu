@@ -6,89 +6,10 @@
 // bandwidth for a few tokens, the tensor cores for many.
 #include "gemm.cuh"
 #include "launchers.h"
+#include "moe_route.cuh"
 
 namespace fdserve::cuda {
 namespace {
-
-constexpr int MAX_EXPERTS = 256, MAX_CHOICES = 16, ROUTE_THREADS = 128;
-
-// Whether (value, id) comes before (other, other_id): larger first, then the lower id.
-__device__ inline bool before(float value, int id, float other, int other_id) {
-  return value > other || (value == other && id < other_id);
-}
-
-template <class T>
-__global__ void __launch_bounds__(ROUTE_THREADS)
-    route_kernel(const T* x, const float* gate, const float* bias, int hidden, int experts, int top_k, float norm_min,
-                 int* chosen, float* weights) {
-  __shared__ float p[MAX_EXPERTS];
-  const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-  const int64_t token = blockIdx.x;
-  for (int expert = warp; expert < experts; expert += ROUTE_THREADS / WARP) {
-    float sum = 0.0f;
-    for (int i = lane; i < hidden; i += WARP)
-      sum = __fmaf_rn(to_float(x[token * hidden + i]), gate[static_cast<int64_t>(expert) * hidden + i], sum);
-    sum = warp_sum(sum);
-    if (lane == 0) p[expert] = sum;
-  }
-  __syncthreads();
-  if (warp != 0) return;
-  float peak = -INFINITY, mass = 0.0f;
-  for (int expert = lane; expert < experts; expert += WARP) peak = p[expert] > peak ? p[expert] : peak;
-  peak = warp_max(peak);
-  for (int expert = lane; expert < experts; expert += WARP) mass += p[expert] = expf(p[expert] - peak);
-  mass = warp_sum(mass);
-  for (int expert = lane; expert < experts; expert += WARP) p[expert] /= mass;
-  __syncwarp();
-  int ids[MAX_CHOICES];
-  unsigned taken[MAX_EXPERTS / WARP / 32 + 1] = {};  // bit i: this lane's i-th expert
-  float total = 0.0f;
-  for (int k = 0; k < top_k; ++k) {
-    float best = -INFINITY;
-    int best_id = experts;
-    for (int i = 0, expert = lane; expert < experts; ++i, expert += WARP)
-      if (!(taken[i / 32] >> i % 32 & 1) && before(p[expert] + bias[expert], expert, best, best_id))
-        best = p[expert] + bias[expert], best_id = expert;
-    for (int bits = WARP / 2; bits > 0; bits /= 2) {
-      const float other = __shfl_xor_sync(ALL, best, bits);
-      const int other_id = __shfl_xor_sync(ALL, best_id, bits);
-      if (before(other, other_id, best, best_id)) best = other, best_id = other_id;
-    }
-    if (best_id == experts) best_id = k;  // not a number anywhere: some expert must be named
-    if (best_id % WARP == lane) taken[best_id / WARP / 32] |= 1u << best_id / WARP % 32;
-    // Kept in ascending order.
-    int at = k;
-    for (; at > 0 && ids[at - 1] > best_id; --at) ids[at] = ids[at - 1];
-    ids[at] = best_id;
-    total += p[best_id];
-  }
-  total = total > norm_min ? total : norm_min;
-  if (lane == 0)
-    for (int k = 0; k < top_k; ++k) {
-      chosen[token * top_k + k] = ids[k];
-      weights[token * top_k + k] = to_float(from_float<T>(p[ids[k]] / total));
-    }
-}
-
-// A warp an expert: it counts the slots of the experts before it, then numbers its own.
-__global__ void group_kernel(const int* chosen, int64_t slots, int experts, int* first_slot, int* slot_of, int* chosen_at) {
-  const int expert = blockIdx.x, lane = threadIdx.x;
-  int next = 0;
-  for (int64_t i = 0; i < slots; i += WARP)
-    next += __popc(__ballot_sync(ALL, i + lane < slots && chosen[i + lane] < expert));
-  if (lane == 0) first_slot[expert] = next;
-  for (int64_t i = 0; i < slots; i += WARP) {
-    const bool mine = i + lane < slots && chosen[i + lane] == expert;
-    const unsigned votes = __ballot_sync(ALL, mine);
-    if (mine) {
-      const int slot = next + __popc(votes & ((1u << lane) - 1));
-      slot_of[i + lane] = slot;
-      chosen_at[slot] = static_cast<int>(i + lane);
-    }
-    next += __popc(votes);
-  }
-  if (lane == 0 && expert == experts - 1) first_slot[experts] = next;
-}
 
 // The expert and slots of tile number `tile`; false past the last. By the whole block.
 __device__ inline bool find_tile(const int* first_slot, int experts, int tile, int rows, int& expert, int& first, int& end) {
@@ -143,12 +64,17 @@ __global__ void __launch_bounds__(GEMM_THREADS)
 #pragma unroll
     for (int j = 0; j < 2; ++j)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int64_t slot = first + m * 16 + lane / 4 + i / 2 * 8;
-        const int64_t column = column_at(warp * 32 + j * 8 + lane % 4 * 2 + i % 2);
+      for (int half = 0; half < 2; ++half) {
+        const int64_t slot = first + m * 16 + lane / 4 + half * 8;
+        const int64_t column = column_at(warp * 32 + j * 8 + lane % 4 * 2);
         if (slot >= end || column >= inner) continue;
-        const float g = to_float(from_float<T>(sums[m][j][i])), u = to_float(from_float<T>(sums[m][j + 2][i]));
-        out[slot * inner + column] = from_float<T>(g / (1.0f + __expf(-g)) * u);
+        float both[2];
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const float g = to_float(from_float<T>(sums[m][j][half * 2 + i]));
+          both[i] = g / (1.0f + __expf(-g)) * to_float(from_float<T>(sums[m][j + 2][half * 2 + i]));
+        }
+        *reinterpret_cast<uint32_t*>(out + slot * inner + column) = pack<T>(both[0], both[1]);
       }
 }
 
@@ -171,25 +97,39 @@ __global__ void __launch_bounds__(GEMM_THREADS)
 #pragma unroll
     for (int j = 0; j < 4; ++j)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int64_t slot = first + m * 16 + lane / 4 + i / 2 * 8;
-        const int64_t column = first_column + warp * 32 + j * 8 + lane % 4 * 2 + i % 2;
-        if (slot < end && column < hidden) answers[slot * hidden + column] = sums[m][j][i];
+      for (int half = 0; half < 2; ++half) {
+        const int64_t slot = first + m * 16 + lane / 4 + half * 8;
+        const int64_t column = first_column + warp * 32 + j * 8 + lane % 4 * 2;
+        if (slot < end && column < hidden)
+          *reinterpret_cast<float2*>(answers + slot * hidden + column) =
+              make_float2(sums[m][j][half * 2], sums[m][j][half * 2 + 1]);
       }
 }
 
+// A block a token, a thread eight elements of it. Floor: 4 bytes read for an element and choice, 2 to 4 more for each.
 template <class T>
 __global__ void combine_kernel(const float* answers, const int* slot_of, const float* weights, const T* shared, int top_k,
                                int64_t hidden, T* out) {
   const int64_t token = blockIdx.x;
-  for (int64_t i = threadIdx.x; i < hidden; i += blockDim.x) {
-    float sum = 0.0f;
+  for (int64_t i = threadIdx.x * 8; i < hidden; i += blockDim.x * 8) {
+    float sums[8] = {};
     for (int k = 0; k < top_k; ++k) {
       const int64_t choice = token * top_k + k;
-      sum = __fmaf_rn(weights[choice], answers[slot_of[choice] * hidden + i], sum);
+      const float* from = answers + slot_of[choice] * hidden + i;
+      const float weight = weights[choice];
+      const Vector<float> parts[2] = {load_vector(from), load_vector(from + 4)};
+#pragma unroll
+      for (int j = 0; j < 8; ++j) sums[j] = __fmaf_rn(weight, parts[j / 4].values[j % 4], sums[j]);
     }
-    if (shared != nullptr) sum += to_float(shared[token * hidden + i]);
-    out[token * hidden + i] = from_float<T>(sum);
+    if (shared != nullptr) {
+      const Vector<T> more = load_vector(shared + token * hidden + i);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) sums[j] += to_float(more.values[j]);
+    }
+    Vector<T> result;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) result.values[j] = from_float<T>(sums[j]);
+    store_vector(out + token * hidden + i, result);
   }
 }
 
@@ -239,10 +179,16 @@ void moe(const FdserveMoe& call, void* workspace, cudaStream_t stream) {
   int *chosen = reinterpret_cast<int*>(base + at.chosen), *slot_of = reinterpret_cast<int*>(base + at.slot_of);
   float* weights = reinterpret_cast<float*>(base + at.weights);
   const int experts = static_cast<int>(call.experts), top_k = static_cast<int>(call.top_k);
-  launch(route_kernel<T>, dim3(call.tokens), dim3(ROUTE_THREADS), 0, stream, static_cast<const T*>(call.x), call.gate,
-         call.correction_bias, static_cast<int>(call.hidden), experts, top_k, call.norm_min, chosen, weights);
-  launch(group_kernel, dim3(experts), dim3(WARP), 0, stream, static_cast<const int*>(chosen), slots, experts,
-         reinterpret_cast<int*>(base + at.first_slot), slot_of, reinterpret_cast<int*>(base + at.chosen_at));
+  auto route = [&](auto kernel, int tokens_a_block) {
+    launch(kernel, dim3((call.tokens + tokens_a_block - 1) / tokens_a_block), dim3(ROUTE_THREADS),
+           tokens_a_block * call.hidden * sizeof(T), stream, static_cast<const T*>(call.x), call.tokens, call.gate,
+           call.correction_bias, static_cast<int>(call.hidden), experts, top_k, call.norm_min, chosen, weights);
+  };
+  // Several tokens a block where one each would still be several blocks a multiprocessor.
+  call.tokens >= 1024 ? route(route_kernel<T, 4>, 4) : route(route_kernel<T, 1>, 1);
+  const int64_t group_threads = slots < GROUP_THREADS ? (slots + WARP - 1) / WARP * WARP : GROUP_THREADS;
+  launch(group_kernel, dim3(experts), dim3(group_threads), 0, stream, static_cast<const int*>(chosen), static_cast<int>(slots),
+         experts, reinterpret_cast<int*>(base + at.first_slot), slot_of, reinterpret_cast<int*>(base + at.chosen_at));
   const bool few = slots <= 16 * call.experts;
   if (call.bits == 16)
     (few ? products<T, 16, 16> : products<T, 64, 16>)(call, at, base, stream);
@@ -250,9 +196,10 @@ void moe(const FdserveMoe& call, void* workspace, cudaStream_t stream) {
     (few ? products<T, 16, 8> : products<T, 64, 8>)(call, at, base, stream);
   else
     (few ? products<T, 16, 4> : products<T, 64, 4>)(call, at, base, stream);
-  launch(combine_kernel<T>, dim3(call.tokens), dim3(256), 0, stream, reinterpret_cast<const float*>(base + at.answers),
-         static_cast<const int*>(slot_of), static_cast<const float*>(weights), static_cast<const T*>(call.shared), top_k,
-         call.hidden, static_cast<T*>(call.out));
+  const int64_t vectors = call.hidden / 8;
+  launch(combine_kernel<T>, dim3(call.tokens), dim3(vectors < 512 ? (vectors + WARP - 1) / WARP * WARP : 512), 0, stream,
+         reinterpret_cast<const float*>(base + at.answers), static_cast<const int*>(slot_of), static_cast<const float*>(weights),
+         static_cast<const T*>(call.shared), top_k, call.hidden, static_cast<T*>(call.out));
 }
 
 }  // namespace

@@ -25,16 +25,14 @@ struct Paged : FdservePaged {
   }
 };
 
-// One head's keys or values of a sequence: element [key][head_dim].
-template <class T>
+// One head of a sequence. Keys and values of its tokens lie in slots of the caches [num_blocks][kv_heads][block_size], of
+// which there are fewer than 2^31.
 struct PagedHead {
-  const T* cache;  // [num_blocks][kv_heads][block_size][head_dim]
   const int* blocks;
-  int block_size, kv_heads, head, head_dim;
+  int block_size, kv_heads, head;
 
-  __device__ const T* row(int key) const {
-    const int64_t block = blocks[key / block_size];
-    return cache + ((block * kv_heads + head) * block_size + key % block_size) * head_dim;
+  __device__ int slot(int key) const {
+    return (blocks[key / block_size] * kv_heads + head) * block_size + key % block_size;
   }
 };
 

@@ -20,23 +20,25 @@ __global__ void rope_and_store_kernel(const T* qkv, const float* rope, Paged pag
   const float* sines = cosines + head_dim / 2;
   for (int i = threadIdx.x; i < all_heads * chunks; i += blockDim.x) {
     const int head = i / chunks, chunk = i % chunks;
-    V value = reinterpret_cast<const V*>(qkv + static_cast<int64_t>(token) * all_heads * head_dim)[i];
-    if (head < heads + paged.kv_heads)
+    V value = load_vector(qkv + static_cast<int64_t>(token) * all_heads * head_dim + i * V::SIZE);
+    if (head < heads + paged.kv_heads) {
+      const Vector<float> four = load_vector(cosines + chunk * 4), other = load_vector(sines + chunk * 4);
 #pragma unroll
       for (int pair = 0; pair < V::SIZE / 2; ++pair) {
         const float x = to_float(value.values[pair * 2]), y = to_float(value.values[pair * 2 + 1]);
-        const float cosine = cosines[chunk * V::SIZE / 2 + pair], sine = sines[chunk * V::SIZE / 2 + pair];
+        const float cosine = four.values[pair], sine = other.values[pair];
         value.values[pair * 2] = from_float<T>(__fadd_rn(__fmul_rn(x, cosine), -__fmul_rn(y, sine)));
         value.values[pair * 2 + 1] = from_float<T>(__fadd_rn(__fmul_rn(x, sine), __fmul_rn(y, cosine)));
       }
+    }
     if (head < heads) {
-      reinterpret_cast<V*>(q + (static_cast<int64_t>(token) * heads + head) * head_dim)[chunk] = value;
+      store_vector(q + (static_cast<int64_t>(token) * heads + head) * head_dim + chunk * V::SIZE, value);
     } else {
       const bool is_key = head < heads + paged.kv_heads;
       const int kv_head = (head - heads) % paged.kv_heads;
       T* row = (is_key ? k_cache : v_cache) +
                ((block * paged.kv_heads + kv_head) * paged.block_size + position % paged.block_size) * head_dim;
-      reinterpret_cast<V*>(row)[chunk] = value;
+      store_vector(row + chunk * V::SIZE, value);
     }
   }
 }

@@ -1,7 +1,9 @@
 // Row-wise operators: RMSNorm with the residual added, SwiGLU; and the sum of what ranks computed.
 //
 // A block has a row; a thread loads 16 bytes at a time and keeps what it loaded in registers between the two passes over a
-// row, so that each byte is read once and written once. Floor: the bytes over the copy bandwidth.
+// row, so that each byte is read once and written once. A block is no larger than its row needs, and registers are few
+// enough for 1536 threads a multiprocessor: each has 32 bytes or more under way, where some 32 KiB in all are latency times
+// bandwidth. Floor: the bytes over the copy bandwidth.
 #include "device.cuh"
 #include "launchers.h"
 
@@ -9,7 +11,7 @@ namespace fdserve::cuda {
 namespace {
 
 constexpr int MAX_THREADS = 512;
-constexpr int KEPT = 4;  // vectors that a thread keeps: rows of up to 4 * 512 * 8 = 16384 elements are read once
+constexpr int MAX_KEPT = 4;  // vectors that a thread keeps: rows of up to 4 * 512 * 8 = 16384 elements are read once
 
 template <class T>
 __device__ Vector<T> add(const Vector<T>& x, const Vector<T>& y) {
@@ -18,16 +20,16 @@ __device__ Vector<T> add(const Vector<T>& x, const Vector<T>& y) {
   return sum;
 }
 
-template <class T>
-__global__ void __launch_bounds__(MAX_THREADS)
+template <class T, int KEPT>
+__global__ void __launch_bounds__(MAX_THREADS, KEPT < MAX_KEPT ? 3 : 2)
     rms_norm_kernel(const T* x, const T* residual, const T* weight, float eps, int hidden, T* out, T* total) {
   using V = Vector<T>;
   __shared__ float scratch[WARP];
   const int64_t row = static_cast<int64_t>(blockIdx.x) * hidden;
   const int vectors = hidden / V::SIZE;
   auto load = [&](int i) {
-    V value = reinterpret_cast<const V*>(x + row)[i];
-    if (residual != nullptr) value = add(value, reinterpret_cast<const V*>(residual + row)[i]);
+    V value = load_vector(x + row + i * V::SIZE);
+    if (residual != nullptr) value = add(value, load_vector(residual + row + i * V::SIZE));
     return value;
   };
   V kept[KEPT];
@@ -35,26 +37,30 @@ __global__ void __launch_bounds__(MAX_THREADS)
 #pragma unroll
   for (int k = 0; k < KEPT; ++k) {
     const int i = threadIdx.x + k * blockDim.x;
+    if (i < vectors) kept[k] = load(i);
+  }
+#pragma unroll
+  for (int k = 0; k < KEPT; ++k) {
+    const int i = threadIdx.x + k * blockDim.x;
     if (i >= vectors) break;
-    kept[k] = load(i);
     for (int j = 0; j < V::SIZE; ++j) sum += to_float(kept[k].values[j]) * to_float(kept[k].values[j]);
-    if (total != nullptr) reinterpret_cast<V*>(total + row)[i] = kept[k];
+    if (total != nullptr) store_vector(total + row + i * V::SIZE, kept[k]);
   }
   for (int i = threadIdx.x + KEPT * blockDim.x; i < vectors; i += blockDim.x) {
     const V value = load(i);
     for (int j = 0; j < V::SIZE; ++j) sum += to_float(value.values[j]) * to_float(value.values[j]);
-    if (total != nullptr) reinterpret_cast<V*>(total + row)[i] = value;
+    if (total != nullptr) store_vector(total + row + i * V::SIZE, value);
   }
   const float scale = rsqrtf(block_sum(sum, scratch) / hidden + eps);
   auto store = [&](int i, const V& value) {
-    const V w = reinterpret_cast<const V*>(weight)[i];
+    const V w = load_vector(weight + i * V::SIZE);
     V result;
     // Rounded before the weight is applied, as Hugging Face's module does.
     for (int j = 0; j < V::SIZE; ++j) {
       const float normed = to_float(from_float<T>(to_float(value.values[j]) * scale));
       result.values[j] = from_float<T>(normed * to_float(w.values[j]));
     }
-    reinterpret_cast<V*>(out + row)[i] = result;
+    store_vector(out + row + i * V::SIZE, result);
   };
 #pragma unroll
   for (int k = 0; k < KEPT; ++k) {
@@ -65,21 +71,21 @@ __global__ void __launch_bounds__(MAX_THREADS)
   for (int i = threadIdx.x + KEPT * blockDim.x; i < vectors; i += blockDim.x) store(i, load(i));
 }
 
+// A thread has 16 bytes of a row of the result. Grid: (rows, columns).
 template <class T>
-__global__ void swiglu_kernel(const T* x, int64_t vectors, int inner_vectors, T* out) {
+__global__ void swiglu_kernel(const T* x, int inner_vectors, T* out) {
   using V = Vector<T>;
-  const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < vectors; i += stride) {
-    const int64_t row = i / inner_vectors, column = i % inner_vectors;
-    const V gate = reinterpret_cast<const V*>(x)[row * 2 * inner_vectors + column];
-    const V up = reinterpret_cast<const V*>(x)[(row * 2 + 1) * inner_vectors + column];
-    V result;
-    for (int j = 0; j < V::SIZE; ++j) {
-      const float g = to_float(gate.values[j]);
-      result.values[j] = from_float<T>(g / (1.0f + __expf(-g)) * to_float(up.values[j]));
-    }
-    reinterpret_cast<V*>(out)[i] = result;
+  const int64_t row = blockIdx.x;
+  const int column = blockIdx.y * blockDim.x + threadIdx.x;
+  if (column >= inner_vectors) return;
+  const V gate = load_vector(x + (row * 2 * inner_vectors + column) * V::SIZE);
+  const V up = load_vector(x + ((row * 2 + 1) * inner_vectors + column) * V::SIZE);
+  V result;
+  for (int j = 0; j < V::SIZE; ++j) {
+    const float g = to_float(gate.values[j]);
+    result.values[j] = from_float<T>(g / (1.0f + __expf(-g)) * to_float(up.values[j]));
   }
+  store_vector(out + (row * inner_vectors + column) * V::SIZE, result);
 }
 
 // A thread has 16 bytes of the result. Floor: ranks + 1 times the result's bytes over the copy bandwidth.
@@ -90,31 +96,32 @@ __global__ void sum_ranks_kernel(const T* parts, int ranks, int64_t vectors, T* 
   if (i >= vectors) return;
   float sums[V::SIZE] = {};
   for (int rank = 0; rank < ranks; ++rank) {
-    const V part = reinterpret_cast<const V*>(parts)[rank * vectors + i];
+    const V part = load_vector(parts + (rank * vectors + i) * V::SIZE);
     for (int j = 0; j < V::SIZE; ++j) sums[j] = __fadd_rn(sums[j], to_float(part.values[j]));
   }
   V result;
   for (int j = 0; j < V::SIZE; ++j) result.values[j] = from_float<T>(sums[j]);
-  reinterpret_cast<V*>(out)[i] = result;
+  store_vector(out + i * V::SIZE, result);
 }
 
 template <class T>
 void rms_norm(const void* x, const void* residual, const void* weight, float eps, int64_t tokens, int64_t hidden, void* out,
               void* total, cudaStream_t stream) {
-  const int64_t vectors = hidden / Vector<T>::SIZE;
-  int threads = WARP;
-  while (threads < MAX_THREADS && threads < vectors) threads *= 2;
-  launch(rms_norm_kernel<T>, dim3(tokens), dim3(threads), 0, stream, static_cast<const T*>(x),
-         static_cast<const T*>(residual), static_cast<const T*>(weight), eps, static_cast<int>(hidden),
-         static_cast<T*>(out), static_cast<T*>(total));
+  // As few vectors a thread as the largest block allows, and no thread without any but in the last warp.
+  const int64_t vectors = hidden / Vector<T>::SIZE, each = (vectors + MAX_THREADS - 1) / MAX_THREADS;
+  const int64_t threads = each <= MAX_KEPT ? ((vectors + each - 1) / each + WARP - 1) / WARP * WARP : MAX_THREADS;
+  auto run = [&](auto kernel) {
+    launch(kernel, dim3(tokens), dim3(threads), 0, stream, static_cast<const T*>(x), static_cast<const T*>(residual),
+           static_cast<const T*>(weight), eps, static_cast<int>(hidden), static_cast<T*>(out), static_cast<T*>(total));
+  };
+  each <= 1 ? run(rms_norm_kernel<T, 1>) : each <= 2 ? run(rms_norm_kernel<T, 2>) : run(rms_norm_kernel<T, MAX_KEPT>);
 }
 
 template <class T>
 void swiglu(const void* x, int64_t tokens, int64_t inner, void* out, cudaStream_t stream) {
-  const int64_t vectors = tokens * inner / Vector<T>::SIZE;
-  const int64_t blocks = vectors < 256 * 4096 ? (vectors + 255) / 256 : 4096;
-  launch(swiglu_kernel<T>, dim3(blocks), dim3(256), 0, stream, static_cast<const T*>(x), vectors,
-         static_cast<int>(inner / Vector<T>::SIZE), static_cast<T*>(out));
+  const int64_t vectors = inner / Vector<T>::SIZE;
+  launch(swiglu_kernel<T>, dim3(tokens, (vectors + 255) / 256),
+         dim3(vectors < 256 ? (vectors + WARP - 1) / WARP * WARP : 256), 0, stream, static_cast<const T*>(x), static_cast<int>(vectors), static_cast<T*>(out));
 }
 
 template <class T>

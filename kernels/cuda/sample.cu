@@ -1,8 +1,8 @@
 // Choosing tokens, and the log-probabilities of the likeliest: rows of logits[R][stride], independent of each other.
 //
-// scan_kernel reads the logits once (see sample_scan.cuh). merge_parts_kernel puts a row's parts together; greedy rows that
-// nothing changes are done then. draw_kernel does the others, a block a row, in passes over a row that is in the cache by
-// now. Floor: the logits' bytes over the memory bandwidth.
+// scan_kernel reads the logits once (see sample_scan.cuh). draw_kernel, a block a row, puts a row's parts together; greedy
+// rows that nothing changes are done then. The others take more passes over the row: one for the temperature alone, four for
+// top_p. Floor: the logits' bytes over the memory bandwidth.
 #include "launchers.h"
 #include "sample_params.cuh"
 #include "sample_row.cuh"
@@ -11,81 +11,50 @@
 namespace fdserve::cuda {
 namespace {
 
-constexpr int MERGE_THREADS = 256;
-
 struct Room {
   Scan scan;
-  Total* totals;  // [R]
   Changed changed;
 };
 
-// Whether merge_parts_kernel finishes the row.
+// Whether nothing is to be drawn, changed, or told otherwise than raw.
 __device__ inline bool is_simple(const FdserveSample& c, const Params& params, int64_t row) {
   if (params.mode > 0) return false;
   return params.forced >= 0 || (params.greedy() && !changes(c, params, row));
 }
 
-__global__ void __launch_bounds__(MERGE_THREADS) merge_parts_kernel(FdserveSample c, Room room) {
-  u64* keys = reinterpret_cast<u64*>(dynamic_shared());
-  const int64_t row = blockIdx.x;
-  const Params params(c, row);
-  const int num_keys = room.scan.num_parts * room.scan.kept, num_top = static_cast<int>(c.num_top);
-  merge_keys(room.scan.keys + row * num_keys, num_keys, keys);
-  const Sum* sums = room.scan.sums + row * room.scan.num_parts * BLOCKS_A_PART;
-  const Total total =
-      total_of(static_cast<int>((c.vocab_size + SUM_BLOCK - 1) / SUM_BLOCK), [&](int block) { return sums[block]; });
-  const bool told = !total.broken && params.mode == 0;
-  for (int i = threadIdx.x; i < num_top; i += MERGE_THREADS) {
-    const bool there = i < num_keys && keys[i] != 0;
-    c.top_ids[row * num_top + i] = there && !total.broken && params.mode >= 0 ? id_of(keys[i]) : -1;
-    c.top_logprobs[row * num_top + i] = there && told ? raw_logprob(logit_of(keys[i]), total.peak, total.log_mass) : NAN;
-  }
-  if (threadIdx.x != 0) return;
-  room.totals[row] = total;
-  c.logprobs[row] = NAN;
-  c.tokens[row] = BROKEN;
-  if (total.broken || !is_simple(c, params, row)) return;
-  const int token = params.forced >= 0 ? static_cast<int>(params.forced) : id_of(keys[0]);
-  c.tokens[row] = token;
-  if (told && token < c.vocab_size) c.logprobs[row] = raw_logprob(c.logits[row * c.stride + token], total.peak, total.log_mass);
-}
-
-__device__ int choose(const FdserveSample& c, const Params& params, const Room& room, int64_t row, DrawScratch& scratch) {
+__device__ int choose(const FdserveSample& c, const Params& params, const Room& room, float peak, int64_t row,
+                      DrawScratch& scratch) {
   const int size = static_cast<int>(c.vocab_size);
   if (params.forced >= 0) return static_cast<int>(params.forced);
   const float* logits = c.logits + row * c.stride;
-  float peak = room.totals[row].peak;
   if (changes(c, params, row)) {
     peak = change(c, params, room.changed, row, scratch);
     logits = room.changed.logits + row * c.stride;
     if (peak == -INFINITY) return NOTHING_ALLOWED;
     if (peak == INFINITY) return BROKEN;
   }
-  if (params.greedy()) return Row(logits, size, peak, 1.0f, scratch).reach(1, Cut{}, 0.0f, true).last;
+  if (params.greedy()) return Row(logits, size, peak, 1.0f, scratch).first();
   const Row weighed(logits, size, peak, params.inverse(), scratch);
   const float least = params.min_p;
   Cut cut;
-  u64 all = 0;
-  if (params.top_k > 0) {
-    cut = weighed.reach(static_cast<u64>(params.top_k), cut, least, true);
-    all = weighed.mass(cut, least, false);
-  } else if (params.top_p < 1.0f) {
-    all = weighed.mass(cut, 0.0f, false);
+  if (params.top_k > 0) cut = weighed.reach(static_cast<u64>(params.top_k), cut, least, true);
+  if (params.top_p < 1.0f) {
+    // Of what top_k and min_p leave, or of everything.
+    const u64 all = weighed.mass(cut, params.top_k > 0 ? least : 0.0f, false);
+    cut = weighed.reach(share(params.top_p, all), cut, least, false, params.top_k > 0 || least <= 0.0f ? all : 0);
   }
-  if (params.top_p < 1.0f) cut = weighed.reach(share(params.top_p, all), cut, least, false);
-  const u64 left = weighed.mass(cut, least, false);
-  return weighed.at(drawn(philox53(params.seed, params.position), left), cut, least);
+  return weighed.draw(philox53(params.seed, params.position), cut, least);
 }
 
 // Log-probabilities of a mode other than the raw one.
-__device__ void tell(const FdserveSample& c, const Params& params, const Room& room, int64_t row, DrawScratch& scratch) {
+__device__ void tell(const FdserveSample& c, const Params& params, float peak, int64_t row, DrawScratch& scratch) {
   const float* raw = c.logits + row * c.stride;
-  const float peak = room.totals[row].peak, inverse = params.told_inverse();
+  const float inverse = params.told_inverse();
   const Row weighed(raw, static_cast<int>(c.vocab_size), peak, inverse, scratch);
   Cut cut;
   u64 all = weighed.mass(cut, 0.0f, false);
   if (params.told_cut()) {
-    cut = weighed.reach(share(params.top_p, all), cut, 0.0f, false);
+    cut = weighed.reach(share(params.top_p, all), cut, 0.0f, false, all);
     all = weighed.mass(cut, 0.0f, false);
   }
   const float log_mass = log_of_mass(all);
@@ -98,20 +67,40 @@ __device__ void tell(const FdserveSample& c, const Params& params, const Room& r
   if (threadIdx.x == 0 && token >= 0 && token < c.vocab_size) c.logprobs[row] = logprob(token);
 }
 
-__global__ void __launch_bounds__(DRAW_THREADS) draw_kernel(FdserveSample c, Room room) {
-  DrawScratch& scratch = *reinterpret_cast<DrawScratch*>(dynamic_shared());
+__global__ void __launch_bounds__(DRAW_THREADS, 2) draw_kernel(FdserveSample c, Room room) {
   const int64_t row = blockIdx.x;
   const Params params(c, row);
-  const Total total = room.totals[row];
-  if (total.broken || is_simple(c, params, row)) return;
-  const int token = choose(c, params, room, row, scratch);
+  __shared__ Total shown;
+  const u64* keys = merge_keys(room.scan, row, reinterpret_cast<u64*>(dynamic_shared()), [&] {
+    const Sum* sums = room.scan.sums + row * room.scan.num_parts * BLOCKS_A_PART;
+    const int blocks = static_cast<int>((c.vocab_size + SUM_BLOCK - 1) / SUM_BLOCK);
+    const Total total = total_of(blocks, [&](int block) { return sums[block]; });
+    if (threadIdx.x % WARP == 0) shown = total;
+  });
+  const Total total = shown;
+  const int num_top = static_cast<int>(c.num_top);
+  const bool told = !total.broken && params.mode == 0;
+  for (int i = threadIdx.x; i < num_top; i += DRAW_THREADS) {
+    const bool there = keys[i] != 0;
+    c.top_ids[row * num_top + i] = there && !total.broken && params.mode >= 0 ? id_of(keys[i]) : -1;
+    c.top_logprobs[row * num_top + i] = there && told ? raw_logprob(logit_of(keys[i]), total.peak, total.log_mass) : NAN;
+  }
+  int token = total.broken ? BROKEN : params.forced >= 0 ? static_cast<int>(params.forced) : id_of(keys[0]);
+  const bool simple = total.broken || is_simple(c, params, row);
+  if (!simple) {
+    DrawScratch& scratch = *reinterpret_cast<DrawScratch*>(dynamic_shared());
+    __syncthreads();  // the keys' place is taken by the scratch
+    token = choose(c, params, room, total.peak, row, scratch);
+  }
+  if (threadIdx.x == 0) {
+    c.tokens[row] = token;
+    c.logprobs[row] = told && token >= 0 && token < c.vocab_size
+                          ? raw_logprob(c.logits[row * c.stride + token], total.peak, total.log_mass)
+                          : NAN;
+  }
+  if (simple || params.mode <= 0) return;
   __syncthreads();
-  if (threadIdx.x == 0) c.tokens[row] = token;
-  __syncthreads();
-  if (params.mode > 0)
-    tell(c, params, room, row, scratch);
-  else if (params.mode == 0 && threadIdx.x == 0 && token >= 0 && token < c.vocab_size)
-    c.logprobs[row] = raw_logprob(c.logits[row * c.stride + token], total.peak, total.log_mass);
+  tell(c, params, total.peak, row, *reinterpret_cast<DrawScratch*>(dynamic_shared()));
 }
 
 // The room's parts in a workspace; returns its size.
@@ -120,7 +109,6 @@ int64_t lay_out(const FdserveSample& c, char* base, Room& room) {
   room.scan = scan_of(c);
   room.scan.sums = places.take<Sum>(c.rows * room.scan.num_parts * BLOCKS_A_PART);
   room.scan.keys = places.take<u64>(c.rows * room.scan.num_parts * room.scan.kept);
-  room.totals = places.take<Total>(c.rows);
   room.changed.logits = places.take<float>(c.rows * c.stride);
   room.changed.seen = places.take<int>(c.rows * c.stride);
   return places.size;
@@ -143,8 +131,8 @@ cudaError_t fdserve_cuda_sample(const FdserveSample* call, void* workspace, cuda
   lay_out(*call, static_cast<char*>(workspace), room);
   const unsigned rows = static_cast<unsigned>(call->rows);
   launch_scan(*call, room.scan, stream);
-  launch(merge_parts_kernel, dim3(rows), dim3(MERGE_THREADS),
-         power_of_two(room.scan.num_parts * room.scan.kept) * sizeof(u64), stream, *call, room);
-  launch(draw_kernel, dim3(rows), dim3(DRAW_THREADS), sizeof(DrawScratch), stream, *call, room);
+  const size_t merging = merge_bytes(room.scan);
+  launch(draw_kernel, dim3(rows), dim3(DRAW_THREADS), merging > sizeof(DrawScratch) ? merging : sizeof(DrawScratch), stream,
+         *call, room);
   return cudaGetLastError();
 }

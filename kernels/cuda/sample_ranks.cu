@@ -29,15 +29,13 @@ __device__ const float* drawn_logits(const FdserveSample& c, const Params& param
   return (changes(c, params, row) ? room.changed.logits : c.logits) + row * c.stride;
 }
 
-__global__ void __launch_bounds__(DRAW_THREADS) offer_kernel(FdserveSample c, Ranks ranks, Room room, char* out) {
+__global__ void __launch_bounds__(DRAW_THREADS, 2) offer_kernel(FdserveSample c, Ranks ranks, Room room, char* out) {
   const int64_t row = blockIdx.x;
   const Params params(c, row);
   char* offered = out + row * ranks.offered_bytes();
   for (int i = threadIdx.x; i < ranks.blocks(ranks.c.rank); i += DRAW_THREADS)
     Ranks::sums_in(offered)[i] = room.scan.sums[row * room.scan.num_parts * BLOCKS_A_PART + i];
-  u64* keys = reinterpret_cast<u64*>(dynamic_shared());
-  const int num_keys = room.scan.num_parts * room.scan.kept;
-  merge_keys(room.scan.keys + row * num_keys, num_keys, keys);
+  const u64* keys = merge_keys(room.scan, row, reinterpret_cast<u64*>(dynamic_shared()), [] {});
   for (int i = threadIdx.x; i < room.scan.kept; i += DRAW_THREADS) ranks.keys_in(offered)[i] = keys[i];
   u64 best = keys[0];
   __syncthreads();  // the keys' place is taken by what follows
@@ -47,8 +45,8 @@ __global__ void __launch_bounds__(DRAW_THREADS) offer_kernel(FdserveSample c, Ra
     best = peak == -INFINITY ? NO_CHOICE : NO_NUMBER;
     if (fabsf(peak) < INFINITY) {
       const float* logits = room.changed.logits + row * c.stride;
-      const Cut first = Row(logits, static_cast<int>(c.vocab_size), peak, 1.0f, scratch).reach(1, Cut{}, 0.0f, true);
-      best = key_of(peak, static_cast<uint32_t>(c.first_id) + first.last);
+      const int first = Row(logits, static_cast<int>(c.vocab_size), peak, 1.0f, scratch).first();
+      best = key_of(peak, static_cast<uint32_t>(c.first_id) + first);
     }
   }
   if (threadIdx.x == 0) *ranks.best_in(offered) = best;
@@ -67,7 +65,7 @@ __device__ void put_candidates(const Row& row, const float* logits, int size, ui
   for (int i = threadIdx.x; i < CANDIDATES; i += DRAW_THREADS) out[i] = keys[i];
 }
 
-__global__ void __launch_bounds__(DRAW_THREADS) weigh_kernel(FdserveSample c, Ranks ranks, Room room, char* out) {
+__global__ void __launch_bounds__(DRAW_THREADS, 2) weigh_kernel(FdserveSample c, Ranks ranks, Room room, char* out) {
   __shared__ u64 keys[CANDIDATES];
   __shared__ int count;
   DrawScratch& scratch = *reinterpret_cast<DrawScratch*>(dynamic_shared());
@@ -159,12 +157,11 @@ __device__ int choose(const Gathered& from, const Params& params, float peak, u6
     return UNSETTLED;
   }
   if (params.top_p < 1.0f) cut = row.reach(share(params.top_p, all), cut, least, false);
-  const u64 left = row.mass(cut, least, false);
-  const int index = row.at(drawn(philox53(params.seed, params.position), left), cut, least);
+  const int index = row.draw(philox53(params.seed, params.position), cut, least);
   return index < 0 ? BROKEN : from.ids[index];
 }
 
-__global__ void __launch_bounds__(DRAW_THREADS) settle_kernel(FdserveSample c, Ranks ranks, Room room, char* out) {
+__global__ void __launch_bounds__(DRAW_THREADS, 2) settle_kernel(FdserveSample c, Ranks ranks, Room room, char* out) {
   DrawScratch& scratch = *reinterpret_cast<DrawScratch*>(dynamic_shared());
   const int64_t row = blockIdx.x;
   const Params params(c, row);
@@ -283,7 +280,7 @@ void fdserve_cuda_sample_sizes(const FdserveSample* call, const FdserveRanks* sh
 
 cudaError_t fdserve_cuda_sample_offer(const FdserveSample* call, const FdserveRanks* shares, void* offered, cudaStream_t stream) {
   return run(call, shares, [&](const FdserveSample& c, const Ranks& ranks, const Room& room, dim3 rows) {
-    const size_t keys = power_of_two(room.scan.num_parts * room.scan.kept) * sizeof(u64);
+    const size_t keys = merge_bytes(room.scan);
     launch_scan(c, room.scan, stream);
     launch(offer_kernel, rows, dim3(DRAW_THREADS), keys > sizeof(DrawScratch) ? keys : sizeof(DrawScratch), stream, c, ranks,
            room, static_cast<char*>(offered));

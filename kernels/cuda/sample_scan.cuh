@@ -2,8 +2,9 @@
 //
 // A block takes 8192 ids of a row, a warp 1024 of them, a thread 32 in registers. The sums are by 1024 ids, each relative
 // to its own peak, and `total_of` adds them in one order: so a vocabulary that several ranks share out at multiples of
-// 1024 has the sums of a whole one. The K-th largest of the threads' own peaks is a bar that at most 32 K of the block's
-// elements clear, and those alone are sorted. Floor: the logits' bytes over the memory bandwidth.
+// 1024 has the sums of a whole one. What K of the threads' own peaks reach is a bar that few of the block's elements clear,
+// and those alone are put in order. Floor: the logits' bytes over the memory bandwidth. Some 10 instructions an element
+// leave the loads the time they need: four blocks of a multiprocessor have 128 KiB under way, where 32 would do.
 #pragma once
 
 #include "launchers.h"
@@ -38,7 +39,32 @@ __host__ __device__ inline int power_of_two(int x) {
   return power;
 }
 
-static __global__ void __launch_bounds__(SCAN_THREADS) scan_kernel(FdserveSample c, Scan scan) {
+// The keys' room in shared memory, and where more than that clear the bar, more than enough for those that clear a sharper one.
+inline __host__ __device__ int scan_room(int kept) {
+  return power_of_two(kept * SCAN_EACH > SCAN_THREADS ? kept * SCAN_EACH : SCAN_THREADS);
+}
+
+// The block's keys that clear a bar no two elements of a thread can share: the K-th largest of the threads' largest keys. At
+// most 32 K do. For rows in which too many logits are equal.
+template <class KeyOf>
+__device__ void put_few(KeyOf key_of_element, int kept, u64* keys, int& count) {
+  u64 best = 0;
+#pragma unroll
+  for (int i = 0; i < SCAN_EACH; ++i) best = key_of_element(i) > best ? key_of_element(i) : best;
+  __syncthreads();
+  keys[threadIdx.x] = best;
+  if (threadIdx.x == 0) count = 0;
+  __syncthreads();
+  sort_keys(keys, SCAN_THREADS);
+  const u64 bar = keys[kept - 1];
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < SCAN_EACH; ++i)
+    if (const u64 key = key_of_element(i); key != 0 && key >= bar) keys[atomicAdd(&count, 1)] = key;
+  __syncthreads();
+}
+
+static __global__ void __launch_bounds__(SCAN_THREADS, 4) scan_kernel(FdserveSample c, Scan scan) {
   __shared__ int count;
   u64* keys = reinterpret_cast<u64*>(dynamic_shared());
   const int size = static_cast<int>(c.vocab_size), lane = threadIdx.x % WARP;
@@ -47,68 +73,113 @@ static __global__ void __launch_bounds__(SCAN_THREADS) scan_kernel(FdserveSample
   const float* logits = c.logits + row * c.stride;
   const uint32_t first_id = static_cast<uint32_t>(c.first_id);
   float x[SCAN_EACH];
-  float peak = -INFINITY;
-  bool has_nan = false;
-  u64 best = 0;
-  const bool aligned = c.stride % 4 == 0;
+  if (c.stride % 4 == 0 && static_cast<int>(blockIdx.x + 1) * SCAN_PART <= size) {
 #pragma unroll
-  for (int i = 0; i < SCAN_EACH; i += 4) {
-    const int at = first + i * WARP;
-    if (aligned && at + 4 <= size) {
-      const float4 four = *reinterpret_cast<const float4*>(logits + at);
+    for (int i = 0; i < SCAN_EACH; i += 4) {
+      const float4 four = *reinterpret_cast<const float4*>(logits + first + i * WARP);
       x[i] = four.x, x[i + 1] = four.y, x[i + 2] = four.z, x[i + 3] = four.w;
-    } else {
-#pragma unroll
-      for (int j = 0; j < 4; ++j) x[i + j] = at + j < size ? logits[at + j] : -INFINITY;
     }
+  } else {
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      has_nan |= x[i + j] != x[i + j];
-      peak = x[i + j] > peak ? x[i + j] : peak;
-      const u64 key = at + j < size ? key_of(x[i + j], first_id + at + j) : 0;
-      best = key > best ? key : best;
+    for (int i = 0; i < SCAN_EACH; ++i) {
+      const int at = first + i / 4 * 4 * WARP + i % 4;
+      x[i] = at < size ? logits[at] : -INFINITY;
     }
   }
-  keys[threadIdx.x] = best;
   if (threadIdx.x == 0) count = 0;
-  peak = warp_max(peak);
-  float mass = 0.0f;
+  float own = -INFINITY;  // of this thread; NaNs count as nothing here
 #pragma unroll
-  for (int i = 0; i < SCAN_EACH; ++i) mass = __fadd_rn(mass, peak == -INFINITY ? 0.0f : __expf(x[i] - peak));
+  for (int i = 0; i < SCAN_EACH; ++i) own = fmaxf(own, x[i]);
+  const float peak = warp_max(own), base = peak == -INFINITY ? 0.0f : peak;
+  float mass = 0.0f;  // a NaN if there is one, or an infinity
+#pragma unroll
+  for (int i = 0; i < SCAN_EACH; ++i) mass = __fadd_rn(mass, __expf(x[i] - base));
   mass = warp_sum(mass);
-  has_nan = __any_sync(ALL, has_nan);
-  if (lane == 0) scan.sums[row * scan.num_parts * BLOCKS_A_PART + block] = {has_nan ? NAN : peak, mass};
-  __syncthreads();
-  sort_keys(keys, SCAN_THREADS);
-  const u64 bar = keys[min(scan.kept, SCAN_THREADS) - 1];
-  __syncthreads();
+  if (lane == 0) scan.sums[row * scan.num_parts * BLOCKS_A_PART + block] = {mass == mass ? peak : NAN, mass};
+
+  // The bar, bit by bit, as sharp as bfloat16.
+  uint32_t bits = 0;
+  for (uint32_t bit = 1u << 31; bit >= 1u << 16; bit >>= 1)
+    if (__syncthreads_count(ordered(own) >= (bits | bit)) >= scan.kept) bits |= bit;
+  const float bar = bits <= ordered(-INFINITY) ? -INFINITY : unordered(bits);
+  const int room = scan_room(scan.kept);
+  if (own >= bar) {
 #pragma unroll
-  for (int i = 0; i < SCAN_EACH; ++i) {
-    const int at = first + i / 4 * 4 * WARP + i % 4;
-    const u64 key = at < size ? key_of(x[i], first_id + at) : 0;
-    if (key != 0 && key >= bar) keys[atomicAdd(&count, 1)] = key;
+    for (int i = 0; i < SCAN_EACH; ++i)
+      if (x[i] >= bar) {
+        const int at = first + i / 4 * 4 * WARP + i % 4;
+        const int place = at < size ? atomicAdd(&count, 1) : room;
+        if (place < room) keys[place] = key_of(x[i], first_id + at);
+      }
   }
   __syncthreads();
-  const int padded = power_of_two(count > scan.kept ? count : scan.kept);
-  for (int i = count + threadIdx.x; i < padded; i += SCAN_THREADS) keys[i] = 0;
+  if (count > room) {
+    auto key_of_element = [&](int i) {
+      const int at = first + i / 4 * 4 * WARP + i % 4;
+      return at < size && x[i] == x[i] ? key_of(x[i], first_id + at) : u64{0};
+    };
+    put_few(key_of_element, scan.kept, keys, count);
+  }
+  const int found = count;
+  u64* out = scan.keys + (row * scan.num_parts + blockIdx.x) * scan.kept;
+  for (int i = found + threadIdx.x; i < scan.kept; i += SCAN_THREADS) out[i] = 0;
+  if (found <= SCAN_THREADS) {
+    // Its place is how many are before it: no two keys are equal.
+    if (threadIdx.x >= found) return;
+    const u64 key = keys[threadIdx.x];
+    int place = 0;
+#pragma unroll 4
+    for (int i = 0; i < found; ++i) place += keys[i] > key;
+    if (place < scan.kept) out[place] = key;
+    return;
+  }
+  const int padded = power_of_two(found);
+  for (int i = found + threadIdx.x; i < padded; i += SCAN_THREADS) keys[i] = 0;
   __syncthreads();
   sort_keys(keys, padded);
-  for (int i = threadIdx.x; i < scan.kept; i += SCAN_THREADS)
-    scan.keys[(row * scan.num_parts + blockIdx.x) * scan.kept + i] = keys[i];
+  for (int i = threadIdx.x; i < scan.kept; i += SCAN_THREADS) out[i] = keys[i];
 }
 
 inline void launch_scan(const FdserveSample& c, const Scan& scan, cudaStream_t stream) {
-  const int most = scan.kept * SCAN_EACH > SCAN_THREADS ? scan.kept * SCAN_EACH : SCAN_THREADS;
-  launch(scan_kernel, dim3(scan.num_parts, static_cast<unsigned>(c.rows)), dim3(SCAN_THREADS),
-         power_of_two(most) * sizeof(u64), stream, c, scan);
+  launch(scan_kernel, dim3(scan.num_parts, static_cast<unsigned>(c.rows)), dim3(SCAN_THREADS), scan_room(scan.kept) * sizeof(u64),
+         stream, c, scan);
 }
 
-// Sorts the `count` keys at `from` into `keys`, of power_of_two(count) in shared memory. By the whole block.
-__device__ inline void merge_keys(const u64* from, int count, u64* keys) {
-  const int padded = power_of_two(count);
-  for (int i = threadIdx.x; i < padded; i += blockDim.x) keys[i] = i < count ? from[i] : 0;
+// Bytes of shared memory that `merge_keys` needs.
+inline size_t merge_bytes(const Scan& scan) { return (scan.num_parts + 1) * scan.kept * sizeof(u64); }
+
+// The `kept` largest of a row's keys in order, in shared memory, zeros behind the last. By the whole block, of which the last
+// warp calls `beside` meanwhile.
+template <class Beside>
+__device__ const u64* merge_keys(const Scan& scan, int64_t row, u64* keys, Beside beside) {
+  constexpr int AT_A_TIME = 4;
+  const int kept = scan.kept, parts = scan.num_parts, count = parts * kept;
+  u64* merged = keys + count;
+  for (int i = threadIdx.x; i < count; i += blockDim.x) keys[i] = scan.keys[row * count + i];
+  for (int i = threadIdx.x; i < kept; i += blockDim.x) merged[i] = 0;
   __syncthreads();
-  sort_keys(keys, padded);
+  if (threadIdx.x / WARP == blockDim.x / WARP - 1) beside();
+  for (int i = threadIdx.x; i < count; i += blockDim.x) {
+    const u64 key = keys[i];
+    if (key == 0) continue;
+    // Its place is how many are before it: in each part what a search says, in a few parts at a time. Most keys are soon
+    // known to have none.
+    int place = 0;
+    for (int part = 0; part < parts && place < kept; part += AT_A_TIME) {
+      int before[AT_A_TIME] = {};
+      for (int step = power_of_two(kept + 1) / 2; step > 0; step /= 2)
+#pragma unroll
+        for (int j = 0; j < AT_A_TIME; ++j) {
+          const int next = before[j] + step;
+          if (part + j < parts && next <= kept && keys[(part + j) * kept + next - 1] > key) before[j] = next;
+        }
+#pragma unroll
+      for (int j = 0; j < AT_A_TIME; ++j) place += before[j];
+    }
+    if (place < kept) merged[place] = key;
+  }
+  __syncthreads();
+  return merged;
 }
 
 // Of a whole row.
@@ -117,7 +188,7 @@ struct Total {
   bool broken;  // a NaN, or nothing finite at the top
 };
 
-// From the sums of a row's `count` blocks, `sum_of(block)`. Every warp computes it.
+// From the sums of a row's `count` blocks, `sum_of(block)`. By a whole warp, or every one.
 template <class SumOf>
 __device__ Total total_of(int count, SumOf sum_of) {
   const int lane = threadIdx.x % WARP;

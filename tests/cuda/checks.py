@@ -12,7 +12,7 @@ import numpy.typing as npt
 from tests.cuda.harness import DTYPES, Array, Buffer, Device, rounded, to_bits, to_floats
 
 Generator = np.random.Generator
-KEY_PART = 1024  # keys whose softmax runs online; parts can have blocks of their own
+MULTIPROCESSORS = (0, 1, 100000)  # how widely parts of the keys are shared out among blocks: not, a little, all
 EPS = {"bfloat16": 2.0**-8, "float16": 2.0**-11}  # half a step at 1
 
 
@@ -103,10 +103,11 @@ class Step:
         cache = (sequences * width + 2, shape.kv_heads, size, shape.head_dim)
         self.keys, self.values = (np.full(cache, np.nan, np.float32) for _ in range(2))
         for sequence, end in enumerate(ends):
-            for position in range(end):
-                at = self.tables[sequence, position // size], slice(None), position % size
-                for tensor in (self.keys, self.values):
-                    tensor[at] = rounded(rng.normal(size=(shape.kv_heads, shape.head_dim)), dtype)
+            places = np.arange(end)
+            at = self.tables[sequence, places // size], slice(None), places % size
+            for tensor in (self.keys, self.values):
+                tensor[at] = rounded(rng.normal(size=(end, shape.kv_heads, shape.head_dim)), dtype)
+        self.caches = [device.put(to_bits(tensor, dtype)) for tensor in (self.keys, self.values)]
         self.tokens = sum(shape.lengths)
         self.queries = rounded(rng.normal(size=(self.tokens, shape.heads, shape.head_dim)), dtype)
 
@@ -118,20 +119,20 @@ class Step:
         shape = self.shape
         return CPaged(*pointers, len(lengths), tables.shape[1], shape.block_size, shape.kv_heads), buffers
 
-    def attend(self, queries: Array, lengths: Array, contexts: Array, tables: Array, *, split: bool) -> Array:
-        """The bits of the result. With `split` every part of the keys has blocks of its own."""
+    def attend(self, queries: Array, lengths: Array, contexts: Array, tables: Array, multiprocessors: int) -> Array:
+        """The bits of the result on a device of so many multiprocessors; with none, no keys are shared out."""
         device, shape = self.device, self.shape
         paged, kept = self.paged(lengths, contexts, tables)
-        tokens, longest = int(lengths.sum()), int((lengths + contexts).max())
+        tokens, longest, most = int(lengths.sum()), int((lengths + contexts).max()), int(lengths.max())
         out = device.empty((tokens, shape.heads, shape.head_dim), np.uint16)
-        parts = -(-longest // KEY_PART)
-        size = tokens * shape.heads * parts * (shape.head_dim + 2)
-        workspace = device.empty((size,), np.float32) if split else None
-        keys, values = (device.put(to_bits(each, self.dtype)) for each in (self.keys, self.values))
+        sizes = (len(lengths), tokens, most, longest, shape.heads, shape.kv_heads, shape.head_dim)
+        number = ctypes.c_int(multiprocessors)
+        size = device.library.fdserve_cuda_attention_workspace(*map(ctypes.c_int64, sizes), number)
+        workspace = device.empty((size // 4,), np.float32) if size else None
         device.call(
-            "fdserve_cuda_attention", device.put(to_bits(queries, self.dtype)), keys, values, ctypes.byref(paged),
-            tokens, int(lengths.max()), longest, shape.heads, shape.head_dim, shape.head_dim**-0.5, code(self.dtype),
-            out, workspace,
+            "fdserve_cuda_attention", device.put(to_bits(queries, self.dtype)), *self.caches, ctypes.byref(paged),
+            tokens, most, longest, shape.heads, shape.head_dim, shape.head_dim**-0.5, code(self.dtype), out, workspace,
+            number,
         )  # fmt: skip
         result = device.get(out)
         if workspace is not None:
@@ -157,21 +158,19 @@ class Step:
 
 
 def attention(device: Device, rng: Generator, dtype: str, shape: Shape) -> None:
-    """Right, and the same bits whole, split, and token by token."""
+    """Right, and the same bits whole, shared out, and token by token."""
     step = Step(device, rng, dtype, shape)
     lengths, contexts = np.array(shape.lengths), np.array(shape.contexts)
-    whole = step.attend(step.queries, lengths, contexts, step.tables, split=False)
+    whole, *shared = (step.attend(step.queries, lengths, contexts, step.tables, number) for number in MULTIPROCESSORS)
     close(to_floats(whole, dtype), step.expected(), 4 * EPS[dtype])
-    assert (step.attend(step.queries, lengths, contexts, step.tables, split=True) == whole).all(), (
-        "splitting changes bits"
-    )
+    assert all((each == whole).all() for each in shared), "sharing keys out changes bits"
     ends = np.cumsum(lengths)
     for sequence in np.flatnonzero(lengths > 1):
         last = ends[sequence] - 1
         context = contexts[sequence] + lengths[sequence] - 1
         alone = step.attend(
             step.queries[last : last + 1], np.array([1]), np.array([context]), step.tables[sequence : sequence + 1],
-            split=bool(sequence % 2),
+            MULTIPROCESSORS[sequence % 3],
         )  # fmt: skip
         assert (alone[0] == whole[last]).all(), "a decode has other bits than a prefill"
 

@@ -3,8 +3,9 @@
 //
 // Every thread of a block is a fiber of one operating-system thread; a block runs to its end before the next begins. A
 // fiber runs until it meets a barrier or a warp-wide operation and then lets the others run, so shared memory and shuffles
-// behave as on a GPU where all code between two barriers is free of races. A barrier that not all threads reach, and a
-// write past the dynamic shared memory, end the process with a message.
+// behave as on a GPU where all code between two barriers is free of races. Of one block the first fiber goes first, of the
+// next the last, which shows many races. An asynchronous copy is done when its thread waits for it, no sooner. A barrier that
+// not all threads reach, and a write past the dynamic shared memory, end the process with a message.
 #pragma once
 
 #include <setjmp.h>
@@ -42,11 +43,13 @@ using cudaStream_t = void*;
 using cudaError_t = int;
 constexpr cudaError_t cudaSuccess = 0, cudaErrorInvalidValue = 1;
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline const char* cudaGetErrorString(cudaError_t) { return "an emulated one"; }
 
 namespace emulator {
 
 constexpr int WARP = 32;
-constexpr size_t STACK_BYTES = 256 << 10, MAX_SHARED_BYTES = 227 << 10, GUARD_BYTES = 64;
+// The shared memory is that of the architectures that have least (sm_86, sm_89, sm_120).
+constexpr size_t STACK_BYTES = 256 << 10, MAX_SHARED_BYTES = 99 << 10, GUARD_BYTES = 64, SHARED_ALIGNMENT = 128;
 constexpr unsigned char GUARD = 0xA5;
 
 [[noreturn]] inline void fail(const char* what) {
@@ -59,12 +62,21 @@ struct Barrier {
   unsigned generation = 0;
 };
 
+// An asynchronous copy of 16 bytes, or of zeros from null; complete once its group is waited for.
+struct Copy {
+  void* to;
+  const void* from;
+  int group;
+};
+
 struct Fiber {
   std::unique_ptr<char[]> stack{new char[STACK_BYTES]};
   ucontext_t context;
   jmp_buf state;
   dim3 thread;
   bool begun = false, done = false;
+  std::vector<Copy> copies;
+  int group = 0;
 };
 
 struct Warp {
@@ -83,8 +95,12 @@ struct Block {
   ucontext_t home;
   jmp_buf scheduler;
   size_t current = 0, threads = 0, alive = 0;
+  bool backwards = false;
   uint64_t progress = 0;
+  int votes = 0;
 
+  // As device.cuh aligns it.
+  char* dynamic() { return shared.data() + -reinterpret_cast<uintptr_t>(shared.data()) % SHARED_ALIGNMENT; }
   Fiber& fiber() { return fibers[current]; }
   Warp& warp() { return warps[current / WARP]; }
 };
@@ -139,6 +155,8 @@ inline void run_block() {
   for (size_t i = 0; i < b.threads; ++i) {
     Fiber& fiber = b.fibers[i];
     fiber.begun = fiber.done = false;
+    fiber.copies.clear();
+    fiber.group = 0;
     fiber.thread = dim3(i % b.block.x, i / b.block.x % b.block.y, i / b.block.x / b.block.y);
     getcontext(&fiber.context);
     fiber.context.uc_stack = {fiber.stack.get(), 0, STACK_BYTES};
@@ -148,10 +166,11 @@ inline void run_block() {
   while (b.alive > 0) {
     const uint64_t before = b.progress;
     for (size_t i = 0; i < b.threads; ++i)
-      if (!b.fibers[i].done) resume(i);
+      if (const size_t number = b.backwards ? b.threads - 1 - i : i; !b.fibers[number].done) resume(number);
     if (b.progress == before && b.alive > 0) fail("a barrier that not all threads reach");
   }
   if (b.barrier.arrived != 0) fail("threads ended inside of a barrier");
+  b.backwards = !b.backwards;
 }
 
 template <class Kernel, class... Args>
@@ -170,11 +189,11 @@ void launch(Kernel kernel, dim3 grid, dim3 threads, size_t shared_bytes, Args...
       for (unsigned x = 0; x < grid.x; ++x) {
         b.index = dim3(x, y, z);
         // Fresh garbage: a kernel that reads what it did not write gives NaNs.
-        b.shared.assign(shared_bytes + GUARD_BYTES, static_cast<char>(0xFF));
-        std::memset(b.shared.data() + shared_bytes, GUARD, GUARD_BYTES);
+        b.shared.assign(shared_bytes + GUARD_BYTES + SHARED_ALIGNMENT, static_cast<char>(0xFF));
+        std::memset(b.dynamic() + shared_bytes, GUARD, GUARD_BYTES);
         run_block();
         for (size_t i = 0; i < GUARD_BYTES; ++i)
-          if (static_cast<unsigned char>(b.shared[shared_bytes + i]) != GUARD)
+          if (static_cast<unsigned char>(b.dynamic()[shared_bytes + i]) != GUARD)
             fail("a write past the dynamic shared memory");
       }
 }
@@ -205,6 +224,15 @@ inline int lane() { return static_cast<int>(block().current % WARP); }
 #define gridDim (emulator::block().grid)
 
 inline void __syncthreads() { emulator::meet(emulator::block().barrier, static_cast<int>(emulator::block().alive)); }
+inline int __syncthreads_count(int predicate) {
+  emulator::Block& b = emulator::block();
+  b.votes += predicate != 0;
+  __syncthreads();
+  const int votes = b.votes;
+  if (b.barrier.arrived + 1 == static_cast<int>(b.alive)) b.votes = 0;  // all have read it
+  __syncthreads();
+  return votes;
+}
 inline void __syncwarp(unsigned mask = ~0u) { emulator::meet(emulator::block().warp().barrier, __builtin_popcount(mask)); }
 template <class T>
 T __shfl_sync(unsigned mask, T value, int from) { return emulator::exchange(mask, value, from & 31); }
@@ -247,6 +275,12 @@ inline float __uint_as_float(unsigned x) { float y; std::memcpy(&y, &x, 4); retu
 inline unsigned __float_as_uint(float x) { unsigned y; std::memcpy(&y, &x, 4); return y; }
 inline int __float_as_int(float x) { int y; std::memcpy(&y, &x, 4); return y; }
 inline float __int_as_float(int x) { float y; std::memcpy(&y, &x, 4); return y; }
+inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
+  const uint64_t bytes = static_cast<uint64_t>(y) << 32 | x;
+  unsigned out = 0;
+  for (int i = 0; i < 4; ++i) out |= static_cast<unsigned>(bytes >> (selector >> 4 * i & 7) * 8 & 0xFF) << 8 * i;
+  return out;
+}
 template <class T>
 T __ldg(const T* p) { return *p; }
 inline unsigned long long __umul64hi(unsigned long long x, unsigned long long y) {
@@ -288,6 +322,27 @@ float emulated_half_of(uint32_t pair, int which) {
 }
 
 template <class T>
+uint32_t pack(float low, float high);
+template <>
+inline uint32_t pack<__nv_bfloat16>(float low, float high) {
+  return __float2bfloat16(low).bits | static_cast<uint32_t>(__float2bfloat16(high).bits) << 16;
+}
+template <>
+inline uint32_t pack<__half>(float low, float high) {
+  const __half both[2] = {__float2half(low), __float2half(high)};
+  uint32_t bits;
+  std::memcpy(&bits, both, 4);
+  return bits;
+}
+
+inline void store_16(void* to, uint4 bits) {
+  if (reinterpret_cast<uintptr_t>(to) % 16 != 0) emulator::fail("an unaligned store");
+  std::memcpy(to, &bits, 16);
+}
+
+inline float exp2_approx(float x) { return std::exp2(x); }
+
+template <class T>
 void mma_16816(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   struct Fragments { uint32_t a[4], b[2]; } mine = {{a[0], a[1], a[2], a[3]}, {b[0], b[1]}};
   emulator::Warp& warp = emulator::block().warp();
@@ -309,11 +364,14 @@ void mma_16816(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   __syncwarp();
 }
 
-inline void ldmatrix(uint32_t (&r)[4], const void* row, bool transposed) {
+using Shared = uintptr_t;
+inline Shared shared_at(const void* place) { return reinterpret_cast<Shared>(place); }
+
+inline void ldmatrix(uint32_t (&r)[4], Shared row, bool transposed) {
   emulator::Warp& warp = emulator::block().warp();
   const int lane = emulator::lane();
-  if (reinterpret_cast<uintptr_t>(row) % 16 != 0) emulator::fail("ldmatrix of an unaligned row");
-  warp.slots[lane][0] = reinterpret_cast<uint64_t>(row);
+  if (row % 16 != 0) emulator::fail("ldmatrix of an unaligned row");
+  warp.slots[lane][0] = row;
   __syncwarp();
   for (int matrix = 0; matrix < 4; ++matrix) {
     uint16_t two[2];
@@ -325,23 +383,32 @@ inline void ldmatrix(uint32_t (&r)[4], const void* row, bool transposed) {
   }
   __syncwarp();
 }
-inline void ldmatrix_x4(uint32_t (&r)[4], const void* row) { ldmatrix(r, row, false); }
-inline void ldmatrix_x4_transposed(uint32_t (&r)[4], const void* row) { ldmatrix(r, row, true); }
+inline void ldmatrix_x4(uint32_t (&r)[4], Shared row) { ldmatrix(r, row, false); }
+inline void ldmatrix_x4_transposed(uint32_t (&r)[4], Shared row) { ldmatrix(r, row, true); }
 
-// Copies 16 bytes, or zeros. At once: a kernel that reads them before it waits is not caught here.
 inline void copy_async_16(void* shared, const void* global, bool there) {
   if (reinterpret_cast<uintptr_t>(shared) % 16 != 0) emulator::fail("an unaligned asynchronous copy");
   if (there && reinterpret_cast<uintptr_t>(global) % 16 != 0) emulator::fail("an unaligned asynchronous copy");
-  if (there)
-    std::memcpy(shared, global, 16);
-  else
-    std::memset(shared, 0, 16);
+  emulator::Fiber& fiber = emulator::block().fiber();
+  fiber.copies.push_back({shared, there ? global : nullptr, fiber.group});
 }
-inline void commit_copies() {}
+inline void commit_copies() { ++emulator::block().fiber().group; }
 template <int N>
-void wait_copies() {}
+void wait_copies() {
+  emulator::Fiber& fiber = emulator::block().fiber();
+  std::vector<emulator::Copy> rest;
+  for (const emulator::Copy& copy : fiber.copies) {
+    if (copy.group >= fiber.group - N)
+      rest.push_back(copy);
+    else if (copy.from != nullptr)
+      std::memcpy(copy.to, copy.from, 16);
+    else
+      std::memset(copy.to, 0, 16);
+  }
+  fiber.copies.swap(rest);
+}
 
-inline char* dynamic_shared() { return emulator::block().shared.data(); }
+inline char* dynamic_shared() { return emulator::block().dynamic(); }
 
 template <class Kernel, class... Args>
 void launch(Kernel kernel, dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t, Args... args) {

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import ctypes
 import statistics
-import subprocess
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from tests.cuda.harness import LAUNCHERS, SOURCES, Array, Device
+from tests.cuda.harness import Array, Device
+from tests.cuda.report import Limits
 
 
 class Gpu(Device):
@@ -28,44 +26,55 @@ class Gpu(Device):
     def address(self, memory: Any) -> int:
         return int(memory.data_ptr())
 
+    def is_usable(self) -> bool:
+        """Whether kernels still run: an access to the wrong place ends that for the whole process."""
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            return False
+        return True
+
     def read(self, memory: Any) -> Array:
         torch.cuda.synchronize()
         return np.asarray(memory.cpu().numpy())
 
 
-def build_for_gpu(directory: Path) -> ctypes.CDLL:
-    """Compile the launchers for the GPU that is here."""
+def measured_limits() -> Limits:
+    """By a copy of 1 GiB and a product of 8192 x 8192 matrices."""
+    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda").random_(0, 255)
+    target = torch.empty_like(source)
+    a, b = (torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    return Limits(2 * source.numel() / seconds(lambda: target.copy_(source)), 2 * 8192**3 / seconds(lambda: a @ b))
+
+
+def described() -> dict[str, str]:
+    """The device in words, and what to compile for."""
     major, minor = torch.cuda.get_device_capability()
-    # Hopper's own instructions want the architecture's name with an "a".
-    architecture = f"{major}{minor}{'a' if major >= 9 else ''}"
-    objects = []
-    processes = []
-    for source in LAUNCHERS:
-        objects.append(directory / f"{source.stem}.o")
-        flags = [
-            "-std=c++17",
-            "-O3",
-            "-Xcompiler",
-            "-fPIC",
-            "-gencode",
-            f"arch=compute_{architecture},code=sm_{architecture}",
-        ]
-        processes.append(subprocess.Popen(["nvcc", *flags, f"-I{SOURCES}", "-c", str(source), "-o", str(objects[-1])]))
-    for process in processes:
-        assert process.wait() == 0, process.args
-    library = directory / "launchers.so"
-    subprocess.run(["nvcc", "-shared", "-o", str(library), *map(str, objects)], check=True)
-    return ctypes.CDLL(str(library))
+    properties = torch.cuda.get_device_properties(0)
+    processors, cache = properties.multi_processor_count, getattr(properties, "L2_cache_size", 0) >> 20
+    name = f"{torch.cuda.get_device_name()}, {processors} multiprocessors, {cache} MiB of L2"
+    return {
+        "told": f"{name}; CUDA {torch.version.cuda}, torch {torch.__version__}",
+        # Hopper's own instructions want the architecture's name with an "a".
+        "architecture": f"{major}{minor}{'a' if major >= 9 else ''}",
+    }
 
 
-def seconds(work: Callable[[], object], repeats: int = 30) -> float:
+_flush: Any = None
+
+
+def seconds(work: Callable[[], object], repeats: int = 20) -> float:
     """The median time of `work` on the device, the cache flushed before each run."""
-    flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
+    global _flush
+    if _flush is None:
+        _flush = torch.empty(512 << 20, dtype=torch.uint8, device="cuda")
     for _ in range(3):
         work()
+    torch.cuda.synchronize()
     times = []
     for _ in range(repeats):
-        flush.zero_()
+        # It takes longer than the host needs to launch the work, so that the device never waits in between.
+        _flush.zero_()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         work()
@@ -73,16 +82,3 @@ def seconds(work: Callable[[], object], repeats: int = 30) -> float:
         end.synchronize()
         times.append(start.elapsed_time(end) / 1e3)
     return statistics.median(times)
-
-
-def copy_bandwidth() -> float:
-    """Bytes a second that are read and written by a copy of 1 GiB."""
-    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    return 2 * source.numel() / seconds(lambda: target.copy_(source))
-
-
-def matmul_rate() -> float:
-    """FLOP/s of a bfloat16 product of 8192 x 8192 matrices."""
-    a, b = (torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda") for _ in range(2))
-    return 2 * 8192**3 / seconds(lambda: a @ b)

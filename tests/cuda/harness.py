@@ -78,6 +78,10 @@ class Device(ABC):
     def read(self, memory: Any) -> Array:
         """The bytes, after all kernels."""
 
+    def is_usable(self) -> bool:
+        """Whether more kernels can run after one has failed."""
+        return True
+
     def put(self, content: Array) -> Buffer:
         """An input."""
         return Buffer(self, content, read_only=True)

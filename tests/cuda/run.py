@@ -1,117 +1,157 @@
-"""`python -m tests.cuda.run`: the CUDA kernels' checks and timings, on a machine with a GPU, nvcc and torch.
+"""`python -m tests.cuda.run`: the CUDA kernels' checks and timings, on a machine with a GPU and torch.
 
-It needs no Paddle. It ends with status 1 if a check fails, and prints the timings as a Markdown table.
+It needs no Paddle, and no nvcc either if it is given a library that `--build` has made on another machine. Kernels are
+checked in processes of their own, so that one that fails, hangs or ends its process says nothing of another; nothing
+stops before all have been tried, or the time is up. It ends with status 1 if a check failed, and prints the timings as
+a Markdown table for bench/RESULTS.md.
 """
 
 from __future__ import annotations
 
+import argparse
+import ctypes
+import shutil
 import subprocess
 import sys
 import tempfile
-import traceback
-from collections.abc import Callable, Iterator
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-import numpy as np
+from tests.cuda.cases import groups
+from tests.cuda.outcomes import Outcome, do_all, run_all
+from tests.cuda.report import HEADER, Figure, Limits
 
-from tests.cuda import checks, sampling, sampling_ranks
-from tests.cuda.harness import DTYPES, Device
-
-Check = Callable[[Device, np.random.Generator, str], None]
-
-
-def cases() -> Iterator[tuple[str, Check]]:
-    """Every check at sizes that a GPU takes easily, the emulated tests' odd ones among them."""
-    for tokens, hidden in ((3, 1024), (2, 8), (1, 2568), (2, 17000), (0, 64), (4096, 8192)):
-        for residual in (False, True):
-            yield (
-                f"rms_norm [{tokens}, {hidden}] residual {residual}",
-                lambda d, r, t, n=tokens, h=hidden, a=residual: checks.rms_norm(d, r, t, n, h, residual=a),  # type: ignore[misc]
-            )
-    for tokens, inner in ((3, 1024), (5, 8), (2, 2504), (0, 64), (4096, 3072)):
-        yield f"swiglu [{tokens}, {inner}]", lambda d, r, t, n=tokens, i=inner: checks.swiglu(d, r, t, n, i)  # type: ignore[misc]
-    for ranks, size in ((2, 8), (3, 2504), (8, 512 * 8192), (2, 0)):
-        yield f"sum_ranks {ranks, size}", lambda d, r, t, n=ranks, s=size: checks.sum_ranks(d, r, t, n, s)  # type: ignore[misc]
-    for shape in (
-        checks.Shape((1, 3, 0, 20, 1), (5, 70, 9, 0, 1100)),
-        checks.Shape((1,), (0,)),
-        checks.Shape((1, 9), (2100, 1020), heads=16, kv_heads=2, head_dim=128, block_size=64),
-        checks.Shape((70,), (30,), heads=8, kv_heads=1, head_dim=128, block_size=32),
-        checks.Shape((5, 17, 2), (1023, 63, 64), heads=2, kv_heads=2),
-        checks.Shape((1,) * 64, tuple(range(1, 6400, 100)), heads=16, kv_heads=2, head_dim=128, block_size=64),
-        checks.Shape((300, 1, 33), (1000, 20000, 5000), heads=8, kv_heads=1, head_dim=128, block_size=64),
-    ):
-        yield f"attention {shape}", lambda d, r, t, s=shape: checks.attention(d, r, t, s)  # type: ignore[misc]
-        yield f"rope_and_store {shape}", lambda d, r, t, s=shape: checks.rope_and_store(d, r, t, s)  # type: ignore[misc]
-    for sizes in (
-        (5, 128, 64, 8, 2),
-        (1, 72, 40, 4, 4),
-        (40, 64, 72, 3, 2),
-        (3, 64, 64, 64, 6),
-        (33, 2560, 1536, 64, 6),
-    ):
-        yield f"moe {sizes}", lambda d, r, t, s=sizes: checks.moe(d, r, t, *s)  # type: ignore[misc]
-    for bits in (8, 4):
-        yield f"moe of wint{bits}", lambda d, r, t, b=bits: checks.moe(d, r, t, 70, 2560, 1536, 8, 2, b)  # type: ignore[misc]
-    for rows in ((16, 1003, 1003, 5), (16, 9000, 8900, 20), (8, 40, 33, 0), (4, 64, 3, 64), (256, 103424, 103424, 20)):
-        yield f"sample {rows}", lambda d, r, t, a=rows: sampling.sample(d, r, *a)  # type: ignore[misc]
-    for shares in ((2, 24, 2051, 5), (4, 24, 5000, 20), (8, 24, 8192, 0), (8, 64, 103424, 20)):
-        yield f"sample on ranks {shares}", lambda d, r, t, a=shares: sampling_ranks.sample_ranks(d, r, *a)  # type: ignore[misc]
-    for ranks in (2, 8):
-        yield f"draws on {ranks} ranks", lambda d, r, t, n=ranks: sampling_ranks.draws(d, r, n, 200)  # type: ignore[misc]
-    for bits in (8, 4):
-        for tokens, depth, columns in ((1, 192, 130), (16, 64, 128), (17, 128, 40), (200, 2560, 3584)):
-            yield (
-                f"wint{bits} linear {tokens, depth, columns}",
-                lambda d, r, t, b=bits, n=tokens, k=depth, c=columns: checks.quant_linear(  # type: ignore[misc]
-                    d, r, t, b, n, k, c, to_float=n == 16
-                ),
-            )
-
-
-def check_all(device: Device) -> int:
-    """Run every check; how many failed."""
-    failures = 0
-    for name, check in cases():
-        for dtype in DTYPES:
-            try:
-                check(device, np.random.default_rng(11), dtype)
-            except Exception:
-                failures += 1
-                print(f"FAILED {name} {dtype}")
-                traceback.print_exc(limit=3)
-    return failures
+CHECKERS = 4  # processes of checks at a time: most of their time goes into references
+TIMED = ("attention", "sampler", "rows", "experts", "quantized", "sampler of ranks")
+CHECKING = 0.6  # of the time, so that some is left for timings
 
 
 def main() -> int:
     """The exit status."""
-    import torch
+    arguments = _arguments()
+    if arguments.job:
+        _do(arguments)
+        return 0
+    if arguments.build:
+        from tests.cuda.build import build
 
-    from tests.cuda import timings
-    from tests.cuda.gpu import Gpu, build_for_gpu, copy_bandwidth, matmul_rate
-
+        build(arguments.build, arguments.architecture)
+        return 0
+    started = time.monotonic()
+    deadline = started + arguments.seconds
     with tempfile.TemporaryDirectory() as directory:
-        gpu = Gpu(build_for_gpu(Path(directory)))
-        version = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout.split("\n")[
-            -2
-        ]
-        print(f"{torch.cuda.get_device_name()}, {version}, torch {torch.__version__}")
-        failures = check_all(gpu)
-        print(f"{failures} checks failed" if failures else "all checks passed", flush=True)
-        copy, matmul = copy_bandwidth(), matmul_rate()
-        print(f"\ncopy: {copy / 1e9:.0f} GB/s read and written; bfloat16 matmul: {matmul / 1e12:.0f} TFLOP/s\n")
-        print(timings.HEADER)
-        for part in (
-            timings.rows(gpu, copy),
-            timings.attention(gpu, copy, matmul),
-            timings.sampler(gpu, copy),
-            timings.sampler_of_ranks(gpu, copy),
-            timings.quantized(gpu, copy, matmul),
-            timings.experts(gpu, copy, matmul),
-        ):
-            for figure in part:
-                print(figure.row(), flush=True)
+        library = arguments.library or Path(directory) / "launchers.so"
+        jobs = partial(_command, library)
+        device = run_all(jobs("device", ""), deadline=deadline)[-1]
+        if device.error is not None:
+            print(f"no device: {device.error}")
+            return 2
+        print(device.result["told"], flush=True)
+        if arguments.library is None and not _build(library, device.result["architecture"]):
+            return 2
+        only = arguments.only or [*groups(), *TIMED]
+        failures = _check(jobs, [group for group in groups() if group in only], started + arguments.seconds * CHECKING)
+        if not arguments.no_timings:
+            _time(jobs, [group for group in TIMED if group in only], deadline)
+        print(f"\n{failures} checks failed" if failures else "\nall checks passed")
     return int(failures > 0)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--library", type=Path, help="the compiled launchers, instead of compiling them")
+    parser.add_argument("--build", type=Path, help="compile the launchers into this file and end; needs no GPU")
+    parser.add_argument("--architecture", default="90a", help="what --build compiles for (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=540, help="after which all ends (default: %(default)s)")
+    parser.add_argument("--no-timings", action="store_true", help="checks alone")
+    parser.add_argument("--only", nargs="+", metavar="GROUP", help="of the groups that the report names")
+    parser.add_argument("--job", nargs=3, metavar=("KIND", "GROUP", "FIRST"), help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def _command(library: Path, kind: str, group: str) -> list[str]:
+    return [sys.executable, "-W", "ignore", "-m", "tests.cuda.run", "--library", str(library), "--job", kind, group]
+
+
+def _build(library: Path, architecture: str) -> bool:
+    """Whether the launchers are compiled."""
+    from tests.cuda.build import build
+
+    if shutil.which("nvcc") is None:
+        print("no nvcc: give --library a file that --build has made where there is one")
+        return False
+    started = time.monotonic()
+    try:
+        build(library, architecture)
+    except subprocess.CalledProcessError as problem:
+        print(f"a kernel does not compile: {problem}")
+        return False
+    print(f"compiled for sm_{architecture} in {time.monotonic() - started:.0f} s", flush=True)
+    return True
+
+
+def _check(jobs: Any, chosen: list[str], deadline: float) -> int:
+    """How many checks failed, those that were not reached among them. Prints which."""
+
+    def check(group: str) -> int:
+        started = time.monotonic()
+        outcomes = run_all(jobs("check", group), deadline=deadline)
+        names = [name for name, _ in groups()[group]]
+        outcomes += [Outcome(name, error="not reached") for name in names[len(outcomes) :]]
+        failed = [f"\n  FAILED {each.name}: {each.error}" for each in outcomes if each.error is not None]
+        passed, took = len(outcomes) - len(failed), time.monotonic() - started
+        print(f"{group}: {passed} of {len(outcomes)} checks passed, in {took:.0f} s{''.join(failed)}", flush=True)
+        return len(failed)
+
+    with ThreadPoolExecutor(CHECKERS) as pool:
+        return sum(pool.map(check, chosen))
+
+
+def _time(jobs: Any, chosen: list[str], deadline: float) -> None:
+    """Print the table, line by line."""
+    measured = run_all(jobs("limits", ""), deadline=deadline)
+    if not measured or measured[-1].error is not None:
+        print(f"no timings: {measured[-1].error if measured else 'the time is up'}")
+        return
+    limits = Limits(**measured[-1].result)
+    print(
+        f"\ncopy: {limits.copy / 1e9:.0f} GB/s read and written; bfloat16 matmul: {limits.matmul / 1e12:.0f} TFLOP/s\n"
+        f"\n{HEADER}",
+        flush=True,
+    )
+
+    def told(outcome: Outcome) -> None:
+        if outcome.error is not None:
+            print(f"| {outcome.name} | failed: {outcome.error} | | | | |", flush=True)
+        else:
+            print(Figure.of(outcome.result).row(outcome.name, limits), flush=True)
+
+    for group in chosen:
+        run_all(jobs("time", group), deadline=deadline, patience=60, told=told)
+
+
+def _do(arguments: argparse.Namespace) -> None:
+    """Be the other process."""
+    from tests.cuda import gpu
+
+    kind, group, first = arguments.job[0], arguments.job[1], int(arguments.job[2])
+    if kind == "device":
+        do_all([("the device", gpu.described)], first, lambda: True)
+        return
+    if kind == "limits":
+        do_all([("the limits", lambda: vars(gpu.measured_limits()))], first, lambda: True)
+        return
+    device = gpu.Gpu(ctypes.CDLL(str(arguments.library)))
+    if kind == "check":
+        do_all([(name, partial(case, device)) for name, case in groups()[group]], first, device.is_usable)
+        return
+    from tests.cuda import timings
+
+    measures = timings.groups()[group]
+    do_all([(name, lambda m=measure: m(device).plain()) for name, measure in measures], first, device.is_usable)  # type: ignore[misc]
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +34,37 @@ def test_everything_compiles_and_links(tmp_path: Path) -> None:
         "sample_settle",
     ):
         assert f"fdserve_cuda_{name}".encode() in symbols
+
+
+@pytest.mark.skipif(not has_nvcc(), reason="needs nvcc")
+@pytest.mark.parametrize("source", ["rows.cu", "rope.cu"])
+def test_rows_are_read_and_written_16_bytes_at_a_time(source: str, tmp_path: Path) -> None:
+    """Compilers take vectors apart where a program looks at their elements alone."""
+    out = tmp_path / "kernels.ptx"
+    subprocess.run(
+        ["nvcc", "-std=c++17", "-O3", "-arch=sm_90", "-ptx", str(SOURCES / source), "-o", str(out)],
+        check=True,
+        timeout=120,
+    )
+    accesses = re.findall(r"(?:ld|st)\.global\S*", out.read_text())
+    assert any(".v4." in access for access in accesses)
+    assert [access for access in accesses if access.endswith("16")] == []
+
+
+@pytest.mark.skipif(not has_nvcc(), reason="needs nvcc")
+@pytest.mark.parametrize("source", ["attention.cu", "rows.cu"])
+def test_kernels_keep_to_their_registers(source: str, tmp_path: Path) -> None:
+    """Of Hopper. The wide kernel of attention has its totals in memory: they, and little else."""
+    command = ["nvcc", "-std=c++17", "-O3", "-gencode=arch=compute_90a,code=sm_90a", "-Xptxas", "-v", "-cubin"]
+    told = subprocess.run(
+        [*command, str(SOURCES / source), "-o", str(tmp_path / "kernels.cubin")],
+        capture_output=True, text=True, check=True, timeout=170,
+    ).stderr  # fmt: skip
+    frames = re.findall(r"Function properties for (\S+)\s+(\d+) bytes stack frame", told)
+    assert len(frames) >= 8
+    for name, frame in frames:
+        head_dim = 128 if "ILi128E" in name or "Li128E" in name else 64
+        assert int(frame) <= (head_dim * 4 + 64 if "wide_kernel" in name and "merge" not in name else 0), name
 
 
 def fast_flags() -> list[str]:

@@ -52,6 +52,8 @@ SHAPES = {
     "one": checks.Shape((1,), (0,)),
     "long": checks.Shape((1, 9), (2100, 1020), heads=8, kv_heads=1, head_dim=128, block_size=64),
     "prefill": checks.Shape((70,), (30,), heads=8, kv_heads=1, head_dim=128, block_size=32),
+    # Rows of several wide tiles, some warps' past the end, between decodes; groups that tiles divide unevenly.
+    "wide": checks.Shape((1, 27, 2, 0, 7), (40, 1010, 3, 7, 30), heads=5, kv_heads=1),
     "no groups": checks.Shape((5, 17, 2), (1023, 63, 64), heads=2, kv_heads=2),
 }
 
@@ -71,7 +73,14 @@ def test_rope_and_store(device: Emulated, rng: np.random.Generator, dtype: str, 
 @every_dtype
 @pytest.mark.parametrize(
     ("tokens", "hidden", "inner", "experts", "top_k"),
-    [(5, 128, 64, 8, 2), (1, 72, 40, 4, 4), (40, 64, 72, 3, 2), (3, 64, 64, 64, 6), (0, 64, 64, 4, 2)],
+    [
+        (5, 128, 64, 8, 2),
+        (1, 72, 40, 4, 4),
+        (40, 64, 72, 3, 2),
+        (3, 64, 64, 64, 6),
+        (0, 64, 64, 4, 2),
+        (1027, 136, 8, 5, 1),  # as many tokens as are routed four at a time
+    ],
 )
 def test_moe(
     device: Emulated,

@@ -13,7 +13,7 @@ import pytest
 from fdserve.models.config import read_config
 from fdserve.models.loader import load_model
 from fdserve.worker.batch import Batch
-from fdserve.worker.graphs import SIZES, DecodeGraphs
+from fdserve.worker.graphs import SIZES, DecodeGraphs, record_cuda_graph
 from tests.e2e.test_tensor_parallel import random_checkpoint
 from tests.models.checkpoints import DENSE
 from tests.models.stepping import BLOCK_SIZE, BLOCKS_PER_SEQUENCE, Chunk, Stepper
@@ -102,3 +102,44 @@ def test_other_steps_are_left_to_others(stepper: Stepper) -> None:
     too_many = {**vars(one), "context_lens": np.zeros(max(SIZES) + 1, np.int32)}
     for fields in (two_tokens, nothing_sampled, asks_for_prompt, too_many):
         assert graphs.logits(Batch(**fields)) is None
+
+
+class FakeGraph:
+    """Notes what is done to it."""
+
+    made: list[FakeGraph] = []  # noqa: RUF012
+
+    def __init__(self, place: object) -> None:
+        self.place, self.done = place, ["begun"]
+        self.made.append(self)
+
+    def capture_begin(self) -> None:
+        self.done.append("capturing")
+
+    def capture_end(self) -> None:
+        self.done.append("captured")
+
+    def replay(self) -> None:
+        self.done.append("replayed")
+
+
+def test_a_cuda_graph_is_ended_on_the_rank_s_own_gpu_whatever_happens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("paddle.device.cuda.graphs.CUDAGraph", FakeGraph)
+    monkeypatch.setattr(paddle, "CUDAPlace", lambda number: f"GPU {number}")
+    monkeypatch.setattr(paddle, "get_device", lambda: "gpu:3")
+    monkeypatch.setattr(paddle.device, "synchronize", lambda: None)
+    calls: list[int] = []
+
+    def work() -> int:
+        calls.append(1)
+        if len(calls) == 4:
+            raise RuntimeError("not to be captured")
+        return len(calls)
+
+    result, replay = record_cuda_graph(work)
+    replay()
+    assert result == 2
+    with pytest.raises(RuntimeError, match="not to be captured"):
+        record_cuda_graph(work)
+    assert [graph.place for graph in FakeGraph.made] == ["GPU 3"] * 2
+    assert [graph.done[-1] for graph in FakeGraph.made] == ["replayed", "captured"]
