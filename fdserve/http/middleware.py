@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hmac
 import logging
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from fdserve.http.router import Route, Router
 access_log = logging.getLogger("fdserve.access")
 log = logging.getLogger("fdserve.http")
 
+_INVISIBLE = re.compile(r"[^!-~]")
 CLIENT_CLOSED = 499  # nginx's status for a client that left; it is only logged and counted
 
 
@@ -131,12 +133,20 @@ async def _send_error(form: ErrorForm, request: Request, reply: Reply, error: Se
 
 
 def _log_access(scope: Scope, request: Request, reply: Reply, status: int) -> None:
-    # The raw path is ASCII without control characters, so no client can write a line of its own.
-    path = scope.get("raw_path", b"").decode("latin-1") or request.path.encode("unicode_escape").decode("ascii")
+    path = scope.get("raw_path", b"").decode("latin-1") or request.path
     milliseconds = (time.monotonic() - request.started) * 1000
     tokens = ""
     if request.prompt_tokens is not None:
         tokens = f" prompt={request.prompt_tokens} generated={request.completion_tokens or 0}"
     access_log.info(
-        "%s %s %d %dB %.0fms%s id=%s", request.method, path, status, reply.bytes_sent, milliseconds, tokens, request.id
-    )
+        "%s %s %d %dB %.0fms%s id=%s",
+        _visible(request.method), _visible(path), status, reply.bytes_sent, milliseconds, tokens, request.id,
+    )  # fmt: skip
+
+
+def _visible(text: str) -> str:
+    """With escapes for what is no visible ASCII, so that no client can write a line or a field of its own.
+
+    HTTP/1.1 has none of it in these places, HTTP/2 does.
+    """
+    return _INVISIBLE.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
