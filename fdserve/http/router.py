@@ -14,6 +14,9 @@ from fdserve.http.response import Reply
 
 Handler = Callable[[Request, Reply], Awaitable[None]]
 
+MAX_KNOWN = 200
+"""Characters of a path that are looked at where it is unknown: no known one has so many before its parameters."""
+
 _PARAMETER = re.compile(r"\{(\w+)(:path)?\}")
 
 
@@ -77,6 +80,7 @@ class Router:
 
     def error_form(self, path: str) -> ErrorForm:
         """The form of errors on the path, which is that of the nearest known one above it where it is unknown."""
+        path = path[:MAX_KNOWN]
         while path:
             methods, _ = self._find(path)
             if methods is not None:
