@@ -76,9 +76,9 @@ def test_the_form_of_errors_is_that_of_the_nearest_path_above() -> None:
 
 def test_long_paths_take_no_time() -> None:
     """Every request has the form of its errors looked up, whoever sends it."""
-    began = time.monotonic()
+    began = time.process_time()
     Router(ROUTES).error_form("/runs/" + "a" * 30_000 + "/" * 30_000)
-    assert time.monotonic() - began < 1
+    assert time.process_time() - began < 1
 
 
 def test_methods() -> None:
