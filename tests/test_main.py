@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import socket
+import sys
 import time
 
 import pytest
@@ -83,6 +84,29 @@ def test_a_second_signal_ends_at_once() -> None:
         server.stop()
         assert server.wait() == 128 + signal.SIGTERM
         sock.close()
+
+
+def test_announcements_that_cannot_be_written_end_nothing() -> None:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+    command = [sys.executable, "-m", "tests.http.fake_main", "--port", str(port)]
+    full = f"import os; os.dup2(os.open('/dev/full', os.O_WRONLY), 1); os.execv({command[0]!r}, {command!r})"
+    with ServerProcess("-c", full) as server:
+        server.port = port
+        until(lambda: is_up(server))
+        sock = server.open("slow", stream=True)
+        read_until(sock, b'"text":"0')
+        server.stop()
+        assert b'"finish_reason":"stop"' in read_until(sock, b"[DONE]")
+        assert server.wait() == 0
+
+
+def is_up(server: ServerProcess) -> bool:
+    try:
+        return server.get("/health")[0] == 200
+    except OSError:
+        return False
 
 
 def test_a_stop_while_loading() -> None:
