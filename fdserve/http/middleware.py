@@ -65,7 +65,8 @@ class Dispatcher:
                 if route.body is not None:
                     check_media_type(request.headers)
                 with self._counted(route):
-                    await request.read(self._max_request_bytes)
+                    # Some routes need no key, and no place: strangers could fill the memory with bodies nobody reads.
+                    await request.read(self._max_request_bytes, keep=route.body is not None)
                     await _answer(route, request, reply)
             except ServerError as error:  # refused before the handler
                 await _refuse(form, request, reply, error)
