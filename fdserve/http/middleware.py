@@ -58,7 +58,7 @@ class Dispatcher:
         try:
             try:
                 route, request.path_parameters = self._router.match(request.method, request.path)
-                endpoint = route.path
+                endpoint = route.name
                 self._authorize(route, request)
                 if request.ambiguous:
                     raise InvalidRequest("A body has a content-length or a transfer-encoding.", code="invalid_http")

@@ -41,6 +41,11 @@ class Route:
     events: Any = None
     errors: ErrorForm = OPENAI
 
+    @property
+    def name(self) -> str:
+        """The path as the outside writes it, with `{name}` for every parameter."""
+        return self.path.replace(":path}", "}")
+
 
 class Router:
     """A fixed set of routes. GET routes answer HEAD too, and every path answers OPTIONS with its methods.
