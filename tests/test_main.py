@@ -74,6 +74,18 @@ def test_a_client_that_does_not_read_holds_up_no_stop() -> None:
         sock.close()
 
 
+def test_a_body_that_does_not_come_holds_up_no_stop() -> None:
+    with ServerProcess(*FAKE) as server:
+        server.listening().wait_line("ready")
+        with socket.create_connection(("127.0.0.1", server.port)) as sock:
+            sock.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+            until(lambda: server.get("/health")[0] == 200)  # it has come, too
+            began = time.monotonic()
+            server.stop()
+            assert server.wait() == 0
+        assert time.monotonic() - began < 10  # and not graceful_timeout
+
+
 def test_a_second_signal_ends_at_once() -> None:
     with ServerProcess(*FAKE) as server:
         server.listening().wait_line("ready")

@@ -28,8 +28,8 @@ CLIENT_CLOSED = 499  # nginx's status for a client that left; it is only logged 
 class Dispatcher:
     """Answers HTTP requests by the router's handlers.
 
-    `active` counts the requests on counted routes that are being answered. `observe` is told the path of the
-    route ("other" where there is none) and the status of every request.
+    `answering` counts the requests on counted routes that are being answered: those whose bodies have come. `observe`
+    is told the path of the route ("other" where there is none) and the status of every request.
     """
 
     def __init__(
@@ -41,7 +41,8 @@ class Dispatcher:
         max_request_bytes: int,
         observe: Callable[[str, int], None],
     ) -> None:
-        self.active = 0
+        self._active = 0
+        self.answering = 0
         self._router = router
         self._api_keys = [key.encode("utf-8") for key in api_keys]
         self._max_concurrency = max_concurrency
@@ -67,7 +68,8 @@ class Dispatcher:
                 with self._counted(route):
                     # Some routes need no key, and no place: strangers could fill the memory with bodies nobody reads.
                     await request.read(self._max_request_bytes, keep=route.body is not None)
-                    await _answer(route, request, reply)
+                    with self._answering(route):
+                        await _answer(route, request, reply)
             except ServerError as error:  # refused before the handler
                 await _refuse(form, request, reply, error)
         except ClientDisconnected:
@@ -94,13 +96,21 @@ class Dispatcher:
         if not route.counted:
             yield
             return
-        if self.active >= self._max_concurrency:
+        if self._active >= self._max_concurrency:
             raise Overloaded(f"The server is at its limit of {self._max_concurrency} concurrent requests.")
-        self.active += 1
+        self._active += 1
         try:
             yield
         finally:
-            self.active -= 1
+            self._active -= 1
+
+    @contextmanager
+    def _answering(self, route: Route) -> Iterator[None]:
+        self.answering += route.counted
+        try:
+            yield
+        finally:
+            self.answering -= route.counted
 
 
 async def _answer(route: Route, request: Request, reply: Reply) -> None:
