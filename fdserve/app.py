@@ -48,8 +48,8 @@ class App:
 
     @property
     def active(self) -> int:
-        """How many requests that generate or tokenize are being answered."""
-        return self._dispatcher.active if self._dispatcher else 0
+        """How many requests that generate or tokenize are being answered: their bodies have come."""
+        return self._dispatcher.answering if self._dispatcher else 0
 
     def stop_engine(self) -> None:
         """Stop the engine now: what it still generates ends with an error, and new requests get a 503."""

@@ -23,6 +23,9 @@ BLOCK_MULTIPLE = 16
 """The attention kernels take blocks of a multiple of this many tokens."""
 MAX_INTEGER = 2**63 - 1
 """Beyond it nothing can be counted: the ranks are told in 64 bits."""
+# What Kubernetes sets in every container for a service whose name begins with "fdserve".
+_OF_A_SERVICE = re.compile(r"(.+_)?(SERVICE_HOST|SERVICE_PORT(_.+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)")
+_SERVICE_ADDRESS = re.compile(r"(tcp|udp|sctp)://.+")
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 _BOOLEANS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
 
@@ -282,6 +285,8 @@ def _read_variables(environ: Mapping[str, str]) -> dict[str, Any]:
         if not variable.startswith(PREFIX):
             continue
         upper = variable.removeprefix(PREFIX)
+        if _OF_A_SERVICE.fullmatch(upper) or (upper.endswith("PORT") and _SERVICE_ADDRESS.fullmatch(text)):
+            continue
         name = upper.lower()
         if name != "config" and name not in fields:
             raise _unknown("the environment variable", PREFIX, upper, [known.upper() for known in (*fields, "config")])

@@ -145,7 +145,7 @@ class _Launcher:
         await self._app.started.wait()
         server = self._app.server
         assert server is not None
-        print(f"fdserve {fdserve.__version__} listens on {self._url}, loading {server.model_name}", flush=True)
+        _say(f"fdserve {fdserve.__version__} listens on {self._url}, loading {server.model_name}")
         await server.engine.wait_ready()
         # What lives by now lives for ever: full collections need not look at it, and may be rarer. Those of what is
         # young look at less at a time: with a large body just decoded they take 50 ms in place of 130.
@@ -153,7 +153,7 @@ class _Launcher:
         gc.freeze()
         gc.set_threshold(20_000, 3, 30)
         seconds, longest = time.monotonic() - self._began, server.engine.max_model_len
-        print(f"ready in {seconds:.1f} s: {server.model_name}, {longest} tokens at most", flush=True)
+        _say(f"ready in {seconds:.1f} s: {server.model_name}, {longest} tokens at most")
 
     async def _watch_engine(self) -> None:
         await self._app.failed.wait()
@@ -175,7 +175,7 @@ class _Launcher:
         assert server is not None
         server.engine.drain()
         timeout = self._config.graceful_timeout
-        print(f"stopping: {self._app.active} requests have up to {timeout:g} s to finish", flush=True)
+        _say(f"stopping: {self._app.active} requests have up to {timeout:g} s to finish")
         with trio.move_on_after(timeout):
             while self._app.active:
                 await trio.sleep(0.05)
@@ -187,6 +187,14 @@ class _Launcher:
 
 
 def _exit(status: int, message: str) -> None:
-    print(message, flush=True)
+    _say(message)
     logging.shutdown()
     os._exit(status)
+
+
+def _say(message: str) -> None:
+    """Announce it on stdout. Where nobody reads that any more, or the disk is full, the server goes on."""
+    try:
+        print(message, flush=True)
+    except OSError:
+        sys.stdout = None  # what it still holds would fail again at the end

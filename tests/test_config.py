@@ -54,6 +54,13 @@ def test_booleans_in_variables(text: str, expected: bool) -> None:
     assert Config.load(None, {"FDSERVE_ENABLE_LOGPROB": text}).enable_logprob is expected
 
 
+def test_what_kubernetes_sets_for_services_is_no_setting() -> None:
+    address = {"PORT": "tcp://10.0.0.7:80", "SERVICE_HOST": "10.0.0.7", "SERVICE_PORT": "80", "SERVICE_PORT_HTTP": "80"}
+    address |= {f"PORT_80_TCP{end}": "x" for end in ("", "_PROTO", "_PORT", "_ADDR")}
+    for service in ("FDSERVE_", "FDSERVE_CHAT_"):
+        assert Config.load(None, {f"{service}{name}": value for name, value in address.items()}) == Config()
+
+
 def test_an_empty_variable_is_not_set() -> None:
     assert Config.load(None, {"FDSERVE_PORT": "", "FDSERVE_MODEL": ""}) == Config()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import socket
+import sys
 import time
 
 import pytest
@@ -73,6 +74,18 @@ def test_a_client_that_does_not_read_holds_up_no_stop() -> None:
         sock.close()
 
 
+def test_a_body_that_does_not_come_holds_up_no_stop() -> None:
+    with ServerProcess(*FAKE) as server:
+        server.listening().wait_line("ready")
+        with socket.create_connection(("127.0.0.1", server.port)) as sock:
+            sock.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+            until(lambda: server.get("/health")[0] == 200)  # it has come, too
+            began = time.monotonic()
+            server.stop()
+            assert server.wait() == 0
+        assert time.monotonic() - began < 10  # and not graceful_timeout
+
+
 def test_a_second_signal_ends_at_once() -> None:
     with ServerProcess(*FAKE) as server:
         server.listening().wait_line("ready")
@@ -83,6 +96,29 @@ def test_a_second_signal_ends_at_once() -> None:
         server.stop()
         assert server.wait() == 128 + signal.SIGTERM
         sock.close()
+
+
+def test_announcements_that_cannot_be_written_end_nothing() -> None:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+    command = [sys.executable, "-m", "tests.http.fake_main", "--port", str(port)]
+    full = f"import os; os.dup2(os.open('/dev/full', os.O_WRONLY), 1); os.execv({command[0]!r}, {command!r})"
+    with ServerProcess("-c", full) as server:
+        server.port = port
+        until(lambda: is_up(server))
+        sock = server.open("slow", stream=True)
+        read_until(sock, b'"text":"0')
+        server.stop()
+        assert b'"finish_reason":"stop"' in read_until(sock, b"[DONE]")
+        assert server.wait() == 0
+
+
+def is_up(server: ServerProcess) -> bool:
+    try:
+        return server.get("/health")[0] == 200
+    except OSError:
+        return False
 
 
 def test_a_stop_while_loading() -> None:

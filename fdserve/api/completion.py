@@ -38,7 +38,6 @@ async def completions(server: Server, http: Request, reply: Reply) -> None:
     check_logprobs(request.logprobs is not None, server)
     _check_best_of(request)
     prompts = await off_loop_if_long(server, len(http.body), lambda: _prompts(request, server))
-    check_choices(len(prompts) * candidates(request), server, "prompt" if len(prompts) > 1 else "n")
     choices = await _choices(request, server, http, prompts)
     id = response_id("cmpl-", request)
     with running(server, http, (id, request.request_id), choices):
@@ -72,15 +71,16 @@ def _prompts(request: CompletionRequest, server: Server) -> list[list[int]]:
     if prompt is None:
         message = "Missing required parameter: 'prompt'."
         raise InvalidRequest(message, param="prompt", code="missing_required_parameter")
-    if isinstance(prompt, str):
-        prompts = [tokenized(prompt, server, param)]
-    else:
-        ids = [item for item in prompt if isinstance(item, int)]
-        texts = [item for item in prompt if isinstance(item, str)]
-        lists = [item for item in prompt if isinstance(item, list)]
-        if len(prompt) not in (len(ids), len(texts), len(lists)):
-            raise InvalidRequest("A prompt mixes texts, token ids or lists of token ids.", param="prompt")
-        prompts = [tokenized(text, server, param) for text in texts] or lists or [ids]
+    given = [prompt] if isinstance(prompt, str) else prompt
+    ids = [item for item in given if isinstance(item, int)]
+    texts = [item for item in given if isinstance(item, str)]
+    lists = [item for item in given if isinstance(item, list)]
+    if len(given) not in (len(ids), len(texts), len(lists)):
+        raise InvalidRequest("A prompt mixes texts, token ids or lists of token ids.", param="prompt")
+    # Before anything is tokenized: a body can hold millions of prompts.
+    count = len(texts) or len(lists) or 1
+    check_choices(count * candidates(request), server, "prompt" if count > 1 else "n")
+    prompts = [tokenized(text, server, param) for text in texts] or lists or [ids]
     limit = max_tokens_of(request)
     return [truncated(checked_prompt(token_ids, server, param), request, server, limit) for token_ids in prompts]
 

@@ -6,7 +6,6 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from fdserve.http.errors import invalid_field
 from fdserve.http.request import decode
 from fdserve.protocol.chat import ChatRequest, ConversationRequest
 from fdserve.protocol.completion import CompletionRequest
@@ -31,6 +30,19 @@ EXTRA_FIELDS = frozenset(
 _KINDS = (ChatRequest, CompletionRequest, ResponsesRequest, MessagesRequest, CountTokensRequest)
 _DECODERS: dict[type, msgspec.json.Decoder[Any]] = {kind: msgspec.json.Decoder(kind) for kind in _KINDS}
 
+_NOTHING, _NULL = msgspec.Raw(), msgspec.Raw(b"null")
+
+
+class _Places(msgspec.Struct):
+    """Where fields may stand besides the body itself."""
+
+    extra_body: msgspec.Raw = _NOTHING
+    chat_template_kwargs: msgspec.Raw = _NOTHING
+
+
+_PLACES = msgspec.json.Decoder(_Places)
+_FIELDS = msgspec.json.Decoder(dict[str, msgspec.Raw])
+
 
 def read_request(body: bytes, kind: type[R]) -> R:
     """The request in a JSON body.
@@ -39,19 +51,29 @@ def read_request(body: bytes, kind: type[R]) -> R:
     the body: the body's come first, then those of extra_body, then those of chat_template_kwargs. Raises
     InvalidRequest.
     """
+    # They are put together as text: the objects of a large body take seconds, in which no other request goes on.
+    places = decode(body, _PLACES)
+    kwargs = places.chat_template_kwargs if issubclass(kind, ConversationRequest) else _NOTHING
+    if _is_object(places.extra_body) or _is_object(kwargs):
+        body = msgspec.json.encode(_gathered(body, kind))
     request: R = decode(body, _DECODERS[kind])
-    if not request.extra_body and not getattr(request, "chat_template_kwargs", None):
-        return request
-    fields = _given(msgspec.json.decode(body))
-    fields = {**_given(fields.pop("extra_body", {})), **fields}
-    kwargs = fields.get("chat_template_kwargs")
-    if issubclass(kind, ConversationRequest) and isinstance(kwargs, dict):
-        fields = {**{name: kwargs[name] for name in EXTRA_FIELDS & kwargs.keys()}, **fields}
-    try:
-        return msgspec.convert(fields, kind, str_keys=True)
-    except msgspec.ValidationError as error:
-        raise invalid_field(str(error), kind) from None
+    return request
 
 
-def _given(fields: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in fields.items() if value is not None}
+def _gathered(body: bytes, kind: type[GenerationRequest]) -> dict[str, msgspec.Raw]:
+    fields = _given(body)
+    if _is_object(extra := fields.get("extra_body", _NOTHING)):
+        fields = {**_given(extra), **{name: value for name, value in fields.items() if name != "extra_body"}}
+    if issubclass(kind, ConversationRequest) and _is_object(kwargs := fields.get("chat_template_kwargs", _NOTHING)):
+        given = _given(kwargs)
+        fields = {**{name: given[name] for name in EXTRA_FIELDS & given.keys()}, **fields}
+    return fields
+
+
+def _is_object(value: msgspec.Raw) -> bool:
+    return bytes(memoryview(value)[:1]) == b"{"
+
+
+def _given(fields: bytes | msgspec.Raw) -> dict[str, msgspec.Raw]:
+    """The fields of an object but for those that are null."""
+    return {name: value for name, value in decode(bytes(fields), _FIELDS).items() if value != _NULL}

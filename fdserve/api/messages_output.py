@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from typing import Any, Literal
+from typing import Any, Literal, cast
+
+import msgspec
 
 from fdserve.api.generation import Piece
 from fdserve.protocol.message_events import (
@@ -92,9 +94,10 @@ class BlockWriter:
 
 
 def _object(text: str) -> dict[str, Any]:
-    """A call's arguments; empty where the length cut them off."""
+    """A call's arguments, as the model wrote them; empty where the length cut them off."""
     try:
-        value = json.loads(text)
+        value = json.loads(text, parse_int=str)
     except (ValueError, RecursionError):
         return {}
-    return value if isinstance(value, dict) else {}
+    # Numbers and surrogates would not all survive to be made into Python's own and back.
+    return cast(dict[str, Any], msgspec.Raw(text.encode())) if isinstance(value, dict) else {}

@@ -70,8 +70,7 @@ class Description:
                 schema["description"] = inspect.cleandoc(schema["description"])
         paths: dict[str, dict[str, Any]] = {}
         for route in self._routes:
-            path = re.sub(r"\{(\w+):path\}", r"{\1}", route.path)
-            paths.setdefault(path, {})[route.method.lower()] = self._operation(route, path, schema_of)
+            paths.setdefault(route.name, {})[route.method.lower()] = self._operation(route, route.name, schema_of)
         components: dict[str, Any] = {
             "schemas": schemas,
             "responses": dict(response for kind in forms for response in _error_responses(kind, schema_of[kind])),

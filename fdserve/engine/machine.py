@@ -18,8 +18,17 @@ def available_memory(cgroup: Path = CGROUP) -> int:
         available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit, used = _number(cgroup / "memory.max"), _number(cgroup / "memory.current")
     if limit is not None and used is not None:
-        available = min(available, max(0, limit - used))
+        available = min(available, max(0, limit - used + _file_cache(cgroup)))
     return available
+
+
+def _file_cache(cgroup: Path) -> int:
+    """Bytes of files, a checkpoint's say, which count as used, but are given up as soon as memory is wanted."""
+    try:
+        lines = [line.split() for line in (cgroup / "memory.stat").read_text().splitlines()]
+        return sum(int(value) for name, value in lines if name in ("active_file", "inactive_file"))
+    except (OSError, ValueError):
+        return 0
 
 
 def available_cores(cgroup: Path = CGROUP) -> int:

@@ -82,7 +82,7 @@ async def accept_ranks(cluster: Cluster, secret: str, fingerprint: Fingerprint, 
     refusals: list[Different] = []
 
     async def greet(stream: SocketStream) -> None:
-        where = stream.extra(SocketAttribute.remote_address)
+        where = stream.extra(SocketAttribute.remote_address, "one that is gone")
         try:
             with anyio.fail_after(GREETING_SECONDS):
                 rank = await welcome(stream, secret, cluster.world_size)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hmac
 import logging
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from fdserve.http.router import Route, Router
 access_log = logging.getLogger("fdserve.access")
 log = logging.getLogger("fdserve.http")
 
+_INVISIBLE = re.compile(r"[^!-~]")
 LONG_BODY_BYTES = 65_536
 """About a millisecond's work to decode."""
 CLIENT_CLOSED = 499  # nginx's status for a client that left; it is only logged and counted
@@ -30,8 +32,8 @@ CLIENT_CLOSED = 499  # nginx's status for a client that left; it is only logged 
 class Dispatcher:
     """Answers HTTP requests by the router's handlers.
 
-    `active` counts the requests on counted routes that are being answered. `observe` is told the path of the
-    route ("other" where there is none) and the status of every request.
+    `answering` counts the requests on counted routes that are being answered: those whose bodies have come. `observe`
+    is told the path of the route ("other" where there is none) and the status of every request.
     """
 
     def __init__(
@@ -43,7 +45,8 @@ class Dispatcher:
         max_request_bytes: int,
         observe: Callable[[str, int], None],
     ) -> None:
-        self.active = 0
+        self._active = 0
+        self.answering = 0
         self._router = router
         self._api_keys = [key.encode("utf-8") for key in api_keys]
         self._max_concurrency = max_concurrency
@@ -61,19 +64,21 @@ class Dispatcher:
         try:
             try:
                 route, request.path_parameters = self._router.match(request.method, request.path)
-                endpoint = route.path
+                endpoint = route.name
                 self._authorize(route, request)
                 if request.ambiguous:
                     raise InvalidRequest("A body has a content-length or a transfer-encoding.", code="invalid_http")
                 if route.body is not None:
                     check_media_type(request.headers)
                 with self._counted(route):
-                    await request.read(self._max_request_bytes)
+                    # Some routes need no key, and no place: strangers could fill the memory with bodies nobody reads.
+                    await request.read(self._max_request_bytes, keep=route.body is not None)
                     if len(request.body) > LONG_BODY_BYTES:
                         # Those that came together are decoded one by one, so that others get on in between.
                         async with self._turnstile:
                             pass
-                    await _answer(route, request, reply)
+                    with self._answering(route):
+                        await _answer(route, request, reply)
             except ServerError as error:  # refused before the handler
                 await _refuse(form, request, reply, error)
         except ClientDisconnected:
@@ -100,13 +105,21 @@ class Dispatcher:
         if not route.counted:
             yield
             return
-        if self.active >= self._max_concurrency:
+        if self._active >= self._max_concurrency:
             raise Overloaded(f"The server is at its limit of {self._max_concurrency} concurrent requests.")
-        self.active += 1
+        self._active += 1
         try:
             yield
         finally:
-            self.active -= 1
+            self._active -= 1
+
+    @contextmanager
+    def _answering(self, route: Route) -> Iterator[None]:
+        self.answering += route.counted
+        try:
+            yield
+        finally:
+            self.answering -= route.counted
 
 
 async def _answer(route: Route, request: Request, reply: Reply) -> None:
@@ -140,12 +153,20 @@ async def _send_error(form: ErrorForm, request: Request, reply: Reply, error: Se
 
 
 def _log_access(scope: Scope, request: Request, reply: Reply, status: int) -> None:
-    # The raw path is ASCII without control characters, so no client can write a line of its own.
-    path = scope.get("raw_path", b"").decode("latin-1") or request.path.encode("unicode_escape").decode("ascii")
+    path = scope.get("raw_path", b"").decode("latin-1") or request.path
     milliseconds = (time.monotonic() - request.started) * 1000
     tokens = ""
     if request.prompt_tokens is not None:
         tokens = f" prompt={request.prompt_tokens} generated={request.completion_tokens or 0}"
     access_log.info(
-        "%s %s %d %dB %.0fms%s id=%s", request.method, path, status, reply.bytes_sent, milliseconds, tokens, request.id
-    )
+        "%s %s %d %dB %.0fms%s id=%s",
+        _visible(request.method), _visible(path), status, reply.bytes_sent, milliseconds, tokens, request.id,
+    )  # fmt: skip
+
+
+def _visible(text: str) -> str:
+    """With escapes for what is no visible ASCII, so that no client can write a line or a field of its own.
+
+    HTTP/1.1 has none of it in these places, HTTP/2 does.
+    """
+    return _INVISIBLE.sub(lambda match: f"\\x{ord(match[0]):02x}", text)

@@ -63,19 +63,19 @@ class Request:
         """Whether the headers frame the body in two ways, so that a proxy may see other requests than this server."""
         return "transfer-encoding" in self.headers and "content-length" in self.headers
 
-    async def read(self, limit: int) -> None:
-        """Read the whole body into `body`.
+    async def read(self, limit: int, *, keep: bool = True) -> None:
+        """Read the whole body, into `body` if it is to be kept.
 
         Raises PayloadTooLarge as soon as it is known to exceed `limit` bytes, RequestTimeout, and
         ClientDisconnected. When cancelled, what was read is lost.
         """
         try:
             with anyio.fail_after(BODY_SECONDS):
-                await self._read(limit)
+                await self._read(limit, keep)
         except TimeoutError:
             raise RequestTimeout(f"The body did not come within {BODY_SECONDS:g} seconds.") from None
 
-    async def _read(self, limit: int) -> None:
+    async def _read(self, limit: int, keep: bool) -> None:
         declared = self.headers.get("content-length", "")
         if declared.isdecimal() and int(declared) > limit:
             raise _too_large(limit)
@@ -86,7 +86,8 @@ class Request:
             size += len(chunk)
             if size > limit:
                 raise _too_large(limit)
-            chunks.append(chunk)
+            if keep:
+                chunks.append(chunk)
         self.body = b"".join(chunks)
 
     async def discard(self) -> None:

@@ -14,6 +14,9 @@ from fdserve.http.response import Reply
 
 Handler = Callable[[Request, Reply], Awaitable[None]]
 
+MAX_KNOWN = 200
+"""Characters of a path that are looked at where it is unknown: no known one has so many before its parameters."""
+
 _PARAMETER = re.compile(r"\{(\w+)(:path)?\}")
 
 
@@ -37,6 +40,11 @@ class Route:
     answer: Any = None
     events: Any = None
     errors: ErrorForm = OPENAI
+
+    @property
+    def name(self) -> str:
+        """The path as the outside writes it, with `{name}` for every parameter."""
+        return self.path.replace(":path}", "}")
 
 
 class Router:
@@ -77,6 +85,7 @@ class Router:
 
     def error_form(self, path: str) -> ErrorForm:
         """The form of errors on the path, which is that of the nearest known one above it where it is unknown."""
+        path = path[:MAX_KNOWN]
         while path:
             methods, _ = self._find(path)
             if methods is not None:

@@ -13,6 +13,7 @@ from jinja2 import TemplateError
 
 from fdserve.errors import InvalidRequest, StartupError
 from fdserve.text.family_templates import FAMILY_TEMPLATES
+from fdserve.text.pieces import well_formed
 from fdserve.text.sandbox import BoundedEnvironment, current_meter, metered, template_message
 from fdserve.text.tokenizer import Tokenizer
 
@@ -66,12 +67,14 @@ class ChatTemplate:
         variables = {**self._special_tokens, **kwargs}
         try:
             with metered():
-                return self._template.render(
+                text = self._template.render(
                     variables, messages=messages, tools=tools, add_generation_prompt=add_generation_prompt
                 )
         except Exception as error:  # a template can make any operation fail in any way
-            message = f"The chat template failed: {template_message(error)}"
+            # Here and below: arguments of calls are JSON in JSON, where a surrogate may stand alone.
+            message = well_formed(f"The chat template failed: {template_message(error)}")
             raise InvalidRequest(message, param=self._blamed) from None
+        return well_formed(text)
 
 
 def load_template(tokenizer: Tokenizer, override: str | None = None) -> ChatTemplate:

@@ -24,9 +24,11 @@ class Limits:
         self._allowed = read_mask(params.allowed_ids, vocab_size) if params.allowed_ids else None
         self._not_banned = ~read_mask(params.banned_ids, vocab_size) if params.banned_ids else None
         self._not_ending = ~id_mask(params.ending_ids, vocab_size) if params.min_tokens > 0 else None
-        self._endings_of: dict[int, list[tuple[int, ...]]] = {}
+        # The last ids of bad words, by the ids before them, by the last of those: thousands may be alike in both.
+        self._endings_of: dict[int, dict[tuple[int, ...], list[int]]] = {}
         for word in params.bad_words:
-            self._endings_of.setdefault(word[-2], []).append(word)
+            self._endings_of.setdefault(word[-2], {}).setdefault(word[:-1], []).append(word[-1])
+        self._longest = max(map(len, params.bad_words), default=0)
 
     @staticmethod
     def needed(params: SamplingParams) -> bool:
@@ -45,14 +47,20 @@ class Limits:
 
         Ending ids are banned until `min_tokens` are out, unless the mask has no others.
         """
-        words = self._endings_of.get(int(output[-1]), []) if len(output) else []
-        bans = [word[-1] for word in words if ends_with(output, word[:-1])]
+        bans = self._word_bans(output)
         if self._bans_endings(len(output), mask):
             bans += self._params.ending_ids
         if not bans:
             return self._ids, self._values
         values = np.concatenate([self._values, np.full(len(bans), -np.inf, np.float32)])
         return np.concatenate([self._ids, np.array(bans, np.int32)]), values
+
+    def _word_bans(self, output: Ints) -> list[int]:
+        endings = self._endings_of.get(int(output[-1])) if len(output) else None
+        if endings is None:
+            return []
+        latest = tuple(output[-self._longest :].tolist())
+        return [token for before, tokens in endings.items() if latest[-len(before) :] == before for token in tokens]
 
     def _bans_endings(self, num_generated: int, mask: Ints | None) -> bool:
         if self._not_ending is None or num_generated >= self._params.min_tokens:
@@ -82,11 +90,6 @@ def both(one: Ints | None, other: Ints | None) -> Ints | None:
     if one is None or other is None:
         return one if other is None else other
     return one & other
-
-
-def ends_with(output: Ints, tokens: tuple[int, ...]) -> bool:
-    """Whether these are the last of `output`."""
-    return len(tokens) <= len(output) and tuple(output[-len(tokens) :].tolist()) == tokens
 
 
 def mask_width(vocab_size: int) -> int:

@@ -11,7 +11,7 @@ from openai.types import Completion
 from fdserve.api.logprobs import prompt_logprobs
 from fdserve.engine.request import Request, TokenDelta, TokenLogprobs
 from tests.http.client import Response, serving
-from tests.http.fake_engine import EOS, FakeEngine, follow, ids, logprobs_of, say
+from tests.http.fake_engine import EOS, ByteTokenizer, FakeEngine, follow, ids, logprobs_of, say
 
 pytestmark = pytest.mark.anyio
 
@@ -89,6 +89,14 @@ async def test_bad_prompts(prompt: Any, message: str) -> None:
         assert (response.status, response.error["param"]) == (400, "prompt")
         assert message in response.error["message"]
         assert not client.engine.requests
+
+
+async def test_too_many_prompts_are_refused_before_they_are_tokenized(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with serving() as client:
+        monkeypatch.setattr(ByteTokenizer, "encode", None)
+        response = await client.complete(["a"] * 1025)
+        assert response.status == 400
+        assert response.error["param"] == "prompt"
 
 
 async def test_no_prompt() -> None:

@@ -73,6 +73,7 @@ async def test_metrics() -> None:
         await first.chat(stream=True)
         await first.complete(model="nobody")
         await first.get("/no/such/path")
+        await first.get("/v1/models/fake-model")
         response = await first.get("/metrics")
         assert response.headers["content-type"].startswith("text/plain; version=")
         lines = response.body.decode().splitlines()
@@ -80,6 +81,7 @@ async def test_metrics() -> None:
             'fdserve_http_requests_total{endpoint="/v1/chat/completions",status="200"} 2.0',
             'fdserve_http_requests_total{endpoint="/v1/completions",status="404"} 1.0',
             'fdserve_http_requests_total{endpoint="other",status="404"} 1.0',
+            'fdserve_http_requests_total{endpoint="/v1/models/{model}",status="200"} 1.0',
             "fdserve_time_to_first_token_seconds_count 2.0",
             "fdserve_request_latency_seconds_count 2.0",
             "fdserve_requests_running 0.0",

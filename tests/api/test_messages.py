@@ -160,6 +160,16 @@ async def test_a_stream_of_calls() -> None:
         assert got[-2]["delta"]["stop_reason"] == "tool_use"
 
 
+async def test_what_only_json_can_say_stays_in_a_calls_input() -> None:
+    """Python reads it, and then cannot write it as JSON again."""
+    odd = '{"a": 1e400, "b": "\\ud800"}'
+    call = CALL.replace('{"a": %d}', odd)
+    async with serving(FakeEngine(say("x</think>\n\n" + call)), config()) as client:
+        response = await send(client, tools=[ADD])
+        assert response.status == 200
+        assert f'"input":{odd}'.encode() in response.body
+
+
 async def test_a_call_that_the_length_cuts_off() -> None:
     async with serving(FakeEngine(say("x</think>\n\n" + CALL % 12345)), config()) as client:
         content = whole(await send(client, tools=[ADD], max_tokens=53))

@@ -47,6 +47,17 @@ def test_completions_have_no_template_kwargs() -> None:
     assert (request.seed, request.top_k) == (1, None)
 
 
+def test_extra_fields_are_read_as_the_body_is() -> None:
+    """As text: neither are objects made of them twice, nor are numbers and keys other ones than in the body."""
+    fields = {"logit_bias": {"5": 1}, "temperature": 1, "seed": 2**63 - 1, "top_k": 2**70}
+    inside, outside = read(extra_body=fields), read(**fields)
+    assert inside == outside
+    assert inside.logit_bias == {5: 1.0}
+    with pytest.raises(InvalidRequest) as error:
+        read_request(b'{"messages": [], "extra_body": {"seed": 1, "stop": "\\ud800"}}', ChatRequest)
+    assert error.value.code == "invalid_json"
+
+
 def test_null_gives_way() -> None:
     assert read(top_k=None, extra_body={"top_k": 2}).top_k == 2
 

@@ -16,6 +16,9 @@ def test_a_containers_memory_limit_counts(tmp_path: Path) -> None:
     assert available_memory(tmp_path) > 64 << 20
     (tmp_path / "memory.max").write_text("5000\n")
     assert available_memory(tmp_path) == 4000
+    (tmp_path / "memory.stat").write_text("anon 300\ninactive_file 500\nactive_file 100\n")
+    assert available_memory(tmp_path) == 4600
+    (tmp_path / "memory.stat").unlink()
     (tmp_path / "memory.max").write_text("500\n")
     assert available_memory(tmp_path) == 0
 

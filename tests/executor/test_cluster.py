@@ -127,6 +127,22 @@ async def test_all_ranks_are_waited_for_whatever_else_connects() -> None:
 
 
 @pytest.mark.anyio
+async def test_connections_that_are_reset_at_once_change_nothing() -> None:
+    cluster = Cluster(0, 2, 1, "127.0.0.1", free_port())
+
+    async def knock() -> None:
+        await (await connect(cluster)).aclose()
+        for _ in range(20):
+            with socket.create_connection((cluster.host, cluster.port)) as sock:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(knock)
+        with pytest.raises(RankError, match="these did not come: 1"):
+            await accept_ranks(cluster, SECRET, SAME, 0.3)
+
+
+@pytest.mark.anyio
 async def test_ranks_that_do_not_come_are_named() -> None:
     with pytest.raises(RankError, match="these did not come: 1, 2"):
         await accept_ranks(Cluster(0, 3, 1, "127.0.0.1", free_port()), SECRET, SAME, 0.1)

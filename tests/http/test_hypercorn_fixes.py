@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import h2.config
+import h2.connection
 import hypercorn.config
 import hypercorn.trio.worker_context
 import pytest
@@ -16,7 +18,7 @@ import trio.testing
 from hypercorn.events import Closed, RawData
 
 from fdserve.http.hypercorn_fixes import PromptServer
-from tests.http.processes import ServerProcess, until
+from tests.http.processes import ServerProcess, read_until, until
 
 CLOSE_WAIT = "08"
 
@@ -54,6 +56,38 @@ def test_a_connection_closed_during_an_answer_is_let_go(server: ServerProcess) -
         sock.close()
     assert until(lambda: half_open(server.port) == 0, 5) < 2
     assert until(lambda: server.running() == 0, 5) < 2
+
+
+def test_a_client_that_leaves_behind_more_than_its_request_ends_it(server: ServerProcess) -> None:
+    for more in (b"\r\n", b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"):
+        sock = server.open("endless")
+        sock.sendall(more)
+        until(lambda: server.running() == 1, 5)
+        sock.close()
+        assert until(lambda: server.running() == 0, 5) < 2
+    assert until(lambda: half_open(server.port) == 0, 5) < 2
+
+
+def test_requests_behind_one_that_takes_long_are_answered(server: ServerProcess) -> None:
+    with server.open("slow", stream=True) as sock:
+        sock.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n" * 2)
+        read_until(sock, b"[DONE]")
+        assert read_until(sock, b"ok").count(b"HTTP/1.1 200") == 1
+        assert read_until(sock, b"ok").count(b"HTTP/1.1 200") == 1
+
+
+def test_what_a_connection_fails_on_ends_it_alone(server: ServerProcess) -> None:
+    for path in ("/\u00ff", "/health"):
+        client = h2.connection.H2Connection(h2.config.H2Configuration(header_encoding="utf-8"))
+        client.initiate_connection()
+        headers = [(":method", "GET"), (":path", path), (":scheme", "http"), (":authority", "x")]
+        client.send_headers(1, headers, end_stream=True)
+        with socket.create_connection(("127.0.0.1", server.port), 5) as sock:
+            sock.sendall(client.data_to_send())
+            assert sock.recv(1 << 16)
+            if path != "/health":
+                assert until(lambda: sock.recv(1 << 16) == b"", 5) < 2
+    assert server.process.poll() is None
 
 
 async def connection() -> tuple[PromptServer, trio.SocketStream]:

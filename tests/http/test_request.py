@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import time
+import tracemalloc
 from typing import Literal
 
 import anyio
@@ -116,6 +117,21 @@ async def test_a_body_too_large_to_be_discarded_closes_the_connection(monkeypatc
         response = await client.request("POST", "/v1/completions", body=[b"x" * 1000] * 20, http_version="2")
         assert response.status == 413
         assert "connection" not in response.headers
+
+
+@pytest.mark.anyio
+async def test_bodies_that_nobody_reads_take_no_memory() -> None:
+    """Those of /health need no key."""
+    async with serving() as client:
+        tracemalloc.start()
+        try:
+            response = await client.request("GET", "/health", body=[bytes(1 << 16)] * 250)
+            assert tracemalloc.get_traced_memory()[1] < 4 << 20
+        finally:
+            tracemalloc.stop()
+        assert response.status == 200
+        response = await client.request("GET", "/health", body=[bytes(1 << 16)] * 257)
+        assert response.status == 413
 
 
 @pytest.mark.anyio

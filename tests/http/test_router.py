@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from fdserve.errors import MethodNotAllowed, NotFound
+from fdserve.http.error_forms import ANTHROPIC, OPENAI
 from fdserve.http.request import Request
 from fdserve.http.response import Reply
 from fdserve.http.router import Route, Router
@@ -61,6 +64,21 @@ def test_a_hint() -> None:
         router.match("GET", "/thing")
     with pytest.raises(NotFound, match=r"^Unknown path '/other'\.$"):
         router.match("GET", "/other")
+
+
+def test_the_form_of_errors_is_that_of_the_nearest_path_above() -> None:
+    router = Router([Route("POST", "/talk", handler, errors=ANTHROPIC), *ROUTES])
+    for path in ("/talk", "/talk/more", "/talk//" + "x/" * 1000):
+        assert router.error_form(path) is ANTHROPIC
+    for path in ("", "/", "/talking", "/runs/7/end", "/other/talk"):
+        assert router.error_form(path) is OPENAI
+
+
+def test_long_paths_take_no_time() -> None:
+    """Every request has the form of its errors looked up, whoever sends it."""
+    began = time.process_time()
+    Router(ROUTES).error_form("/runs/" + "a" * 30_000 + "/" * 30_000)
+    assert time.process_time() - began < 1
 
 
 def test_methods() -> None:

@@ -234,6 +234,14 @@ class TestLoadTemplate:
             load_template(ernie, "{% if %}")
 
 
+def test_surrogates_that_stand_alone_are_replaced() -> None:
+    """The arguments of a call are JSON text inside of the body's: nothing else can have them."""
+    odd = {"content": "a\ud800b"}
+    assert render("{{ messages[0].content | tojson }}", odd) == '"a\ufffdb"'
+    with pytest.raises(InvalidRequest, match="failed: a\ufffdb"):
+        render("{{ raise_exception(messages[0].content) }}", odd)
+
+
 def test_renders_at_once_from_several_threads() -> None:
     template = ChatTemplate("{% for i in range(2000) %}{{ x }}{% endfor %}", {})
     results: list[bool] = []

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 
@@ -23,7 +25,7 @@ def output(*ids: int) -> np.ndarray:
 def bans(asked: Limits, *ids: int, mask: np.ndarray | None = None) -> list[int]:
     tokens, values = asked.biases(output(*ids), mask)
     assert (values == -np.inf).all()
-    return tokens.tolist()
+    return sorted(tokens.tolist())
 
 
 def test_a_bad_word_is_banned_where_it_would_be_completed() -> None:
@@ -34,6 +36,15 @@ def test_a_bad_word_is_banned_where_it_would_be_completed() -> None:
     assert bans(asked, 7, 2) == [4]
     assert bans(asked, 1, 2, 3) == []
     assert bans(asked, 6) == [6]
+
+
+def test_many_bad_words_that_begin_alike_are_looked_at_once() -> None:
+    """A step looks at them for every row that has them, of which one request can have 128."""
+    asked = limits(bad_words=tuple((7, 7, index) for index in range(2048)))
+    began = time.process_time()
+    for _ in range(100):
+        assert len(asked.biases(output(7, 7), None)[0]) == 2048
+    assert time.process_time() - began < 0.1
 
 
 def test_min_tokens_yields_to_a_mask_that_allows_only_endings() -> None:
