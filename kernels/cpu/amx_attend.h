@@ -71,16 +71,21 @@ FD_INLINE void tile_scores(const bf16* q, int64_t head_dim, const char* const* k
   zero_sums();
   for (int64_t step = 0; step < head_dim / 32; ++step) {
     _tile_loadd(4, q + step * 32, head_dim * 2);
+    tile_gap();
     _tile_loadd(5, keys[0] + step * TILE_BYTES, TILE_LINE);
+    tile_gap();
     _tile_dpbf16ps(0, 4, 5);
     next.fetch(rounds);
     _tile_loadd(6, keys[1] + step * TILE_BYTES, TILE_LINE);
+    tile_gap();
     _tile_dpbf16ps(1, 4, 6);
     next.fetch(rounds);
     _tile_loadd(7, keys[2] + step * TILE_BYTES, TILE_LINE);
+    tile_gap();
     _tile_dpbf16ps(2, 4, 7);
     next.fetch(rounds);
     _tile_loadd(5, keys[3] + step * TILE_BYTES, TILE_LINE);
+    tile_gap();
     _tile_dpbf16ps(3, 4, 5);
     next.fetch(rounds);
   }
@@ -187,16 +192,21 @@ inline void tile_values(const bf16* weights, int64_t head_dim, const ValueSteps&
     for (int64_t s = 0; s < steps; ++s) {
       const char* at = rows.at[s] + column * 4;
       _tile_loadd(4, weights + s * VALUE_STEP, KEY_PART * 2);
+      tile_gap();
       _tile_loadd(5, at, head_dim * 4);
+      tile_gap();
       _tile_dpbf16ps(0, 4, 5);
       following.fetch(1);
       _tile_loadd(6, at + 64, head_dim * 4);
+      tile_gap();
       _tile_dpbf16ps(1, 4, 6);
       following.fetch(1);
       _tile_loadd(7, at + 128, head_dim * 4);
+      tile_gap();
       _tile_dpbf16ps(2, 4, 7);
       following.fetch(1);
       _tile_loadd(5, at + 192, head_dim * 4);
+      tile_gap();
       _tile_dpbf16ps(3, 4, 5);
       following.fetch(1);
     }
