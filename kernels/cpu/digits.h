@@ -35,6 +35,11 @@ FD_INLINE SumScale group_to_digits(const bf16* x, int64_t size, char* first, cha
     largest = bits > largest ? bits : largest;
   });
   const int32_t exponent = _mm512_reduce_max_epi32((__m512i)largest) >> 23, least = Digits::BITS_BELOW_LARGEST + 1;
+  if (exponent == 255) {  // a NaN or an infinity, which must show in the product and has no digits
+    __builtin_memset(first, 0, static_cast<size_t>(size));
+    __builtin_memset(second, 0, static_cast<size_t>(size));
+    return {__builtin_nanf(""), 0};
+  }
   const int32_t step = (exponent > least ? exponent : least) - Digits::BITS_BELOW_LARGEST;
   const vf inverse = (vf)(vi{} + ((254 - step) << 23));
   each([&](int64_t i, vf v, int n) {
@@ -43,9 +48,7 @@ FD_INLINE SumScale group_to_digits(const bf16* x, int64_t size, char* first, cha
     store_digits(second + i, whole - (high << Digits::SHIFT), n);
     total += whole;
   });
-  // A NaN or an infinity must show in the product.
-  const float scale = exponent == 255 ? __builtin_nanf("") : ((vf)(vi{} + (step << 23)))[0];
-  return {scale, Digits::ZERO * _mm512_reduce_add_epi32((__m512i)total)};
+  return {((vf)(vi{} + (step << 23)))[0], Digits::ZERO * _mm512_reduce_add_epi32((__m512i)total)};
 }
 
 template <int BITS>
