@@ -71,6 +71,13 @@ def test_a_broken_token_disturbs_no_other(dtype: str) -> None:
     assert (np.delete(actual, 2, 0) == np.delete(expected, 2, 0)).all()
 
 
+def test_fewer_experts_left_than_are_asked_for(dtype: str) -> None:
+    layer = Layer(dtype, 64, 96, 8, 3)
+    layer.bias[:7] = -np.inf
+    x = normal(np.random.default_rng(5), 6, 64, dtype=dtype)
+    assert_close(layer.run(x), layer.expect(x), dtype)
+
+
 def test_the_bias_chooses_but_does_not_weigh() -> None:
     scores = np.array([[2.0, 1.0, 0.0, -1.0]], np.float32)
     chosen, weights = reference.route(np.eye(4, dtype=np.float32)[:1] * 1, scores.T @ np.eye(1, 4, dtype=np.float32),
