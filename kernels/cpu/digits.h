@@ -75,13 +75,13 @@ FD_INLINE void add_sum(float* acc, vi sum, float row_scale, vf scale) {
 
 // VECTORS of 16 outputs of some rows, whose scales are `groups` apart; OFFSET where weights are too large.
 template <int VECTORS, bool OFFSET>
-FD_INLINE void add_sums(const int32_t* sums, int64_t stride, int64_t rows, const SumScale* by, int64_t groups,
+FD_INLINE void add_sums(const int32_t* sums, int64_t stride, int64_t rows, const SumScale* row_scales, int64_t groups,
                         const bf16* scales, float* acc) {
   for (int v = 0; v < VECTORS; ++v) {
     const vf scale = load(scales + v * VL);
     for (int64_t r = 0; r < rows; ++r) {
       const vi sum = load(sums + r * stride + v * VL);
-      const SumScale& row = by[r * groups];
+      const SumScale& row = row_scales[r * groups];
       add_sum(acc + r * PANEL + v * VL, OFFSET ? sum - (vi{} + row.offset) : sum, row.scale, scale);
     }
   }
@@ -90,7 +90,7 @@ FD_INLINE void add_sums(const int32_t* sums, int64_t stride, int64_t rows, const
 // VECTORS of 16 outputs out of sums[rows] of first digits, and `apart` from these of second ones. Of nibbles the sums of
 // low ones are followed by those of whole bytes, which are 16 times those of high ones too large; outputs 32 to 63 are high.
 template <int BITS, int VECTORS>
-FD_INLINE void add_digit_sums(const int32_t* sums, int64_t stride, int64_t apart, int64_t rows, const SumScale* by,
+FD_INLINE void add_digit_sums(const int32_t* sums, int64_t stride, int64_t apart, int64_t rows, const SumScale* row_scales,
                               int64_t groups, const bf16* scales, float* acc) {
   for (int v = 0; v < VECTORS; ++v) {
     const vf scale = load(scales + v * VL), high_scale = BITS == 4 ? load(scales + 32 + v * VL) : vf{};
@@ -99,7 +99,7 @@ FD_INLINE void add_digit_sums(const int32_t* sums, int64_t stride, int64_t apart
         const int32_t* sum = sums + r * stride + column;
         return (load(sum) << DigitsOf<BITS>::SHIFT) + load(sum + apart);
       };
-      const SumScale& row = by[r * groups];
+      const SumScale& row = row_scales[r * groups];
       const vi low = at(v * VL), offset = vi{} + row.offset;
       float* to = acc + r * PANEL + v * VL;
       add_sum(to, low - offset, row.scale, scale);

@@ -16,12 +16,12 @@ namespace {
 
 constexpr int64_t ROW_BLOCK = 192;         // rows whose sums and inputs share the second-level cache with a slice
 constexpr int64_t TILED_ROWS = 32;         // up to which a copy costs more than it gains
-constexpr int64_t BYTES_CHUNK = 32 << 10;  // of activations a task rounds
+constexpr int64_t TASK_BYTES = 16 << 10;   // of rows a task works at one by one
 
 // Calls work(row) for each, some on each thread.
 template <class Work>
 void each_row(int64_t rows, int64_t row_bytes, Work&& work) {
-  const int64_t chunk = std::max<int64_t>(1, BYTES_CHUNK / row_bytes);
+  const int64_t chunk = std::max<int64_t>(1, TASK_BYTES / row_bytes);
   parallel((rows + chunk - 1) / chunk, [&](int64_t c) {
     for (int64_t r = c * chunk; r < std::min(rows, (c + 1) * chunk); ++r) work(r);
   });
@@ -166,19 +166,16 @@ void rms_norm(const void* x, const void* residual, const void* weight, float eps
   const auto at = [&](const void* base, int64_t t) {
     return base == nullptr ? nullptr : const_cast<char*>(static_cast<const char*>(base)) + t * row;
   };
-  const int64_t chunk = std::max<int64_t>(1, (16 << 10) / row);
-  parallel((tokens + chunk - 1) / chunk, [&](int64_t c) {
-    for (int64_t t = c * chunk; t < std::min(tokens, (c + 1) * chunk); ++t)
-      kernels.rms_norm(at(x, t), at(residual, t), weight, eps, size, at(out, t), at(total, t));
+  each_row(tokens, row, [&](int64_t t) {
+    kernels.rms_norm(at(x, t), at(residual, t), weight, eps, size, at(out, t), at(total, t));
   });
 }
 
 void swiglu(const void* x, int64_t tokens, int64_t size, Dtype dtype, void* out) {
   const RowKernels& kernels = row_kernels(dtype);
-  const int64_t row = size * size_of(dtype), chunk = std::max<int64_t>(1, (16 << 10) / row);
-  parallel((tokens + chunk - 1) / chunk, [&](int64_t c) {
-    for (int64_t t = c * chunk; t < std::min(tokens, (c + 1) * chunk); ++t)
-      kernels.swiglu(static_cast<const char*>(x) + 2 * t * row, size, static_cast<char*>(out) + t * row);
+  const int64_t row = size * size_of(dtype);
+  each_row(tokens, row, [&](int64_t t) {
+    kernels.swiglu(static_cast<const char*>(x) + 2 * t * row, size, static_cast<char*>(out) + t * row);
   });
 }
 
