@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -85,6 +86,14 @@ def test_the_bias_chooses_but_does_not_weigh() -> None:
     probs = np.exp(scores[0]) / np.exp(scores[0]).sum()
     assert chosen.tolist() == [[0, 3]]
     assert np.allclose(weights, probs[[0, 3]] / probs[[0, 3]].sum())
+
+
+def test_experts_must_be_whole(dtype: str) -> None:
+    layer = Layer(dtype, 64, 64, 2, 1)
+    up_gate, down = layer.packed
+    layer.packed = [replace(up_gate, data=up_gate.data[:1].reshape([2, -1])), down]
+    with pytest.raises(ValueError, match="not of this size"):
+        layer.run(normal(np.random.default_rng(6), 3, 64, dtype=dtype))
 
 
 def test_experts_must_be_as_many_as_promised() -> None:
