@@ -10,10 +10,10 @@
 namespace fdserve {
 namespace FD_ISA {
 
-constexpr int64_t BLOCK_ROWS = TILE_ROWS / 2;  // whose digits are one tile
-constexpr int64_t FEW_NIBBLE_ROWS = 32;        // up to which unfolding for several tiles takes longer than more sums
-constexpr int64_t HALF = PANEL / 2;                     // outputs that two tiles of columns take
-constexpr int64_t HALF_SUMS = TILE_ROWS * HALF;         // of 16 rows
+constexpr int64_t BLOCK_ROWS = TILE_ROWS / 2;    // whose digits are one tile
+constexpr int64_t FEW_NIBBLE_ROWS = 32;          // up to which unfolding for several tiles takes longer than more sums
+constexpr int64_t HALF = PANEL / 2;              // outputs that two tiles of columns take
+constexpr int64_t HALF_SUMS = TILE_ROWS * HALF;  // of 16 rows
 
 // Rows of digits in tiles.
 struct DigitTiles {
@@ -34,12 +34,12 @@ struct DigitTiles {
 // 16 rows or fewer of a tile that the tile before has not done, and where their sums go.
 struct Strip {
   int64_t skipped, rows;
-  const SumScale* by;
+  const SumScale* row_scales;
   float* acc;
   FD_MEMBER Strip(const DigitTiles& tiles, int64_t t, int64_t group, float* to) {
     const int64_t begin = t * TILE_ROWS, end = begin + TILE_ROWS < tiles.rows.rows ? begin + TILE_ROWS : tiles.rows.rows;
     skipped = begin - tiles.rows.start(t), rows = end - begin;
-    by = tiles.all.sum_scales + begin * tiles.all.groups + group, acc = to + begin * PANEL;
+    row_scales = tiles.all.sum_scales + begin * tiles.all.groups + group, acc = to + begin * PANEL;
   }
 };
 
@@ -48,17 +48,17 @@ template <int BITS>
 struct BlockSums {
   alignas(64) int32_t sums[TILE_ROWS * PANEL];
   int64_t rows = 0, groups;
-  const SumScale* by;
+  const SumScale* row_scales;
   const bf16* scales;
   float* acc;
   FD_MEMBER BlockSums() {}
   FD_MEMBER void of(const DigitTiles& tiles, int64_t block, int64_t g, const char* group, float* to) {
     const int64_t first = block * BLOCK_ROWS, left = tiles.rows.rows - first;
     rows = left < BLOCK_ROWS ? left : BLOCK_ROWS, groups = tiles.all.groups;
-    by = tiles.all.sum_scales + first * groups + g, scales = scales_of(group), acc = to + first * PANEL;
+    row_scales = tiles.all.sum_scales + first * groups + g, scales = scales_of(group), acc = to + first * PANEL;
   }
   FD_MEMBER void add() const {
-    if (rows != 0) add_digit_sums<BITS, BITS / 2>(sums, 2 * PANEL, PANEL, rows, by, groups, scales, acc);
+    if (rows != 0) add_digit_sums<BITS, BITS / 2>(sums, 2 * PANEL, PANEL, rows, row_scales, groups, scales, acc);
   }
 };
 
@@ -139,7 +139,8 @@ inline void few_nibbles(const DigitTiles& tiles, const char* panel, int64_t inpu
       zero_sums();
       for (int64_t s = 0; s < steps; ++s, a = a.after(1)) {
         const char* unfolded = low[g % 2] + s * LOW_BYTES;
-        meanwhile.packed = chunk_at(c + STEPS + s < chunks ? c + STEPS + s : c), meanwhile.out = low[(g + 1) % 2] + s * LOW_BYTES;
+        meanwhile.packed = chunk_at(c + STEPS + s < chunks ? c + STEPS + s : c);  // past the last group any will do
+        meanwhile.out = low[(g + 1) % 2] + s * LOW_BYTES;
         if (b == 0) add_nibbles(a, chunk_at(c + s), unfolded, meanwhile);
         else add_nibbles(a, chunk_at(c + s), unfolded, nothing);
       }
@@ -161,7 +162,7 @@ FD_INLINE void strip_of_bytes(const DigitTiles& tiles, int64_t t, int64_t half, 
   Tile a[2] = {tiles.first(t), tiles.second(t)};
   const auto add = [&](int64_t g, const char* of) {
     const Strip to(tiles, t, g, acc + half * HALF);
-    add_digit_sums<8, 2>(sums[g % 2] + to.skipped * HALF, HALF, HALF_SUMS, to.rows, to.by, tiles.all.groups,
+    add_digit_sums<8, 2>(sums[g % 2] + to.skipped * HALF, HALF, HALF_SUMS, to.rows, to.row_scales, tiles.all.groups,
                          scales_of(of) + half * HALF, to.acc);
   };
   int64_t g = 0;
@@ -190,12 +191,13 @@ constexpr int64_t UNFOLDED_CHUNKS = 4;  // whose weights share the first-level c
 FD_INLINE void unfold_chunk(const char* packed, char* tiles) {
   const __m512i low = _mm512_set1_epi8(15), high = _mm512_set1_epi8(-16), sign = _mm512_set1_epi8(-128);
   const __m512i zero = _mm512_set1_epi8(8);
-  const auto masked_without_sign = [&](__m512i x) { return _mm512_ternarylogic_epi32(x, high, sign, 0x6a); };  // x & high ^ sign
+  // x & high ^ sign: the zero is 8, and 16 times that the sign of a byte.
+  const auto signed_high = [&](__m512i x) { return _mm512_ternarylogic_epi32(x, high, sign, 0x6a); };
   for (int64_t i = 0; i < 2 * TILE_BYTES; i += TILE_LINE) {
     const __m512i bytes = _mm512_loadu_si512(packed + i);
     char* to = tiles + i;
-    _mm512_store_si512(to, masked_without_sign(_mm512_slli_epi16(bytes, 4)));
-    _mm512_store_si512(to + 2 * TILE_BYTES, masked_without_sign(bytes));
+    _mm512_store_si512(to, signed_high(_mm512_slli_epi16(bytes, 4)));
+    _mm512_store_si512(to + 2 * TILE_BYTES, signed_high(bytes));
     _mm512_store_si512(to + 4 * TILE_BYTES, _mm512_sub_epi8(_mm512_and_si512(bytes, low), zero));
     _mm512_store_si512(to + 6 * TILE_BYTES, _mm512_sub_epi8(_mm512_and_si512(_mm512_srli_epi16(bytes, 4), low), zero));
   }
@@ -214,7 +216,8 @@ FD_INLINE void strips_of_nibbles(const DigitTiles& tiles, int64_t t, int64_t hal
   const auto add = [&](int64_t g) {
     for (int64_t i = 0; i < STRIPS; ++i) {
       const Strip to(tiles, t + i, done / STEPS + g, acc + half * HALF);
-      add_sums<COLUMNS / VL, false>(sums[g % 2] + i * SUMS + to.skipped * COLUMNS, COLUMNS, to.rows, to.by, tiles.all.groups,
+      const int32_t* from = sums[g % 2] + i * SUMS + to.skipped * COLUMNS;
+      add_sums<COLUMNS / VL, false>(from, COLUMNS, to.rows, to.row_scales, tiles.all.groups,
                                     scales_of(group + g * GroupOf<4>::BYTES) + half * HALF, to.acc);
     }
   };

@@ -71,8 +71,8 @@ std::vector<Tensor> moe(const Tensor& x, const Tensor& gate, const Tensor& corre
     fdserve::moe({dtype_of(x), x.dims()[0], x.dims()[1], inner, experts, top_k, norm_min, x.data(),
                   data_of<float>(gate, DataType::FLOAT32, "moe: gate must be float32"),
                   data_of<float>(correction_bias, DataType::FLOAT32, "moe: correction_bias must be float32"),
-                  matrix_of(up_gate, format, 2 * inner, hidden, x.dtype()),
-                  matrix_of(down, format, hidden, inner, x.dtype()), shared ? shared->data() : nullptr, out.data()});
+                  matrix_of(up_gate, format, 2 * inner, hidden, x.dtype(), experts),
+                  matrix_of(down, format, hidden, inner, x.dtype(), experts), shared ? shared->data() : nullptr, out.data()});
   return {out};
 }
 

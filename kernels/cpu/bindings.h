@@ -39,8 +39,8 @@ inline Tensor make(std::initializer_list<int64_t> shape, DataType dtype) {
   return paddle::empty(std::vector<int64_t>(shape), dtype, paddle::CPUPlace());
 }
 
-// A packed matrix, or one for each of several experts, for activations of `dtype`.
-inline Matrix matrix_of(const Tensor& panels, int64_t format_, int64_t n, int64_t k, DataType dtype) {
+// A packed matrix, or one for each of `count` experts, for activations of `dtype`.
+inline Matrix matrix_of(const Tensor& panels, int64_t format_, int64_t n, int64_t k, DataType dtype, int64_t count = 1) {
   require(format_ >= 0 && format_ <= static_cast<int64_t>(Format::kW8a8), "a weight has an unknown format");
   const Format format = static_cast<Format>(format_);
   const DataType stored = format == Format::kFloat32    ? DataType::FLOAT32
@@ -48,8 +48,8 @@ inline Matrix matrix_of(const Tensor& panels, int64_t format_, int64_t n, int64_
                                                         : DataType::UINT8;
   require(panels.dtype() == stored && (stored == DataType::UINT8 || stored == dtype),
           "x and the weight must have the same dtype");
-  require(n > 0 && k > 0 && panels.numel() * static_cast<int64_t>(phi::SizeOf(stored)) %
-                                    (fdserve::panel_bytes(format, k) * ((n + fdserve::PANEL - 1) / fdserve::PANEL)) == 0,
+  const int64_t bytes = fdserve::panel_bytes(format, k) * ((n + fdserve::PANEL - 1) / fdserve::PANEL);
+  require(n > 0 && k > 0 && panels.numel() * static_cast<int64_t>(phi::SizeOf(stored)) == count * bytes,
           "a weight is not of this size");
   return {panels.data(), n, k, format};
 }

@@ -35,6 +35,11 @@ FD_INLINE SumScale group_to_digits(const bf16* x, int64_t size, char* first, cha
     largest = bits > largest ? bits : largest;
   });
   const int32_t exponent = _mm512_reduce_max_epi32((__m512i)largest) >> 23, least = Digits::BITS_BELOW_LARGEST + 1;
+  if (exponent == 255) {  // a NaN or an infinity, which must show in the product and has no digits
+    __builtin_memset(first, 0, static_cast<size_t>(size));
+    __builtin_memset(second, 0, static_cast<size_t>(size));
+    return {__builtin_nanf(""), 0};
+  }
   const int32_t step = (exponent > least ? exponent : least) - Digits::BITS_BELOW_LARGEST;
   const vf inverse = (vf)(vi{} + ((254 - step) << 23));
   each([&](int64_t i, vf v, int n) {
@@ -43,9 +48,7 @@ FD_INLINE SumScale group_to_digits(const bf16* x, int64_t size, char* first, cha
     store_digits(second + i, whole - (high << Digits::SHIFT), n);
     total += whole;
   });
-  // A NaN or an infinity must show in the product.
-  const float scale = exponent == 255 ? __builtin_nanf("") : ((vf)(vi{} + (step << 23)))[0];
-  return {scale, Digits::ZERO * _mm512_reduce_add_epi32((__m512i)total)};
+  return {((vf)(vi{} + (step << 23)))[0], Digits::ZERO * _mm512_reduce_add_epi32((__m512i)total)};
 }
 
 template <int BITS>
@@ -72,13 +75,13 @@ FD_INLINE void add_sum(float* acc, vi sum, float row_scale, vf scale) {
 
 // VECTORS of 16 outputs of some rows, whose scales are `groups` apart; OFFSET where weights are too large.
 template <int VECTORS, bool OFFSET>
-FD_INLINE void add_sums(const int32_t* sums, int64_t stride, int64_t rows, const SumScale* by, int64_t groups,
+FD_INLINE void add_sums(const int32_t* sums, int64_t stride, int64_t rows, const SumScale* row_scales, int64_t groups,
                         const bf16* scales, float* acc) {
   for (int v = 0; v < VECTORS; ++v) {
     const vf scale = load(scales + v * VL);
     for (int64_t r = 0; r < rows; ++r) {
       const vi sum = load(sums + r * stride + v * VL);
-      const SumScale& row = by[r * groups];
+      const SumScale& row = row_scales[r * groups];
       add_sum(acc + r * PANEL + v * VL, OFFSET ? sum - (vi{} + row.offset) : sum, row.scale, scale);
     }
   }
@@ -87,7 +90,7 @@ FD_INLINE void add_sums(const int32_t* sums, int64_t stride, int64_t rows, const
 // VECTORS of 16 outputs out of sums[rows] of first digits, and `apart` from these of second ones. Of nibbles the sums of
 // low ones are followed by those of whole bytes, which are 16 times those of high ones too large; outputs 32 to 63 are high.
 template <int BITS, int VECTORS>
-FD_INLINE void add_digit_sums(const int32_t* sums, int64_t stride, int64_t apart, int64_t rows, const SumScale* by,
+FD_INLINE void add_digit_sums(const int32_t* sums, int64_t stride, int64_t apart, int64_t rows, const SumScale* row_scales,
                               int64_t groups, const bf16* scales, float* acc) {
   for (int v = 0; v < VECTORS; ++v) {
     const vf scale = load(scales + v * VL), high_scale = BITS == 4 ? load(scales + 32 + v * VL) : vf{};
@@ -96,7 +99,7 @@ FD_INLINE void add_digit_sums(const int32_t* sums, int64_t stride, int64_t apart
         const int32_t* sum = sums + r * stride + column;
         return (load(sum) << DigitsOf<BITS>::SHIFT) + load(sum + apart);
       };
-      const SumScale& row = by[r * groups];
+      const SumScale& row = row_scales[r * groups];
       const vi low = at(v * VL), offset = vi{} + row.offset;
       float* to = acc + r * PANEL + v * VL;
       add_sum(to, low - offset, row.scale, scale);

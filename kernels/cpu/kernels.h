@@ -30,10 +30,10 @@ constexpr int MAX_HEAD_DIM = 256;
 
 // Inputs that share a scale; the last group of a panel may have fewer. At 4 bits the scale matters more, at 8 the time that
 // many rows take to scale the sums of a group.
-inline int64_t group_inputs(Format format) { return format == Format::kWint4 ? 128 : 256; }
+constexpr int64_t group_inputs(Format format) { return format == Format::kWint4 ? 128 : 256; }
 
 // Bytes of a group of a panel: the scales in bf16, then the integers.
-inline int64_t group_bytes(Format format) {
+constexpr int64_t group_bytes(Format format) {
   return PANEL * 2 + group_inputs(format) * PANEL / (format == Format::kWint4 ? 2 : 1);
 }
 inline int64_t groups_of(Format format, int64_t k) { return (k + group_inputs(format) - 1) / group_inputs(format); }

@@ -16,20 +16,20 @@ namespace {
 
 constexpr int64_t ROW_BLOCK = 192;         // rows whose sums and inputs share the second-level cache with a slice
 constexpr int64_t TILED_ROWS = 32;         // up to which a copy costs more than it gains
-constexpr int64_t BYTES_CHUNK = 32 << 10;  // of activations a task rounds
+constexpr int64_t TASK_BYTES = 16 << 10;   // of rows a task works at one by one
 
 // Calls work(row) for each, some on each thread.
 template <class Work>
 void each_row(int64_t rows, int64_t row_bytes, Work&& work) {
-  const int64_t chunk = std::max<int64_t>(1, BYTES_CHUNK / row_bytes);
+  const int64_t chunk = std::max<int64_t>(1, TASK_BYTES / row_bytes);
   parallel((rows + chunk - 1) / chunk, [&](int64_t c) {
     for (int64_t r = c * chunk; r < std::min(rows, (c + 1) * chunk); ++r) work(r);
   });
 }
 
-Rows rows_of_bytes(const RowKernels& kernels, const char* x, int64_t rows, int64_t row, int64_t k, ScratchSlot slot) {
+Rows rows_of_bytes(const RowKernels& kernels, const char* x, int64_t rows, int64_t row, int64_t k) {
   const int64_t padded = padded_inputs(Format::kW8a8, k);
-  float* scales = scratch<float>(slot, rows + rows * padded / 4);
+  float* scales = scratch<float>(kScratchCall, rows + rows * padded / 4);
   uint8_t* bytes = reinterpret_cast<uint8_t*>(scales + rows);
   each_row(rows, padded, [&](int64_t r) {
     std::memset(bytes + (r + 1) * padded - 4, 0, 4);
@@ -38,11 +38,10 @@ Rows rows_of_bytes(const RowKernels& kernels, const char* x, int64_t rows, int64
   return {reinterpret_cast<char*>(bytes), padded, scales};
 }
 
-Rows rows_of_digits(const RowKernels& kernels, const char* x, int64_t rows, int64_t row, int64_t k, Format format,
-                    ScratchSlot slot) {
+Rows rows_of_digits(const RowKernels& kernels, const char* x, int64_t rows, int64_t row, int64_t k, Format format) {
   const int64_t stride = 2 * padded_inputs(format, k), groups = groups_of(format, k);
   const int64_t scale_bytes = rows * groups * static_cast<int64_t>(sizeof(SumScale));
-  char* digits = scratch<char>(slot, (rows + SPARE_ROWS) * stride + scale_bytes);
+  char* digits = scratch<char>(kScratchCall, (rows + SPARE_ROWS) * stride + scale_bytes);
   SumScale* scales = reinterpret_cast<SumScale*>(digits + (rows + SPARE_ROWS) * stride);
   each_row(rows, stride, [&](int64_t r) {
     kernels.to_digits(x + r * row, k, format, digits + r * stride, scales + r * groups);
@@ -52,14 +51,14 @@ Rows rows_of_digits(const RowKernels& kernels, const char* x, int64_t rows, int6
 
 }  // namespace
 
-Rows prepared_rows(const void* x_, int64_t rows, int64_t k, Dtype dtype, Format format, ScratchSlot slot) {
+Rows prepared_rows(const void* x_, int64_t rows, int64_t k, Dtype dtype, Format format) {
   const char* x = static_cast<const char*>(x_);
   const RowKernels& kernels = row_kernels(dtype);
   const int64_t row = k * size_of(dtype), stride = padded_inputs(format, k) * size_of(dtype);
-  if (format == Format::kW8a8) return rows_of_bytes(kernels, x, rows, row, k, slot);
-  if (is_weight_only(format) && kernels.to_digits != nullptr) return rows_of_digits(kernels, x, rows, row, k, format, slot);
+  if (format == Format::kW8a8) return rows_of_bytes(kernels, x, rows, row, k);
+  if (is_weight_only(format) && kernels.to_digits != nullptr) return rows_of_digits(kernels, x, rows, row, k, format);
   if (stride == row) return {x, stride};
-  char* copy = scratch<char>(slot, rows * stride);
+  char* copy = scratch<char>(kScratchCall, rows * stride);
   for (int64_t r = 0; r < rows; ++r) {
     std::memcpy(copy + r * stride, x + r * row, static_cast<size_t>(row));
     std::memset(copy + r * stride + row, 0, static_cast<size_t>(stride - row));
@@ -126,7 +125,7 @@ void panel_product(const RowKernels& kernels, Format format, Rows x, int64_t row
 void linear(const void* x, int64_t tokens, Dtype dtype, const Matrix& weight, void* out, Dtype out_dtype) {
   const RowKernels &kernels = row_kernels(dtype), &out_kernels = row_kernels(out_dtype);
   const int64_t n = weight.n, k = weight.k, out_size = size_of(out_dtype);
-  const Rows rows = tiled_rows(kernels, prepared_rows(x, tokens, k, dtype, weight.format, kScratchCall), tokens);
+  const Rows rows = tiled_rows(kernels, prepared_rows(x, tokens, k, dtype, weight.format), tokens);
   const int64_t bytes = panel_bytes(weight.format, k);
   each_block(tokens, rows.stride, kernels.pass_rows, (n + PANEL - 1) / PANEL, [&](int64_t first, int64_t count, int64_t p) {
     float* acc = scratch<float>(kScratchTile, (count + SPARE_ROWS) * PANEL);
@@ -145,7 +144,7 @@ void linear_swiglu(const void* x, int64_t tokens, Dtype dtype, const Matrix& wei
     linear(x, tokens, dtype, weight, both, dtype);
     return swiglu(both, tokens, inner, dtype, out);
   }
-  const Rows rows = tiled_rows(kernels, prepared_rows(x, tokens, k, dtype, weight.format, kScratchCall), tokens);
+  const Rows rows = tiled_rows(kernels, prepared_rows(x, tokens, k, dtype, weight.format), tokens);
   const int64_t bytes = panel_bytes(weight.format, k), panels = inner / PANEL, width = PANEL * element;
   each_block(tokens, rows.stride, kernels.pass_rows, panels, [&](int64_t first, int64_t count, int64_t p) {
     float* acc = scratch<float>(kScratchTile, (count + SPARE_ROWS) * PANEL + count * 2 * width / 4);
@@ -167,19 +166,16 @@ void rms_norm(const void* x, const void* residual, const void* weight, float eps
   const auto at = [&](const void* base, int64_t t) {
     return base == nullptr ? nullptr : const_cast<char*>(static_cast<const char*>(base)) + t * row;
   };
-  const int64_t chunk = std::max<int64_t>(1, (16 << 10) / row);
-  parallel((tokens + chunk - 1) / chunk, [&](int64_t c) {
-    for (int64_t t = c * chunk; t < std::min(tokens, (c + 1) * chunk); ++t)
-      kernels.rms_norm(at(x, t), at(residual, t), weight, eps, size, at(out, t), at(total, t));
+  each_row(tokens, row, [&](int64_t t) {
+    kernels.rms_norm(at(x, t), at(residual, t), weight, eps, size, at(out, t), at(total, t));
   });
 }
 
 void swiglu(const void* x, int64_t tokens, int64_t size, Dtype dtype, void* out) {
   const RowKernels& kernels = row_kernels(dtype);
-  const int64_t row = size * size_of(dtype), chunk = std::max<int64_t>(1, (16 << 10) / row);
-  parallel((tokens + chunk - 1) / chunk, [&](int64_t c) {
-    for (int64_t t = c * chunk; t < std::min(tokens, (c + 1) * chunk); ++t)
-      kernels.swiglu(static_cast<const char*>(x) + 2 * t * row, size, static_cast<char*>(out) + t * row);
+  const int64_t row = size * size_of(dtype);
+  each_row(tokens, row, [&](int64_t t) {
+    kernels.swiglu(static_cast<const char*>(x) + 2 * t * row, size, static_cast<char*>(out) + t * row);
   });
 }
 

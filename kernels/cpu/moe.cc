@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <vector>
 
 #include "kernels.h"
@@ -17,6 +18,7 @@ namespace {
 
 constexpr int64_t CHUNK_TOKENS = 1024;  // bounds the memory for slots
 constexpr int64_t RUN_PANELS = 4;
+constexpr float LEAST_RANK = std::numeric_limits<float>::lowest();  // of an expert that is not chosen already
 
 struct Choice {
   int32_t expert;
@@ -66,7 +68,7 @@ class Moe {
       else std::memcpy(wide, x, static_cast<size_t>(c.hidden) * sizeof(float));
       for (int64_t e = 0; e < c.experts; ++e) probs[e] = floats.dot(c.gate + e * c.hidden, wide, c.hidden);
       floats.softmax(probs, c.experts);
-      for (int64_t e = 0; e < c.experts; ++e) ranked[e] = probs[e] + c.correction_bias[e];
+      for (int64_t e = 0; e < c.experts; ++e) ranked[e] = std::max(probs[e] + c.correction_bias[e], LEAST_RANK);
       choose(probs, ranked, choices.data() + t * c.top_k);
     });
   }
@@ -110,8 +112,7 @@ class Moe {
   // out[slots][n] = x[slots][k] times each slot's expert.
   void grouped_product(const void* x, const Matrix& experts, void* out, Dtype out_dtype) const {
     const int64_t k = experts.k, n = experts.n;
-    const Rows rows =
-        prepared_rows(x, static_cast<int64_t>(slot_of.size()), k, c.dtype, experts.format, kScratchCall);
+    const Rows rows = prepared_rows(x, static_cast<int64_t>(slot_of.size()), k, c.dtype, experts.format);
     const RowKernels& out_kernels = row_kernels(out_dtype);
     const int64_t bytes = panel_bytes(experts.format, k), panels = (n + PANEL - 1) / PANEL;
     const int64_t runs = (panels + RUN_PANELS - 1) / RUN_PANELS, out_size = size_of(out_dtype);

@@ -20,8 +20,10 @@ struct DigitMath : Bytes {
 
 template <int BITS>
 struct GroupOf {
-  static constexpr int64_t INPUTS = BITS == 4 ? 128 : 256, CHUNK_BYTES = CHUNK * PANEL * BITS / 8;
-  static constexpr int64_t BYTES = PANEL * 2 + INPUTS / CHUNK * CHUNK_BYTES;
+  static constexpr Format FORMAT = DigitsOf<BITS>::FORMAT;
+  static constexpr int64_t INPUTS = group_inputs(FORMAT), BYTES = group_bytes(FORMAT), CHUNK_BYTES = CHUNK * PANEL * BITS / 8;
+  // Activations are less than twice the power of two below the largest, weights are whole bytes at most.
+  static_assert((INPUTS * 255 << (DigitsOf<BITS>::BITS_BELOW_LARGEST + 1)) <= INT32_MAX, "a sum over a group may overflow");
 };
 
 constexpr int64_t DIGIT_ROWS = 24;  // whose sums share the first-level cache with a group
@@ -95,10 +97,10 @@ inline void multiply_nibble_groups(Rows a, int64_t rows, const char* group, int6
   for (int64_t k = 0, g = 0; k < inputs; k += INPUTS, ++g, group += GroupOf<4>::BYTES, a.data += INPUTS) {
     const int64_t chunks = (inputs - k < INPUTS ? inputs - k : INPUTS) / CHUNK, depth = chunks * CHUNK / 4;
     const char* packed = group + PANEL * 2;
-    const SumScale* by = a.sum_scales + g;
+    const SumScale* row_scales = a.sum_scales + g;
     if (rows <= GEMM_ROWS) {
       multiply_few_nibbles(a, rows, packed, chunks, sums);
-      add_digit_sums<4, 2>(sums, 2 * PANEL, PANEL, rows, by, a.groups, scales_of(group), acc);
+      add_digit_sums<4, 2>(sums, 2 * PANEL, PANEL, rows, row_scales, a.groups, scales_of(group), acc);
       continue;
     }
     unfold_nibbles(packed, chunks, once, times_16);
@@ -108,7 +110,7 @@ inline void multiply_nibble_groups(Rows a, int64_t rows, const char* group, int6
       gemm_slice<DigitMath>(x, a.stride, n, times_16, depth, sums, true, group + GroupOf<4>::BYTES,
                             GroupOf<4>::BYTES / LINE);
       gemm_slice<DigitMath>(x + a.stride / 2, a.stride, n, once, depth, sums, false, packed, 0);
-      add_sums<4, true>(sums, PANEL, n, by + first * a.groups, a.groups, scales_of(group), acc + first * PANEL);
+      add_sums<4, true>(sums, PANEL, n, row_scales + first * a.groups, a.groups, scales_of(group), acc + first * PANEL);
     }
   }
 }

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import paddle
 import pytest
@@ -84,6 +86,10 @@ def test_wrong_arguments_are_refused(dtype: str) -> None:
     weight = packed(np.ones((4, 6), np.float32), dtype)
     with pytest.raises(ValueError, match="in_features"):
         ops.linear(tensor(np.ones((1, 5), np.float32), dtype), weight)
+    with pytest.raises(ValueError, match="not of this size"):
+        ops.linear(tensor(np.ones((1, 6), np.float32), dtype), replace(weight, out_features=65))
+    with pytest.raises(ValueError, match="not of this size"):
+        ops.linear(tensor(np.ones((1, 6), np.float32), dtype), replace(weight, data=weight.data[:0]))
     with pytest.raises(ValueError, match="out of range"):
         ops.embedding(ints([4]), weight)
     with pytest.raises(ValueError, match="same dtype"):

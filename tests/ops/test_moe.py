@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -71,6 +72,13 @@ def test_a_broken_token_disturbs_no_other(dtype: str) -> None:
     assert (np.delete(actual, 2, 0) == np.delete(expected, 2, 0)).all()
 
 
+def test_fewer_experts_left_than_are_asked_for(dtype: str) -> None:
+    layer = Layer(dtype, 64, 96, 8, 3)
+    layer.bias[:7] = -np.inf
+    x = normal(np.random.default_rng(5), 6, 64, dtype=dtype)
+    assert_close(layer.run(x), layer.expect(x), dtype)
+
+
 def test_the_bias_chooses_but_does_not_weigh() -> None:
     scores = np.array([[2.0, 1.0, 0.0, -1.0]], np.float32)
     chosen, weights = reference.route(np.eye(4, dtype=np.float32)[:1] * 1, scores.T @ np.eye(1, 4, dtype=np.float32),
@@ -78,6 +86,14 @@ def test_the_bias_chooses_but_does_not_weigh() -> None:
     probs = np.exp(scores[0]) / np.exp(scores[0]).sum()
     assert chosen.tolist() == [[0, 3]]
     assert np.allclose(weights, probs[[0, 3]] / probs[[0, 3]].sum())
+
+
+def test_experts_must_be_whole(dtype: str) -> None:
+    layer = Layer(dtype, 64, 64, 2, 1)
+    up_gate, down = layer.packed
+    layer.packed = [replace(up_gate, data=up_gate.data[:1].reshape([2, -1])), down]
+    with pytest.raises(ValueError, match="not of this size"):
+        layer.run(normal(np.random.default_rng(6), 3, 64, dtype=dtype))
 
 
 def test_experts_must_be_as_many_as_promised() -> None:
