@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 from fdserve.api.chat import check_chat, prepare_chat, rendered
 from fdserve.api.fields import read_request
-from fdserve.api.generation import Choice, Piece, response_id, running, usage
+from fdserve.api.generation import Choice, Piece, response_id, running
 from fdserve.api.messages_input import chat_request, prompt_request
 from fdserve.api.messages_output import BlockWriter
 from fdserve.api.params import check_request
+from fdserve.api.usage import usage
 from fdserve.http.request import Request
 from fdserve.http.response import Reply, named_event
 from fdserve.protocol.message_events import MessageDelta, MessageEvent, MessageStart, MessageStop, Ping, StopDelta
