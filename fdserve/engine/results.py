@@ -50,10 +50,11 @@ class _Logprobs:
 
     def at(self, index: int, num_top: int) -> TokenLogprobs:
         start = index * self._num_top
+        # Not as tuples, whose numbers take three times the memory while the client is waited for.
         return TokenLogprobs(
             self._logprobs[index],
-            tuple(self._top_ids[start : start + num_top]),
-            tuple(self._top_logprobs[start : start + num_top]),
+            self._top_ids[start : start + num_top],
+            self._top_logprobs[start : start + num_top],
         )
 
 
