@@ -13,6 +13,7 @@ import anyio
 
 from fdserve.errors import InternalError, InvalidRequest, Overloaded, ServerError, Unauthorized
 from fdserve.http.asgi import Receive, Scope, Send
+from fdserve.http.body_values import check_values
 from fdserve.http.error_forms import ErrorForm
 from fdserve.http.errors import error_headers
 from fdserve.http.media_type import check_media_type
@@ -83,7 +84,7 @@ class Dispatcher:
                     if len(request.body) > LONG_BODY_BYTES:
                         # Those that came together are decoded one by one, so that others get on in between.
                         async with self._turnstile:
-                            pass
+                            check_values(request.body)
                     with self._answering(route):
                         await _answer(route, request, reply)
             except ServerError as error:  # refused before the handler
