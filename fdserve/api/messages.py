@@ -31,7 +31,7 @@ async def create_message(server: Server, http: Request, reply: Reply) -> None:
     """Generate the answer to a conversation. Cancelling it cancels the generation."""
     server.check_ready()
     request = read_request(http.body, MessagesRequest)
-    choices = await prepare_chat(chat_request(request), server, http)
+    choices = await prepare_chat(chat_request(request), server, http, form_field="output_config.format")
     id = response_id("msg_", request)
     with running(server, http, (id, request.request_id), choices):
         answer = _Answer(id, request, server, http, choices[0])
