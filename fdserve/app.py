@@ -52,7 +52,12 @@ class App:
         return self._dispatcher.answering if self._dispatcher else 0
 
     def stop_engine(self) -> None:
-        """Stop the engine now: what it still generates ends with an error, and new requests get a 503."""
+        """Stop the engine now: what it still generates ends with an error, and new requests get a 503.
+
+        So do those whose bodies have not come.
+        """
+        if self._dispatcher is not None:
+            self._dispatcher.stop_reading()
         if self._engine_scope is not None:
             self._engine_scope.cancel()
 

@@ -83,7 +83,7 @@ class RequestCancelled(ServerError):
 
 
 class PayloadTooLarge(ServerError):
-    """The request body is over the size limit."""
+    """The request body is over the limit of its size, or of its number of values."""
 
     status = 413
     type = "invalid_request_error"

@@ -82,8 +82,28 @@ def test_a_body_that_does_not_come_holds_up_no_stop() -> None:
             until(lambda: server.get("/health")[0] == 200)  # it has come, too
             began = time.monotonic()
             server.stop()
+            head, _, body = read_until(sock, b"}}").partition(b"\r\n\r\n")
+            assert head.startswith(b"HTTP/1.1 503 ")
+            assert b"connection: close" in head
+            assert b'"message":"The server is shutting down."' in body
             assert server.wait() == 0
         assert time.monotonic() - began < 10  # and not graceful_timeout
+
+
+def test_a_body_that_comes_at_a_stop_is_answered() -> None:
+    with ServerProcess(*FAKE) as server:
+        server.listening().wait_line("ready")
+        with socket.create_connection(("127.0.0.1", server.port)) as sock:
+            sock.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 40\r\n\r\n")
+            until(lambda: server.get("/health")[0] == 200)
+            server.stop()
+            server.wait_line("stopping")
+            time.sleep(0.2)
+            sock.sendall(b" " * 40)
+            head = read_until(sock, b"}}").partition(b"\r\n\r\n")[0]
+            assert head.startswith(b"HTTP/1.1 503 ")
+            assert b"connection: close" in head
+            assert server.wait() == 0
 
 
 def test_a_second_signal_ends_at_once() -> None:

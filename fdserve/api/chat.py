@@ -17,7 +17,7 @@ from fdserve.api.params import (
     unsupported,
 )
 from fdserve.api.prompt import check_prompt, max_tokens_of, prompt_field, render_prompt
-from fdserve.api.structured import compile_form
+from fdserve.api.structured import RESPONSE_FORMAT, compile_form
 from fdserve.api.token_rules import token_rules
 from fdserve.api.tool_use import check_tools, tool_use
 from fdserve.engine.request import SamplingParams
@@ -46,9 +46,12 @@ async def chat_completions(server: Server, http: Request, reply: Reply) -> None:
             await answer.send(reply)
 
 
-async def prepare_chat(request: ChatRequest, server: Server, http: Request) -> list[Choice]:
+async def prepare_chat(
+    request: ChatRequest, server: Server, http: Request, *, form_field: str = RESPONSE_FORMAT
+) -> list[Choice]:
     """Check everything, render and tokenize the prompt, and make the choices, which nobody has submitted yet.
 
+    `form_field` is where the client said what its response_format is.
     Raises NotFound for another model's name and InvalidRequest. Cancellation waits for a thread that tokenizes.
     """
     check_request(request, server)
@@ -59,7 +62,7 @@ async def prepare_chat(request: ChatRequest, server: Server, http: Request) -> l
     thinking = server.reasoning is not None and starts_in_thinking(server.reasoning, prompt, continued)
     params = _params(request, server, len(prompt), thinking)
     tools = tool_use(request)
-    form = await compile_form(request, server, tools)
+    form = await compile_form(request, server, tools, form_field)
     whole = form is not None and form.whole
     if whole:
         params = msgspec.structs.replace(params, stop_token_ids=())

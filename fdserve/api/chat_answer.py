@@ -18,10 +18,9 @@ from fdserve.api.generation import (
     forward_in_turn,
     join,
     off_loop_if_long,
-    usage,
-    wants_usage,
 )
 from fdserve.api.logprobs import chat_logprobs, prompt_logprobs
+from fdserve.api.usage import RunningUsage, usage, wants_usage
 from fdserve.http.request import Request
 from fdserve.http.response import Reply, encode, event
 from fdserve.protocol.chat import (
@@ -51,6 +50,7 @@ class ChatAnswer:
         self._http = http
         self._choices = choices
         self._created = int(time.time())
+        self._running_usage = RunningUsage(choices, len(choices))
         self._legacy = bool(request.functions)
         self._service_tier: str | UnsetType = "default" if request.service_tier is not None else UNSET
 
@@ -153,6 +153,7 @@ class ChatAnswer:
 
     def _events(self, choice: Choice, piece: Piece) -> bytes:
         """The piece as chunks: reasoning, content, calls, then the end; nothing where there is nothing to tell."""
+        self._running_usage.count(choice)
         deltas = self._deltas(piece)
         chunks = [
             self._chunk(ChatChunkChoice(index=choice.index, delta=delta, arrival_time=choice.arrival_time))
@@ -199,7 +200,7 @@ class ChatAnswer:
         )
         options = self._request.stream_options
         if options is not None and options.continuous_usage_stats:
-            chunk.usage = self._usage()
+            chunk.usage = self._running_usage.so_far()
         elif wants_usage(self._request):
             chunk.usage = None
         return chunk

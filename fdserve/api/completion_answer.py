@@ -18,10 +18,9 @@ from fdserve.api.generation import (
     entry_size,
     forward_in_turn,
     off_loop_if_long,
-    usage,
-    wants_usage,
 )
 from fdserve.api.logprobs import CompletionLogprobsWriter, extend, prompt_logprobs
+from fdserve.api.usage import RunningUsage, usage, wants_usage
 from fdserve.engine.request import TokenLogprobs
 from fdserve.http.request import Request
 from fdserve.http.response import Reply, encode, event
@@ -85,6 +84,7 @@ class CompletionAnswer:
         self._choices = choices
         self._per_prompt = per_prompt
         self._created = int(time.time())
+        self._running_usage = RunningUsage(choices, per_prompt)
         self._reports = [PromptReport(server, request, choice.prompt) for choice in choices[::per_prompt]]
         self._writers: dict[int, CompletionLogprobsWriter] = {}
         self._begun: set[int] = set()
@@ -140,6 +140,7 @@ class CompletionAnswer:
 
     async def _told(self, choice: Choice, piece: Piece) -> bytes:
         """The event of a piece; nothing where there is nothing to tell."""
+        self._running_usage.count(choice)
         first = choice.index not in self._begun
         if first and choice.index % self._per_prompt == 0:
             await self._take(self._report(choice), piece)
@@ -200,7 +201,8 @@ class CompletionAnswer:
 
     def _event(self, choice: CompletionChoice) -> Completion:
         options = self._request.stream_options
-        return self._completion([choice], self._usage() if options and options.continuous_usage_stats else None)
+        so_far = self._running_usage.so_far() if options and options.continuous_usage_stats else None
+        return self._completion([choice], so_far)
 
     def _completion(self, choices: list[CompletionChoice], total: OptionalUsage) -> Completion:
         completion = Completion(

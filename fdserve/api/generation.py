@@ -1,4 +1,4 @@
-"""What the endpoints share while tokens come: running choices together, and counting them."""
+"""What the endpoints share while tokens come: running choices together."""
 
 from __future__ import annotations
 
@@ -15,12 +15,7 @@ from fdserve import __version__
 from fdserve.api.choice import Choice, Piece, join, new_choice
 from fdserve.http.request import Request
 from fdserve.http.response import Reply, encode
-from fdserve.protocol.generation import (
-    CompletionTokensDetails,
-    GenerationRequest,
-    PromptTokensDetails,
-    Usage,
-)
+from fdserve.protocol.generation import GenerationRequest
 from fdserve.server import Server
 
 __all__ = [
@@ -39,8 +34,6 @@ __all__ = [
     "response_id",
     "running",
     "submitted",
-    "usage",
-    "wants_usage",
 ]
 
 T = TypeVar("T")
@@ -141,27 +134,6 @@ async def collect_all(choices: Sequence[Choice]) -> list[Piece]:
 
     await for_each(choices, one)
     return [wholes[choice.index] for choice in choices]
-
-
-def usage(choices: Sequence[Choice], per_prompt: int, http: Request) -> Usage:
-    """The counts of a response in which `per_prompt` choices at a time share a prompt; the access log gets them too."""
-    firsts = choices[::per_prompt]
-    prompt = sum(len(choice.prompt) for choice in firsts)
-    completion = sum(choice.generated for choice in choices)
-    http.prompt_tokens, http.completion_tokens = prompt, completion
-    return Usage(
-        prompt_tokens=prompt,
-        completion_tokens=completion,
-        total_tokens=prompt + completion,
-        prompt_tokens_details=PromptTokensDetails(sum(choice.cached_tokens for choice in firsts)),
-        completion_tokens_details=CompletionTokensDetails(sum(choice.reasoning_tokens for choice in choices)),
-    )
-
-
-def wants_usage(request: GenerationRequest) -> bool:
-    """Whether the last event of a stream is to carry the usage."""
-    options = request.stream_options
-    return options is not None and bool(options.include_usage or options.continuous_usage_stats)
 
 
 async def off_loop_if_long(server: Server, size: int, work: Callable[[], T], *, always: bool = False) -> T:

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 from fdserve.api.chat import check_chat, prepare_chat, rendered
 from fdserve.api.fields import read_request
-from fdserve.api.generation import Choice, Piece, response_id, running, usage
+from fdserve.api.generation import Choice, Piece, response_id, running
 from fdserve.api.messages_input import chat_request, prompt_request
 from fdserve.api.messages_output import BlockWriter
 from fdserve.api.params import check_request
+from fdserve.api.usage import usage
 from fdserve.http.request import Request
 from fdserve.http.response import Reply, named_event
 from fdserve.protocol.message_events import MessageDelta, MessageEvent, MessageStart, MessageStop, Ping, StopDelta
@@ -30,7 +31,7 @@ async def create_message(server: Server, http: Request, reply: Reply) -> None:
     """Generate the answer to a conversation. Cancelling it cancels the generation."""
     server.check_ready()
     request = read_request(http.body, MessagesRequest)
-    choices = await prepare_chat(chat_request(request), server, http)
+    choices = await prepare_chat(chat_request(request), server, http, form_field="output_config.format")
     id = response_id("msg_", request)
     with running(server, http, (id, request.request_id), choices):
         answer = _Answer(id, request, server, http, choices[0])

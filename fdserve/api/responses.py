@@ -10,11 +10,12 @@ import msgspec
 
 from fdserve.api.chat import prepare_chat
 from fdserve.api.fields import read_request
-from fdserve.api.generation import Choice, Piece, running, usage
+from fdserve.api.generation import Choice, Piece, running
 from fdserve.api.response_store import StoredResponse
 from fdserve.api.responses_input import as_own_fields, chat_request, input_items, wants_logprobs
 from fdserve.api.responses_output import OutputWriter
 from fdserve.api.responses_truncation import drop_oldest_turns
+from fdserve.api.usage import usage
 from fdserve.errors import InvalidRequest, NotFound, Overloaded, ServerError
 from fdserve.http.request import Request
 from fdserve.http.response import Reply, named_event
@@ -55,7 +56,7 @@ async def create_response(server: Server, http: Request, reply: Reply) -> None:
     with as_own_fields():
         if request.truncation == "auto":
             await drop_oldest_turns(chat, server, http)
-        choices = await prepare_chat(chat, server, http)
+        choices = await prepare_chat(chat, server, http, form_field="text.format")
     id = f"resp_{uuid.uuid4().hex}"
     # Whoever knows a response's id can read it, so that is none that a client may choose.
     with running(server, http, (id, request.request_id), choices):

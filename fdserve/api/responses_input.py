@@ -47,7 +47,6 @@ _ORIGIN = {
     "messages": "input",
     "max_completion_tokens": "max_output_tokens",
     "max_tokens": "max_output_tokens",
-    "response_format": "text.format",
     "reasoning_effort": "reasoning.effort",
     "logprobs": "include",
 }

@@ -23,13 +23,18 @@ class Form(NamedTuple):
     whole: bool
 
 
-async def compile_form(request: GenerationRequest, server: Server, tools: ToolUse | None = None) -> Form | None:
-    """The form of the request's output; None where anything goes.
+RESPONSE_FORMAT = "response_format"
+
+
+async def compile_form(
+    request: GenerationRequest, server: Server, tools: ToolUse | None = None, field: str = RESPONSE_FORMAT
+) -> Form | None:
+    """The form of the request's output; None where anything goes. `field` is what its client calls response_format.
 
     Raises InvalidRequest for two forms at a time, or for one that cannot be followed, and Overloaded where grammars
     keep all threads busy. When cancelled it returns at once.
     """
-    form = output_form(request)
+    form = output_form(request, field)
     spec = form if tools is None else _with_calls(form, tools, server)
     if spec is None:
         return None
@@ -37,9 +42,9 @@ async def compile_form(request: GenerationRequest, server: Server, tools: ToolUs
     return Form(await server.grammars.compile(spec), whole)
 
 
-def output_form(request: GenerationRequest) -> Spec | None:
+def output_form(request: GenerationRequest, field: str = RESPONSE_FORMAT) -> Spec | None:
     """The form that the request gives its text. Raises InvalidRequest for two of them, or for one that is no form."""
-    forms = list(_forms(request))
+    forms = list(_forms(request, field))
     if len(forms) > 1:
         message = f"{forms[0].param} and {forms[1].param} both say what the output must look like: give one of them."
         raise InvalidRequest(message, param=forms[1].param)
@@ -62,9 +67,9 @@ def _with_calls(form: Spec | None, tools: ToolUse, server: Server) -> Spec | Non
     )
 
 
-def _forms(request: GenerationRequest) -> Iterator[Spec]:
+def _forms(request: GenerationRequest, field: str) -> Iterator[Spec]:
     if request.response_format is not None:
-        yield from _response_format(request.response_format)
+        yield from _response_format(request.response_format, field)
     guided = {
         "guided_json": request.guided_json,
         "guided_regex": request.guided_regex,
@@ -113,16 +118,18 @@ def _json_text(value: float | bool) -> str:
     return msgspec.json.encode(value).decode()
 
 
-def _response_format(format: ResponseFormat) -> Iterator[Spec]:
+def _response_format(format: ResponseFormat, field: str) -> Iterator[Spec]:
     if format.type == "json_object":
-        yield JsonSchema(None, strict=False, param="response_format")
+        yield JsonSchema(None, strict=False, param=field)
     elif format.type == "json_schema":
+        # The other endpoints have no object of its own around the schema.
+        inner = f"{field}.json_schema" if field == RESPONSE_FORMAT else field
         if format.json_schema is None:
-            message = "Missing required parameter: 'response_format.json_schema'."
-            raise InvalidRequest(message, param="response_format.json_schema", code="missing_required_parameter")
+            message = f"Missing required parameter: '{inner}'."
+            raise InvalidRequest(message, param=inner, code="missing_required_parameter")
         schema = format.json_schema
-        yield JsonSchema(schema.schema, strict=bool(schema.strict), param="response_format.json_schema.schema")
+        yield JsonSchema(schema.schema, strict=bool(schema.strict), param=f"{inner}.schema")
     elif format.type == "structural_tag":
         parts = {"structures": format.structures, "triggers": format.triggers, "format": format.format}
         value = {name: part for name, part in parts.items() if part is not None}
-        yield StructuralTag(value, param="response_format")
+        yield StructuralTag(value, param=field)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from types import TracebackType
 
@@ -10,21 +11,24 @@ import anyio
 from fdserve.engine.request import TokenDelta
 from fdserve.errors import SlowReader, Unavailable
 
-MAX_PENDING_DELTAS = 4096
+MAX_PENDING_TOKENS = 4096
+LOGPROBS_WEIGHT = 2
+"""How many tokens the logprobs of one count for: they take 300 to 450 bytes, and a token alone takes 200."""
 
 
 class Generation:
     """The tokens of one request, as they come.
 
     A context manager: leaving it cancels the request unless it has ended, which frees its row and blocks at once.
-    The engine never waits for the reader; a reader that falls `MAX_PENDING_DELTAS` steps behind loses its request.
+    The engine never waits for the reader; a reader that falls `MAX_PENDING_TOKENS` behind loses its request.
     """
 
     def __init__(self, on_cancel: Callable[[], None]) -> None:
         self.started = 0.0
         """`time.monotonic()` when the first step of the request was planned; 0 while it waits."""
         self._on_cancel = on_cancel
-        self._send, self._receive = anyio.create_memory_object_stream[TokenDelta](MAX_PENDING_DELTAS)
+        self._send, self._receive = anyio.create_memory_object_stream[TokenDelta](math.inf)
+        self._pending = 0  # tokens that wait for the reader, logprobs with their weight
         self._arrived: anyio.Event | None = None  # what the reader waits for
         self._last: TokenDelta | None = None  # an end from outside, which follows all deltas
 
@@ -36,6 +40,7 @@ class Generation:
         """
         deltas: list[TokenDelta] = []
         while True:
+            self._pending = 0
             try:
                 while True:
                     deltas.append(self._receive.receive_nowait())
@@ -58,12 +63,15 @@ class Generation:
     def deliver(self, delta: TokenDelta) -> bool:
         """The engine's side: hand over a delta. False if the reader is too far behind, and the request is to end."""
         delta.started = self.started
-        try:
-            self._send.send_nowait(delta)
-        except anyio.WouldBlock:
-            error = SlowReader(f"The client fell more than {MAX_PENDING_DELTAS} tokens behind.")
+        self._pending += max(1, len(delta.token_ids)) + LOGPROBS_WEIGHT * len(delta.logprobs or ())
+        if self._pending > MAX_PENDING_TOKENS:
+            error = SlowReader(
+                f"The client fell too far behind: by {MAX_PENDING_TOKENS} tokens, or a third as many with logprobs."
+            )
             self.end(TokenDelta([], finish_reason="error", error=error))
             return False
+        try:
+            self._send.send_nowait(delta)
         except (anyio.BrokenResourceError, anyio.ClosedResourceError):
             return True  # the reader left, and says so itself by `cancel`
         if delta.finish_reason is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import Literal, Protocol
 
 import msgspec
@@ -54,9 +54,9 @@ class TokenLogprobs(msgspec.Struct, frozen=True):
 
     logprob: float
     """Of the sampled token."""
-    top_ids: tuple[int, ...]
+    top_ids: Sequence[int]
     """The likeliest ids, most likely first, exactly as many as asked."""
-    top_logprobs: tuple[float, ...]
+    top_logprobs: Sequence[float]
 
 
 class TokenDelta(msgspec.Struct):

@@ -50,10 +50,11 @@ class _Logprobs:
 
     def at(self, index: int, num_top: int) -> TokenLogprobs:
         start = index * self._num_top
+        # Not as tuples, whose numbers take three times the memory while the client is waited for.
         return TokenLogprobs(
             self._logprobs[index],
-            tuple(self._top_ids[start : start + num_top]),
-            tuple(self._top_logprobs[start : start + num_top]),
+            self._top_ids[start : start + num_top],
+            self._top_logprobs[start : start + num_top],
         )
 
 
@@ -109,6 +110,7 @@ def _no_token_error(code: int) -> InternalError | InvalidRequest:
     """What a code in place of a token means for the request."""
     if code == NOTHING_ALLOWED:
         return InvalidRequest(
-            "No token can follow: what the request allows, bans and constrains leaves none.", code="no_token_allowed"
+            "No token can follow: the form of the output, bad_words, logit_bias and the lists of token ids leave none.",
+            code="no_token_allowed",
         )
     return InternalError("The model's output for this request was not a number.")

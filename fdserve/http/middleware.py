@@ -13,6 +13,7 @@ import anyio
 
 from fdserve.errors import InternalError, InvalidRequest, Overloaded, ServerError, Unauthorized
 from fdserve.http.asgi import Receive, Scope, Send
+from fdserve.http.body_values import check_values
 from fdserve.http.error_forms import ErrorForm
 from fdserve.http.errors import error_headers
 from fdserve.http.media_type import check_media_type
@@ -53,6 +54,12 @@ class Dispatcher:
         self._max_request_bytes = max_request_bytes
         self._observe = observe
         self._turnstile = anyio.Lock()
+        self._reading: set[Request] = set()
+
+    def stop_reading(self) -> None:
+        """Refuse the requests whose bodies have not come: the server stops."""
+        for request in self._reading:
+            request.stop_reading()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request. Cancelling it abandons the request and frees what its handler held."""
@@ -72,11 +79,12 @@ class Dispatcher:
                     check_media_type(request.headers)
                 with self._counted(route):
                     # Some routes need no key, and no place: strangers could fill the memory with bodies nobody reads.
-                    await request.read(self._max_request_bytes, keep=route.body is not None)
+                    with self._reading_of(request):
+                        await request.read(self._max_request_bytes, keep=route.body is not None)
                     if len(request.body) > LONG_BODY_BYTES:
                         # Those that came together are decoded one by one, so that others get on in between.
                         async with self._turnstile:
-                            pass
+                            check_values(request.body)
                     with self._answering(route):
                         await _answer(route, request, reply)
             except ServerError as error:  # refused before the handler
@@ -114,6 +122,14 @@ class Dispatcher:
             self._active -= 1
 
     @contextmanager
+    def _reading_of(self, request: Request) -> Iterator[None]:
+        self._reading.add(request)
+        try:
+            yield
+        finally:
+            self._reading.remove(request)
+
+    @contextmanager
     def _answering(self, route: Route) -> Iterator[None]:
         self.answering += route.counted
         try:
@@ -145,7 +161,7 @@ async def _send_error(form: ErrorForm, request: Request, reply: Reply, error: Se
     """As the answer where none has begun; as the last event of a stream."""
     if reply.status is None:
         headers = error_headers(error)
-        if (request.ambiguous or not request.body_complete) and request.http_version.startswith("1"):
+        if request.closes and request.http_version.startswith("1"):
             headers.append((b"connection", b"close"))
         await reply.json(form.body(error, request.id), status=error.status, headers=headers)
     elif reply.streaming and not reply.finished:

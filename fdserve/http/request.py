@@ -12,7 +12,7 @@ from typing import TypeVar
 import anyio
 import msgspec
 
-from fdserve.errors import InvalidRequest, PayloadTooLarge, RequestTimeout
+from fdserve.errors import InvalidRequest, PayloadTooLarge, RequestTimeout, Unavailable
 from fdserve.http.asgi import Receive, Scope
 from fdserve.http.errors import invalid_field
 from fdserve.http.response import Reply
@@ -24,6 +24,8 @@ BODY_SECONDS = 60.0
 # What is read of a body that nobody wants before the answer, so that clients that send first and read later see it.
 DISCARD_BYTES = 64 << 20
 DISCARD_SECONDS = 5.0
+STOP_DISCARD_SECONDS = 1.0
+"""The same where the server stops: the answer must be out before the connections are cut."""
 
 _LONE_SURROGATE = re.compile(rb"(?<!\\)(?:\\\\)*\\u[dD][89abAB]..(?!\\u[dD][c-fC-F])")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
@@ -57,23 +59,35 @@ class Request:
         self.prompt_tokens: int | None = None
         self.completion_tokens: int | None = None
         self._receive = receive
+        self._reading = anyio.CancelScope()
 
     @property
     def ambiguous(self) -> bool:
         """Whether the headers frame the body in two ways, so that a proxy may see other requests than this server."""
         return "transfer-encoding" in self.headers and "content-length" in self.headers
 
+    @property
+    def closes(self) -> bool:
+        """Whether nothing more can be read from the connection after this request, or is going to be."""
+        return self.ambiguous or not self.body_complete or self._reading.cancel_called
+
     async def read(self, limit: int, *, keep: bool = True) -> None:
         """Read the whole body, into `body` if it is to be kept.
 
-        Raises PayloadTooLarge as soon as it is known to exceed `limit` bytes, RequestTimeout, and
-        ClientDisconnected. When cancelled, what was read is lost.
+        Raises PayloadTooLarge as soon as it is known to exceed `limit` bytes, RequestTimeout, ClientDisconnected, and
+        Unavailable after `stop_reading`. When cancelled, what was read is lost.
         """
         try:
-            with anyio.fail_after(BODY_SECONDS):
+            with anyio.fail_after(BODY_SECONDS), self._reading:
                 await self._read(limit, keep)
         except TimeoutError:
             raise RequestTimeout(f"The body did not come within {BODY_SECONDS:g} seconds.") from None
+        if self._reading.cancelled_caught:
+            raise Unavailable("The server is shutting down.")
+
+    def stop_reading(self) -> None:
+        """Wait no longer for a body that has not come: the server stops."""
+        self._reading.cancel()
 
     async def _read(self, limit: int, keep: bool) -> None:
         declared = self.headers.get("content-length", "")
@@ -96,7 +110,7 @@ class Request:
         Raises ClientDisconnected. May be cancelled at any point.
         """
         size = 0
-        with anyio.move_on_after(DISCARD_SECONDS):
+        with anyio.move_on_after(STOP_DISCARD_SECONDS if self._reading.cancel_called else DISCARD_SECONDS):
             while not self.body_complete and size < DISCARD_BYTES:
                 size += len(await self._next_chunk())
 

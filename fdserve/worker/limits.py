@@ -92,6 +92,12 @@ def both(one: Ints | None, other: Ints | None) -> Ints | None:
     return one & other
 
 
+def leaves_one(mask: Ints) -> bool:
+    """Whether a mask allows one id and no other."""
+    words = mask[mask != 0]
+    return len(words) == 1 and (int(words[0]) & 0xFFFFFFFF).bit_count() == 1
+
+
 def mask_width(vocab_size: int) -> int:
     """Words of a mask."""
     return -(-vocab_size // 32)

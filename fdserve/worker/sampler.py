@@ -14,7 +14,7 @@ import paddle
 
 from fdserve import ops
 from fdserve.ops.sampling import GREEDY_TEMPERATURE
-from fdserve.worker.limits import NO_FORCED_ID, read_mask
+from fdserve.worker.limits import NO_FORCED_ID, leaves_one, read_mask
 from fdserve.worker.rows import Ints, Rows
 
 
@@ -171,11 +171,13 @@ def _limits(
         limits = rows.limits[row]
         if limits is not None:
             output = rows.tokens[row, rows.num_prompt[row] : lens[index]]
-            mask = limits.mask(mask)
-            bias_ids[index], values = limits.biases(output, mask)
-            bias_values.append(values)
-            mask = limits.without_banned(mask)
             int_params[index, 3] = limits.forced_id(output)
+            # What a constraint forces are mostly the tags and line breaks of the model's layout, which no client sees.
+            if mask is None or not leaves_one(mask):
+                mask = limits.mask(mask)
+                bias_ids[index], values = limits.biases(output, mask)
+                bias_values.append(values)
+                mask = limits.without_banned(mask)
         if mask is not None:
             mask_rows[index] = len(words)
             words.append(mask)

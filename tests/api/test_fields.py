@@ -9,6 +9,7 @@ import pytest
 
 from fdserve.api import completion as completion_module
 from fdserve.api import params as params_module
+from fdserve.api.choice import Choice
 from fdserve.api.token_rules import token_rules
 from fdserve.config import Config
 from fdserve.engine.request import Request, SamplingParams
@@ -282,6 +283,29 @@ async def test_usage_in_every_event() -> None:
             assert counts[first : first + 5] == [1, 2, 3, 4, 5]
             assert counts[-1] == 6
             assert events[-1]["choices"] == []
+
+
+async def test_usage_in_every_event_of_many_choices(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: list[int] = []
+
+    def reasoning_tokens(choice: Choice) -> int:
+        looks.append(choice.index)
+        return 1
+
+    monkeypatch.setattr(Choice, "reasoning_tokens", property(reasoning_tokens))
+    options = {"continuous_usage_stats": True}
+    async with serving(FakeEngine(say("Hello", delay=0.001), max_requests=80)) as client:
+        reply = await client.complete(prompt=["one", "three"] * 20, n=2, stream=True, stream_options=options)
+    *events, last = [event["usage"] for event in reply.events]
+    assert len(looks) <= 2 * (len(events) + 80)  # not once for each choice in each event
+    assert {usage["prompt_tokens"] for usage in events} == {20 * (3 + 5)}
+    counts = [usage["completion_tokens"] for usage in events]
+    assert counts == sorted(counts)
+    assert events[-1] == last
+    assert last["completion_tokens"] == 80 * 6
+    assert last["total_tokens"] == 20 * (3 + 5) + 80 * 6
+    assert last["prompt_tokens_details"] == {"cached_tokens": 40}
+    assert last["completion_tokens_details"] == {"reasoning_tokens": 80}
 
 
 @pytest.mark.parametrize("by", ["response", "request_id", "header"])

@@ -24,6 +24,7 @@ TEMPLATE = (
 THINKS = "ab</think>\n\n<response>\nHello</response>"
 CALL = '<tool_call>\n{"name": "add", "arguments": {"a": %d}}\n</tool_call>\n'
 ADD = {"name": "add", "input_schema": {"type": "object"}}
+WRONG = {"type": "string", "pattern": "("}
 
 
 def config(**fields: Any) -> Config:
@@ -228,6 +229,7 @@ async def test_counting_tokens() -> None:
         ({"temperature": "hot"}, "temperature"),
         ({"tools": [{**ADD, "name": ""}]}, "tools[0].name"),
         ({"stop_sequences": [""]}, "stop_sequences"),
+        ({"output_config": {"format": {"type": "json_schema", "schema": WRONG}}}, "'output_config.format.schema'"),
     ],
 )
 async def test_refused(fields: dict[str, Any], message: str) -> None:

@@ -175,6 +175,17 @@ async def test_refused(fields: dict[str, Any], status: int, param: str) -> None:
         assert not client.engine.requests
 
 
+async def test_errors_of_the_form_name_text_format() -> None:
+    wrong = {"type": "json_schema", "name": "x", "schema": {"type": "string", "pattern": "("}}
+    async with serving(config=config()) as client:
+        error = (await client.post("/v1/responses", {"input": "Hi", "text": {"format": wrong}})).error
+        assert error["param"] == "text.format.schema"
+        assert "Invalid value for 'text.format.schema': " in error["message"]
+        fields = {"input": "Hi", "text": {"format": {"type": "json_object"}}, "guided_regex": "a"}
+        error = (await client.post("/v1/responses", fields)).error
+        assert error["message"].startswith("text.format and guided_regex both say")
+
+
 async def test_the_input_is_required() -> None:
     async with serving() as client:
         response = await client.post("/v1/responses", {})

@@ -172,7 +172,7 @@ def test_what_cannot_be_served(fields: dict[str, Any], param: str) -> None:
     [
         ("messages", "input"),
         ("messages[3].content", "input"),
-        ("response_format.json_schema", "text.format"),
+        ("text.format.schema", "text.format.schema"),
         ("max_completion_tokens", "max_output_tokens"),
         ("tools[1].function.parameters", "tools[1].parameters"),
         ("temperature", "temperature"),

@@ -31,6 +31,13 @@ def test_allowed_token_ids(client: openai.OpenAI) -> None:
     assert set(drawn) == {301, 302, 303}
 
 
+def test_line_breaks_are_banned_from_the_answer_and_not_from_the_layout(client: openai.OpenAI) -> None:
+    answer = ask(client, extra={"bad_words": ["\n"]}, response_format={"type": "json_object"}, max_tokens=200)
+    message = answer.choices[0].message
+    assert message.content
+    assert "\n" not in message.content
+
+
 @pytest.mark.parametrize("name", ["top_k", "top_p", "min_p"])
 def test_what_leaves_one_token_is_greedy(client: openai.OpenAI, name: str) -> None:
     value = {"top_k": 1, "top_p": 0, "min_p": 1.0}[name]

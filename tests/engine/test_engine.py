@@ -9,7 +9,7 @@ import anyio
 import pytest
 
 from fdserve.engine.engine import Engine
-from fdserve.engine.output import MAX_PENDING_DELTAS, Generation
+from fdserve.engine.output import MAX_PENDING_TOKENS, Generation
 from fdserve.engine.request import TokenDelta
 from fdserve.engine.scheduler import Scheduler
 from fdserve.errors import Overloaded, RankError, SlowReader, Unavailable
@@ -213,16 +213,16 @@ async def test_a_full_queue_refuses() -> None:
 async def test_a_reader_too_far_behind_loses_its_own_request_only() -> None:
     cancelled = []
     generation = Generation(lambda: cancelled.append(True))
-    for index in range(MAX_PENDING_DELTAS):
+    for index in range(MAX_PENDING_TOKENS):
         assert generation.deliver(TokenDelta([index]))
     assert not generation.deliver(TokenDelta([7]))
     deltas = await generation.receive()
-    assert len(deltas) == MAX_PENDING_DELTAS + 1
+    assert len(deltas) == MAX_PENDING_TOKENS + 1
     assert isinstance(deltas[-1].error, SlowReader)
 
 
 async def test_a_slow_reader_is_told_why_its_request_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fdserve.engine.output.MAX_PENDING_DELTAS", 5)
+    monkeypatch.setattr("fdserve.engine.output.MAX_PENDING_TOKENS", 5)
     async with serving(FakeRanks()) as engine:
         with engine.submit(make_request([1], max_tokens=50)) as slow:
             with engine.submit(make_request([2], max_tokens=50)) as other:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import anyio
 import pytest
 
-from fdserve.engine.output import MAX_PENDING_DELTAS, Generation
-from fdserve.engine.request import TokenDelta
+from fdserve.engine.output import MAX_PENDING_TOKENS, Generation
+from fdserve.engine.request import TokenDelta, TokenLogprobs
 from fdserve.errors import SlowReader
 
 pytestmark = pytest.mark.anyio
@@ -106,12 +106,27 @@ async def test_an_end_wakes_the_reader() -> None:
 
 async def test_a_reader_that_falls_behind_loses_its_request() -> None:
     generation = Fixture().generation
-    for token in range(MAX_PENDING_DELTAS):
+    for token in range(MAX_PENDING_TOKENS):
         assert generation.deliver(TokenDelta([token]))
     assert not generation.deliver(TokenDelta([-1]))
     deltas = await generation.receive()
-    assert ids(deltas) == list(range(MAX_PENDING_DELTAS))
+    assert ids(deltas) == list(range(MAX_PENDING_TOKENS))
     assert isinstance(deltas[-1].error, SlowReader)
+
+
+async def test_the_bound_counts_what_is_held() -> None:
+    logprobs = [TokenLogprobs(-1.0, (), ())] * 3
+    generation = Fixture().generation
+    for _ in range(2):  # what the reader took counts no more
+        delivered = 0
+        while generation._pending + 9 <= MAX_PENDING_TOKENS:
+            assert generation.deliver(TokenDelta([1, 2, 3], logprobs=logprobs))
+            delivered += 1
+        assert delivered == MAX_PENDING_TOKENS // 9
+        assert len(await generation.receive()) == delivered
+    for _ in range(MAX_PENDING_TOKENS):
+        assert generation.deliver(TokenDelta([]))
+    assert not generation.deliver(TokenDelta([]))
 
 
 async def test_leaving_cancels() -> None:

@@ -71,9 +71,11 @@ def test_a_client_that_leaves_behind_more_than_its_request_ends_it(server: Serve
 def test_requests_behind_one_that_takes_long_are_answered(server: ServerProcess) -> None:
     with server.open("slow", stream=True) as sock:
         sock.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n" * 2)
-        read_until(sock, b"[DONE]")
-        assert read_until(sock, b"ok").count(b"HTTP/1.1 200") == 1
-        assert read_until(sock, b"ok").count(b"HTTP/1.1 200") == 1
+        data = b""
+        while data.count(b'"ok"') < 2:  # they may come in one piece
+            data += read_until(sock, b"}")
+        assert data.count(b"HTTP/1.1 200") == 3
+        assert data.index(b"[DONE]") < data.index(b'"ok"')
 
 
 def test_what_a_connection_fails_on_ends_it_alone(server: ServerProcess) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fdserve.executor.wire import SamplingParams
-from fdserve.worker.limits import Limits, id_mask, read_mask
+from fdserve.worker.limits import Limits, id_mask, leaves_one, read_mask
 
 VOCAB = 70
 
@@ -73,6 +73,13 @@ def test_masks_are_bits_from_the_lowest() -> None:
     assert both is not None
     assert both.tolist() == [0, 2, 0]
     assert limits(logit_bias=((1, 1.0),)).mask(None) is None
+
+
+@pytest.mark.parametrize(
+    ("ids", "one"), [((), False), ((0,), True), ((31,), True), ((63, 64), False), ((3, 31), False)]
+)
+def test_masks_that_leave_one_id(ids: tuple[int, ...], one: bool) -> None:
+    assert leaves_one(id_mask(ids, VOCAB)) is one
 
 
 def test_bans_are_taken_from_whatever_is_allowed() -> None:

@@ -178,10 +178,22 @@ def test_limits_hold_for_their_own_rows() -> None:
         ([1], [], params(allowed_ids=(30, 31))),
         ([1], [], params(min_tokens=3)),
     )
-    masks = {row: id_mask(ids, VOCAB).tobytes() for row, ids in {4: (40,), 5: (31, 5), 6: (5,), 7: (EOS,)}.items()}
+    masks = {row: id_mask(ids, VOCAB).tobytes() for row, ids in {4: (40,), 5: (31, 5), 6: (4, 5), 7: (EOS,)}.items()}
     logits = np.stack([logits_favouring(5, 4, 6, 30, 31)] * 8)
     assert run(rows, logits, masks).token_ids.tolist() == [6, 30, 6, 49, 40, 31, NOTHING_ALLOWED, EOS]
     assert run(rows, logits[:4]).token_ids.tolist() == [6, 30, 5, 49]
+
+
+def test_the_only_token_of_a_form_comes_whatever_is_banned() -> None:
+    rows = make_rows(
+        ([1], [], params(banned_ids=(31,))),
+        ([1], [], params(allowed_ids=(30,))),
+        ([1], [8], params(bad_words=((8, 31),))),
+        ([1], [], params(banned_ids=(31, 32))),
+    )
+    masks = {row: id_mask(ids, VOCAB).tobytes() for row, ids in enumerate([(31,)] * 3 + [(31, 32)])}
+    logits = np.stack([logits_favouring(5)] * 4)
+    assert run(rows, logits, masks).token_ids.tolist() == [31, 31, 31, NOTHING_ALLOWED]
 
 
 def test_bans_give_what_biases_of_minus_infinity_give() -> None:
