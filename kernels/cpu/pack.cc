@@ -78,15 +78,16 @@ inline int32_t nearest(float x) { return static_cast<int32_t>((x + 12582912.0f) 
 void pack_bytes(const float* w, int64_t k, char* panel) {
   float* scales = reinterpret_cast<float*>(panel);
   int32_t* offsets = reinterpret_cast<int32_t*>(panel) + PANEL;
-  float largest[PANEL] = {}, inverse[PANEL];
+  float largest[PANEL] = {}, inverse[PANEL], broken[PANEL] = {};
   int32_t sums[PANEL] = {};
   for (int64_t i = 0; i < k; ++i)
     for (int64_t c = 0; c < PANEL; ++c) {
       const float size = std::fabs(w[i * PANEL + c]);
       largest[c] = size > largest[c] ? size : largest[c];
+      broken[c] += 0.0f * w[i * PANEL + c];  // a NaN or an infinity must show in every product
     }
   for (int64_t c = 0; c < PANEL; ++c) {
-    scales[c] = largest[c] / 127;
+    scales[c] = largest[c] / 127 + broken[c];
     inverse[c] = largest[c] > 0 ? 127 / largest[c] : 0;
   }
   for (int64_t i = 0; i < k; i += 4) {

@@ -40,13 +40,22 @@ FD_INLINE vf scale_of_bytes(const float* w, int64_t inputs) {
   return to_bf16_and_back(largest * splat(1.0f / 127));
 }
 
+// NaN where a weight is a NaN or infinite, which must show in every product; else 0.
+FD_INLINE vf broken_weights(const float* w, int64_t inputs) {
+  vf broken = {};
+  for (int64_t k = 0; k < inputs; ++k) broken = fma(load(w + k * PANEL), vf{}, broken);
+  return broken;
+}
+
 inline void quantize(const float* w, Format format, int64_t inputs, void* group_) {
   char* group = static_cast<char*>(group_);
   const bool nibbles = format == Format::kWint4;
   alignas(64) float codes[PANEL];
   alignas(64) float scales[PANEL];
-  for (int64_t column = 0; column < PANEL; column += VL)
-    store(scales + column, nibbles ? scale_of_nibbles(w + column, inputs) : scale_of_bytes(w + column, inputs));
+  for (int64_t column = 0; column < PANEL; column += VL) {
+    const vf scale = nibbles ? scale_of_nibbles(w + column, inputs) : scale_of_bytes(w + column, inputs);
+    store(scales + column, scale + broken_weights(w + column, inputs));
+  }
   for (int64_t column = 0; column < PANEL; ++column) {
     uint32_t bits;
     __builtin_memcpy(&bits, scales + column, 4);

@@ -161,6 +161,19 @@ def test_a_broken_activation_shows(dtype: str, quantization: str, broken: float)
     assert (actual[::2] == expected[::2]).all()
 
 
+@pytest.mark.parametrize("quantization", FORMATS)
+@pytest.mark.parametrize("broken", [np.nan, np.inf])
+def test_a_broken_weight_shows(dtype: str, quantization: str, broken: float) -> None:
+    rng = np.random.default_rng(6)
+    weight = normal(rng, 70, 300, dtype=dtype)
+    x = tensor(normal(rng, 3, 300, dtype=dtype), dtype)
+    expected = values(ops.linear(x, pack(weight, dtype, quantization)))
+    weight[5, 200] = broken
+    actual = values(ops.linear(x, pack(weight, dtype, quantization)))
+    assert not np.isfinite(actual[:, 5]).any()
+    assert (np.delete(actual, 5, axis=1) == np.delete(expected, 5, axis=1)).all()
+
+
 def test_memory_per_weight() -> None:
     weight = np.zeros((640, 1024), np.float32)
     sizes = {name: pack(weight, "float32", name).data.size / weight.size for name in FORMATS}
