@@ -86,7 +86,7 @@ struct WholeTiles {
 
 // What is to be done meanwhile, in parts between tiles: a core looks ahead over them to the next tile.
 struct Nothing {
-  FD_MEMBER void operator()(int) {}
+  FD_MEMBER void operator()(int) { tile_gap(); }
 };
 
 // Fetches what follows in memory, UNITS times eight lines a step: a line of each of eight pages by turns, as banks of memory

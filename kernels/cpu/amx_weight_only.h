@@ -92,15 +92,21 @@ FD_INLINE void low_nibbles(const char* packed, char* tile) {
 template <class Meanwhile>
 FD_INLINE void add_nibbles(Tile a, const char* packed, const char* low, Meanwhile& meanwhile) {
   _tile_loadd(4, a.at, a.stride);
+  tile_gap();
   _tile_loadd(5, packed, TILE_LINE);
+  tile_gap();
   _tile_dpbsud(2, 4, 5);
   meanwhile(0);
   _tile_loadd(6, packed + TILE_BYTES, TILE_LINE);
+  tile_gap();
   _tile_dpbsud(3, 4, 6);
+  tile_gap();
   _tile_loadd(7, low, TILE_LINE);
+  tile_gap();
   _tile_dpbsud(0, 4, 7);
   meanwhile(1);
   _tile_loadd(5, low + TILE_BYTES, TILE_LINE);
+  tile_gap();
   _tile_dpbsud(1, 4, 5);
 }
 
