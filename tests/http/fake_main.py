@@ -42,7 +42,7 @@ async def scripted(request: Request) -> AsyncIterator[TokenDelta]:
         "slow": say("0123456789" * 2, delay=0.1),
         "steady": say("0123456789" * 2, delay=0.03),
     }
-    greeting = say("Hello, world!") if request.params.ending_ids else say("0123456789" * 10_000, batch=1000)
+    greeting = say("Hello, world!") if request.params.ending_ids else say("0123456789" * 10_000, batch=100)
     script = next((script for name, script in scripts.items() if name in prompt), greeting)
     async for delta in script(request):
         yield delta
