@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import settings
+
+# How long an example takes says nothing on a machine with neighbours.
+settings.register_profile("fdserve", deadline=None)
+settings.load_profile("fdserve")
 
 
 @pytest.fixture(params=["asyncio", "trio"])

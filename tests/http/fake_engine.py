@@ -85,7 +85,8 @@ def follow(token_ids: list[int], *, delay: float = 0.0, batch: int = 1) -> Scrip
         if not params.max_tokens:
             return
         for start in range(0, len(tokens), batch):
-            await anyio.sleep(delay)  # the reader's turn, also without a delay
+            if delay:
+                await anyio.sleep(delay)
             part = tokens[start : start + batch]
             ending = next((i for i, t in enumerate(part) if t in params.ending_ids), None)
             part = part if ending is None else part[: ending + 1]

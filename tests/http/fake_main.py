@@ -31,7 +31,7 @@ async def flood(request: Request) -> AsyncIterator[TokenDelta]:
 async def scripted(request: Request) -> AsyncIterator[TokenDelta]:
     """ "endless", "flood" (endless, as fast as it goes), "silent", "broken", "slow" (2 s), "steady" (0.6 s), or greets.
 
-    A request that ignores eos gets as many digits as it wants.
+    A request that ignores eos gets as many digits as it wants, with a turn for the reader every hundred.
     """
     prompt = bytes(token for token in request.prompt if token < 256).decode()
     scripts = {
@@ -42,7 +42,8 @@ async def scripted(request: Request) -> AsyncIterator[TokenDelta]:
         "slow": say("0123456789" * 2, delay=0.1),
         "steady": say("0123456789" * 2, delay=0.03),
     }
-    greeting = say("Hello, world!") if request.params.ending_ids else say("0123456789" * 10_000, batch=100)
+    digits = say("0123456789" * 10_000, batch=100, delay=0.0002)
+    greeting = say("Hello, world!") if request.params.ending_ids else digits
     script = next((script for name, script in scripts.items() if name in prompt), greeting)
     async for delta in script(request):
         yield delta
