@@ -84,14 +84,14 @@ struct WholeTiles {
   static constexpr int64_t STRIDE = TILE_LINE, NEXT = TILE_BYTES;
 };
 
-// What is to be done meanwhile, in parts between tiles: a core looks ahead over them to the next tile.
+// What is done meanwhile comes in four parts a step, between tiles: this is nothing.
 struct Nothing {
   FD_MEMBER void operator()(int) { tile_gap(); }
 };
 
-// Fetches what follows in memory, UNITS times eight lines a step: a line of each of eight pages by turns, as banks of memory
+// Fetches what follows in memory, eight lines at a time: a line of each of eight pages by turns, as banks of memory
 // take turns faster than one of them answers. One core reads a fifth to a third faster so than in order.
-template <int UNITS, int HINT>
+template <int HINT>
 struct Ahead {
   static constexpr uintptr_t PAGE = 4096, PAGES = 8, WINDOW = PAGE * PAGES;
   const char* next;
@@ -104,13 +104,10 @@ struct Ahead {
     next += LINE;
     if (reinterpret_cast<uintptr_t>(next) % PAGE == 0) next += WINDOW - PAGE;
   }
-  FD_MEMBER void operator()(int part) {
-    for (int u = part; u < UNITS; u += 4) unit();
-  }
 };
 
 // Fetches `bytes` that follow in memory evenly over `steps`.
-struct Paced : Ahead<0, 2> {
+struct Paced : Ahead<2> {
   static constexpr int64_t ONE = 1 << 20;
   int64_t credit = 0, rate;
   FD_MEMBER Paced(const void* from, int64_t bytes, int64_t steps)
@@ -121,8 +118,11 @@ struct Paced : Ahead<0, 2> {
 };
 
 // While one tile of rows streams a panel by: into the first-level cache, 4 to 64 KiB before it is needed.
-struct Streaming : Ahead<WEIGHTS_BYTES / LINE / 8, 3> {
+struct Streaming : Ahead<3> {
   FD_MEMBER explicit Streaming(const char* panel) : Ahead(panel + WINDOW) {}
+  FD_MEMBER void operator()(int) {
+    for (int64_t u = 0; u < WEIGHTS_BYTES / LINE / 8 / 4; ++u) unit();
+  }
 };
 
 // 16 rows of activations, or fewer: a step of depth of them, and how far it is to the next.

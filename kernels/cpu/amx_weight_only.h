@@ -112,10 +112,10 @@ FD_INLINE void add_nibbles(Tile a, const char* packed, const char* low, Meanwhil
 
 // Unfolds the low nibbles of a chunk and fetches what follows.
 struct LowNibbles {
-  Ahead<0, 3> fetch;
+  Ahead<3> fetch;
   const char* packed;
   char* out;
-  FD_MEMBER explicit LowNibbles(const char* panel) : fetch(panel + Ahead<0, 3>::WINDOW) {}
+  FD_MEMBER explicit LowNibbles(const char* panel) : fetch(panel + Ahead<3>::WINDOW) {}
   FD_MEMBER void operator()(int part) {
     low_nibbles(packed + part * TILE_BYTES, out + part * TILE_BYTES);
     fetch.unit();
@@ -253,7 +253,7 @@ FD_INLINE void strips_of_nibbles(const DigitTiles& tiles, int64_t t, int64_t hal
 inline void many_nibbles(const DigitTiles& tiles, const char* group, int64_t inputs, float* acc) {
   constexpr int64_t STEPS = GroupOf<4>::INPUTS / CHUNK;
   alignas(64) char slices[UNFOLDED_CHUNKS][2 * WEIGHTS_BYTES];
-  Ahead<0, 2> fetch(group + Ahead<0, 2>::WINDOW);
+  Ahead<2> fetch(group + Ahead<2>::WINDOW);
   for (int64_t chunks, left = inputs / CHUNK, done = 0; left > 0; left -= chunks, done += chunks) {
     chunks = left < UNFOLDED_CHUNKS ? left : UNFOLDED_CHUNKS;
     for (int64_t s = 0; s < chunks; ++s) {
