@@ -20,8 +20,8 @@ PANEL = 64
 FORMATS = ("float32", "bfloat16", "wint8", "wint4", "w8a8")
 """How a weight is stored, in the order of the kernels' own numbers; a GPU has "float16", too.
 
-"wint8" and "wint4" keep integers with a scale for every 256 or 128 inputs of an output (64 on a GPU) and multiply
-activations as they are, or as integers of 15 or 12 bits where bfloat16 is computed on a CPU (kernels/cpu/digits.h);
+"wint8" and "wint4" keep integers with a scale for every 512 or 128 inputs of an output (64 on a GPU) and multiply
+activations as they are, or as integers of 15 or 8 bits where bfloat16 is computed on a CPU (kernels/cpu/digits.h);
 "w8a8" keeps bytes with a scale for every output and rounds each row of activations to bytes.
 """
 _SOURCES = {"uint16": 0, "float32": 1}

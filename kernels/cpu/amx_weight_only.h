@@ -2,10 +2,11 @@
 //
 // Layout: that of weight_only.h, activations as digits. Tiling: that of amx.h, a group of inputs at a time, whose sums are
 // then scaled and added up by vectors, while the tiles of the next are under way: reading them at once would wait for
-// their stores. Up to 8 rows of bytes, and each 8 of up to 32 rows of nibbles, are one tile of both digits and take weights
-// from the panel: bytes as they are, nibbles with their low halves unfolded a group ahead. More rows take a tile for each
-// digit: of bytes the sums of both are stored; nibbles are unfolded for some chunks, to signed bytes and to 16 times them,
-// for both digits to have one sum. Floor: memory for few rows, the products of bf16 for many.
+// their stores. Up to 8 rows of bytes are one tile of both digits, each 16 of up to 32 rows of nibbles one of a digit;
+// both take weights from the panel: bytes as they are, nibbles with their low halves unfolded some chunks ahead. Of more
+// rows each digit takes a tile of its own, and nibbles are unfolded to signed bytes for some chunks. Storing a tile takes
+// as long as a product, and holds products up: hence the sizes of groups. Floor: memory for few rows; for many the
+// products of bf16 (bytes, which have two digits) or of bytes (nibbles).
 
 namespace fdserve {
 namespace FD_ISA {
@@ -15,62 +16,62 @@ constexpr int64_t FEW_NIBBLE_ROWS = 32;          // up to which unfolding for se
 constexpr int64_t HALF = PANEL / 2;              // outputs that two tiles of columns take
 constexpr int64_t HALF_SUMS = TILE_ROWS * HALF;  // of 16 rows
 
-// Rows of digits in tiles.
+// Rows of digits in tiles: those of the last one that are past the end are spare rows, whose sums are left.
 struct DigitTiles {
   Rows all;
-  RowTiles rows;
-  FD_MEMBER DigitTiles(Rows x, int64_t n) : all(x), rows(x, n) {}
-  // Both digits of up to 8 rows, which are not tiled.
-  FD_MEMBER int64_t blocks() const { return (rows.rows + BLOCK_ROWS - 1) / BLOCK_ROWS; }
-  FD_MEMBER Tile block(int64_t b) const { return {all.data + b * BLOCK_ROWS * all.stride, all.stride / 2, TILE_LINE}; }
-  FD_MEMBER Tile first(int64_t t) const { return rows.tile(t); }
-  FD_MEMBER Tile second(int64_t t) const {
-    Tile tile = rows.tile(t);
-    tile.at += all.tiled ? TILE_ROWS * all.stride / 2 : all.stride / 2;
-    return tile;
+  int64_t rows, count;
+  FD_MEMBER DigitTiles(Rows x, int64_t n) : all(x), rows(n), count((n + TILE_ROWS - 1) / TILE_ROWS) {}
+  // Of first digits, or of second ones.
+  FD_MEMBER Tile tile(int64_t t, int digit) const {
+    const char* at = all.data + t * TILE_ROWS * all.stride;
+    const int64_t half = digit * all.stride / 2;
+    return all.tiled ? Tile{at + TILE_ROWS * half, TILE_LINE, TILE_BYTES} : Tile{at + half, all.stride, TILE_LINE};
+  }
+  // Both of up to 8 rows, which are not tiled.
+  FD_MEMBER Tile both() const { return {all.data, all.stride / 2, TILE_LINE}; }
+  // Rows of some tiles from `t` on.
+  FD_MEMBER int64_t rows_of(int64_t t, int64_t tiles) const {
+    const int64_t left = rows - t * TILE_ROWS, most = tiles * TILE_ROWS;
+    return left < most ? left : most;
+  }
+  FD_MEMBER const SumScale* scales(int64_t t, int64_t group) const {
+    return all.sum_scales + t * TILE_ROWS * all.groups + group;
+  }
+  // Of nibbles: how many digits the rows of some tiles have.
+  FD_MEMBER int digits(int64_t t, int64_t tiles, int64_t group) const {
+    return have_second_digits(scales(t, group), rows_of(t, tiles), all.groups) ? 2 : 1;
   }
 };
 
-// 16 rows or fewer of a tile that the tile before has not done, and where their sums go.
-struct Strip {
-  int64_t skipped, rows;
-  const SumScale* row_scales;
-  float* acc;
-  FD_MEMBER Strip(const DigitTiles& tiles, int64_t t, int64_t group, float* to) {
-    const int64_t begin = t * TILE_ROWS, end = begin + TILE_ROWS < tiles.rows.rows ? begin + TILE_ROWS : tiles.rows.rows;
-    skipped = begin - tiles.rows.start(t), rows = end - begin;
-    row_scales = tiles.all.sum_scales + begin * tiles.all.groups + group, acc = to + begin * PANEL;
-  }
-};
-
-// Sums of both digits of up to 8 rows over a group, until they are added.
+// Sums over a group of a tile of rows, until they are added: of both digits of bytes, or of one digit of nibbles.
 template <int BITS>
-struct BlockSums {
+struct WaitingSums {
   alignas(64) int32_t sums[TILE_ROWS * PANEL];
   int64_t rows = 0, groups;
   const SumScale* row_scales;
   const bf16* scales;
   float* acc;
-  FD_MEMBER BlockSums() {}
-  FD_MEMBER void of(const DigitTiles& tiles, int64_t block, int64_t g, const char* group, float* to) {
-    const int64_t first = block * BLOCK_ROWS, left = tiles.rows.rows - first;
-    rows = left < BLOCK_ROWS ? left : BLOCK_ROWS, groups = tiles.all.groups;
-    row_scales = tiles.all.sum_scales + first * groups + g, scales = scales_of(group), acc = to + first * PANEL;
+  FD_MEMBER WaitingSums() {}
+  FD_MEMBER void of(const DigitTiles& tiles, int64_t t, int64_t g, const char* group, float* to) {
+    rows = tiles.rows_of(t, 1), groups = tiles.all.groups;
+    row_scales = tiles.scales(t, g), scales = scales_of(group), acc = to + t * TILE_ROWS * PANEL;
   }
   FD_MEMBER void add() const {
-    if (rows != 0) add_digit_sums<BITS, BITS / 2>(sums, 2 * PANEL, PANEL, rows, row_scales, groups, scales, acc);
+    if (rows == 0) return;
+    if constexpr (BITS == 8) add_byte_sums<4>(sums, 2 * PANEL, PANEL, rows, row_scales, groups, scales, acc);
+    else add_nibble_sums(sums, rows, row_scales, groups, scales, acc);
   }
 };
 
 inline void few_bytes(const DigitTiles& tiles, const char* group, int64_t inputs, float* acc) {
   constexpr int64_t INPUTS = GroupOf<8>::INPUTS;
-  BlockSums<8> both[2];
+  WaitingSums<8> both[2];
   Streaming fetch(group);
-  Tile a = tiles.block(0);
+  Tile a = tiles.both();
   int64_t g = 0;
   for (int64_t steps; inputs > 0; ++g, inputs -= INPUTS, group += GroupOf<8>::BYTES, a = a.after(steps)) {
     steps = (inputs < INPUTS ? inputs : INPUTS) / CHUNK;
-    BlockSums<8>& now = both[g % 2];
+    WaitingSums<8>& now = both[g % 2];
     tile_fence();
     zero_sums();
     add_one<TileDigits, PanelTiles>(a, group + PANEL * 2, steps, fetch);
@@ -123,38 +124,44 @@ struct LowNibbles {
   }
 };
 
+constexpr int64_t NIBBLE_STEPS = GroupOf<4>::INPUTS / CHUNK;
+
+FD_INLINE const char* nibble_chunk(const char* panel, int64_t c) {
+  return panel + c / NIBBLE_STEPS * GroupOf<4>::BYTES + PANEL * 2 + c % NIBBLE_STEPS * GroupOf<4>::CHUNK_BYTES;
+}
+
 inline void few_nibbles(const DigitTiles& tiles, const char* panel, int64_t inputs, float* acc) {
-  constexpr int64_t STEPS = GroupOf<4>::INPUTS / CHUNK, LOW_BYTES = 2 * TILE_BYTES;
-  BlockSums<4> both[2];
-  alignas(64) char low[2][STEPS * LOW_BYTES];
+  constexpr int64_t LOW_BYTES = 2 * TILE_BYTES, LEAD = NIBBLE_STEPS;
+  WaitingSums<4> both[2];
+  alignas(64) char low[2 * LEAD][LOW_BYTES];
   LowNibbles meanwhile(panel);
   Nothing nothing;
   const int64_t chunks = inputs / CHUNK;
-  const auto chunk_at = [&](int64_t c) {
-    return panel + c / STEPS * GroupOf<4>::BYTES + PANEL * 2 + c % STEPS * GroupOf<4>::CHUNK_BYTES;
-  };
-  for (int64_t c = 0; c < STEPS && c < chunks; ++c)
-    for (int64_t i = 0; i < 2; ++i) low_nibbles(chunk_at(c) + i * TILE_BYTES, low[0] + c * LOW_BYTES + i * TILE_BYTES);
   int64_t turn = 0;
-  for (int64_t g = 0, c = 0; c < chunks; ++g, c += STEPS) {
-    const int64_t steps = chunks - c < STEPS ? chunks - c : STEPS;
-    if (g % 4 == 0) meanwhile.fetch.unit();  // the scales of four groups
-    for (int64_t b = 0; b < tiles.blocks(); ++b, turn ^= 1) {
-      Tile a = tiles.block(b).after(c);
-      tile_fence();
-      zero_sums();
-      for (int64_t s = 0; s < steps; ++s, a = a.after(1)) {
-        const char* unfolded = low[g % 2] + s * LOW_BYTES;
-        meanwhile.packed = chunk_at(c + STEPS + s < chunks ? c + STEPS + s : c);  // past the last group any will do
-        meanwhile.out = low[(g + 1) % 2] + s * LOW_BYTES;
-        if (b == 0) add_nibbles(a, chunk_at(c + s), unfolded, meanwhile);
-        else add_nibbles(a, chunk_at(c + s), unfolded, nothing);
-      }
-      store_one(both[turn].sums);
-      tile_fence();
-      both[turn ^ 1].add();
-      both[turn].of(tiles, b, g, chunk_at(c) - PANEL * 2, acc);
+  // The first to pass over a group unfolds ahead.
+  const auto pass = [&](int64_t g, int64_t t, int digit, bool first) {
+    const int64_t begin = g * NIBBLE_STEPS, end = begin + NIBBLE_STEPS < chunks ? begin + NIBBLE_STEPS : chunks;
+    Tile a = tiles.tile(t, digit).after(begin);
+    tile_fence();
+    zero_sums();
+    for (int64_t c = begin; c < end; ++c, a = a.after(1)) {
+      meanwhile.packed = nibble_chunk(panel, c + LEAD < chunks ? c + LEAD : c);  // past the last any will do
+      meanwhile.out = low[(c + LEAD) % (2 * LEAD)];
+      if (first) add_nibbles(a, nibble_chunk(panel, c), low[c % (2 * LEAD)], meanwhile);
+      else add_nibbles(a, nibble_chunk(panel, c), low[c % (2 * LEAD)], nothing);
     }
+    store_one(both[turn].sums);
+    tile_fence();
+    both[turn ^ 1].add();
+    both[turn].of(tiles, t, g + digit * tiles.all.groups / 2, panel + g * GroupOf<4>::BYTES, acc);
+    turn ^= 1;
+  };
+  for (int64_t c = 0; c < LEAD && c < chunks; ++c)
+    for (int64_t i = 0; i < 2; ++i) low_nibbles(nibble_chunk(panel, c) + i * TILE_BYTES, low[c] + i * TILE_BYTES);
+  for (int64_t g = 0; g * NIBBLE_STEPS < chunks; ++g) {
+    if (g % 4 == 0) meanwhile.fetch.unit();  // the scales of four groups
+    for (int64_t t = 0; t < tiles.count; ++t)
+      for (int digit = 0; digit < tiles.digits(t, 1, g); ++digit) pass(g, t, digit, t == 0 && digit == 0);
   }
   both[turn ^ 1].add();
 }
@@ -165,11 +172,10 @@ FD_INLINE void strip_of_bytes(const DigitTiles& tiles, int64_t t, int64_t half, 
                               Meanwhile& meanwhile) {
   constexpr int64_t INPUTS = GroupOf<8>::INPUTS;
   alignas(64) int32_t sums[2][2 * HALF_SUMS];
-  Tile a[2] = {tiles.first(t), tiles.second(t)};
+  Tile a[2] = {tiles.tile(t, 0), tiles.tile(t, 1)};
   const auto add = [&](int64_t g, const char* of) {
-    const Strip to(tiles, t, g, acc + half * HALF);
-    add_digit_sums<8, 2>(sums[g % 2] + to.skipped * HALF, HALF, HALF_SUMS, to.rows, to.row_scales, tiles.all.groups,
-                         scales_of(of) + half * HALF, to.acc);
+    add_byte_sums<2>(sums[g % 2], HALF, HALF_SUMS, tiles.rows_of(t, 1), tiles.scales(t, g), tiles.all.groups,
+                     scales_of(of) + half * HALF, acc + t * TILE_ROWS * PANEL + half * HALF);
   };
   int64_t g = 0;
   for (; inputs > 0; ++g, inputs -= INPUTS, group += GroupOf<8>::BYTES) {
@@ -186,85 +192,83 @@ FD_INLINE void strip_of_bytes(const DigitTiles& tiles, int64_t t, int64_t half, 
 }
 
 inline void many_bytes(const DigitTiles& tiles, const char* panel, const void* next, int64_t inputs, float* acc) {
-  Paced fetch(next, panel_bytes(Format::kWint8, inputs), tiles.rows.count * 2 * (inputs / CHUNK));
-  for (int64_t t = 0; t < tiles.rows.count; ++t)
+  Paced fetch(next, panel_bytes(Format::kWint8, inputs), tiles.count * 2 * (inputs / CHUNK));
+  for (int64_t t = 0; t < tiles.count; ++t)
     for (int64_t half = 0; half < 2; ++half) strip_of_bytes(tiles, t, half, panel, inputs, acc, fetch);
 }
 
 constexpr int64_t UNFOLDED_CHUNKS = 4;  // whose weights share the first-level cache with rows
 
-// A chunk into tiles of signed bytes, 16 times the weights and then the weights.
+// A chunk into tiles of signed bytes.
 FD_INLINE void unfold_chunk(const char* packed, char* tiles) {
-  const __m512i low = _mm512_set1_epi8(15), high = _mm512_set1_epi8(-16), sign = _mm512_set1_epi8(-128);
-  const __m512i zero = _mm512_set1_epi8(8);
-  // x & high ^ sign: the zero is 8, and 16 times that the sign of a byte.
-  const auto signed_high = [&](__m512i x) { return _mm512_ternarylogic_epi32(x, high, sign, 0x6a); };
+  const __m512i low = _mm512_set1_epi8(15), zero = _mm512_set1_epi8(8);
   for (int64_t i = 0; i < 2 * TILE_BYTES; i += TILE_LINE) {
     const __m512i bytes = _mm512_loadu_si512(packed + i);
-    char* to = tiles + i;
-    _mm512_store_si512(to, signed_high(_mm512_slli_epi16(bytes, 4)));
-    _mm512_store_si512(to + 2 * TILE_BYTES, signed_high(bytes));
-    _mm512_store_si512(to + 4 * TILE_BYTES, _mm512_sub_epi8(_mm512_and_si512(bytes, low), zero));
-    _mm512_store_si512(to + 6 * TILE_BYTES, _mm512_sub_epi8(_mm512_and_si512(_mm512_srli_epi16(bytes, 4), low), zero));
+    _mm512_store_si512(tiles + i, _mm512_sub_epi8(_mm512_and_si512(bytes, low), zero));
+    _mm512_store_si512(tiles + 2 * TILE_BYTES + i,
+                       _mm512_sub_epi8(_mm512_and_si512(_mm512_srli_epi16(bytes, 4), low), zero));
   }
 }
 
-// Unfolded chunks, which begin with a group, by two tiles of rows and half of the columns; or by one and all columns.
+// One digit by unfolded chunks, which begin with group `g`: two tiles of rows by half of the columns, or one by all.
 template <bool TWO>
-FD_INLINE void strips_of_nibbles(const DigitTiles& tiles, int64_t t, int64_t half, const char* slices, int64_t chunks,
-                                 int64_t done, const char* group, float* acc) {
-  constexpr int64_t STEPS = GroupOf<4>::INPUTS / CHUNK, COLUMNS = TWO ? HALF : PANEL, STRIPS = TWO ? 2 : 1;
-  constexpr int64_t SUMS = TILE_ROWS * COLUMNS;
-  alignas(64) int32_t sums[2][STRIPS * SUMS];
-  Tile first[2], second[2];
-  for (int64_t i = 0; i < STRIPS; ++i) first[i] = tiles.first(t + i).after(done), second[i] = tiles.second(t + i).after(done);
+FD_INLINE void strips_of_nibbles(const DigitTiles& tiles, int64_t t, int digit, int64_t half, const char* slices,
+                                 int64_t chunks, int64_t first, const char* group, float* acc) {
+  constexpr int64_t COLUMNS = TWO ? HALF : PANEL, STRIPS = TWO ? 2 : 1;
+  alignas(64) int32_t sums[2][STRIPS * TILE_ROWS * COLUMNS];
+  Tile a[2];
+  for (int64_t i = 0; i < STRIPS; ++i) a[i] = tiles.tile(t + i, digit).after(first * NIBBLE_STEPS);
   Nothing nothing;
   const auto add = [&](int64_t g) {
-    for (int64_t i = 0; i < STRIPS; ++i) {
-      const Strip to(tiles, t + i, done / STEPS + g, acc + half * HALF);
-      const int32_t* from = sums[g % 2] + i * SUMS + to.skipped * COLUMNS;
-      add_sums<COLUMNS / VL, false>(from, COLUMNS, to.rows, to.row_scales, tiles.all.groups,
-                                    scales_of(group + g * GroupOf<4>::BYTES) + half * HALF, to.acc);
-    }
+    add_sums<COLUMNS / VL, false>(sums[g % 2], COLUMNS, tiles.rows_of(t, STRIPS),
+                                  tiles.scales(t, first + g + digit * tiles.all.groups / 2), tiles.all.groups,
+                                  scales_of(group + g * GroupOf<4>::BYTES) + half * HALF,
+                                  acc + t * TILE_ROWS * PANEL + half * HALF);
   };
-  for (int64_t s = 0; s < chunks;) {
-    const int64_t g = s / STEPS;
+  int64_t g = 0;
+  for (int64_t left = chunks; left > 0; ++g, left -= NIBBLE_STEPS) {
+    const int64_t steps = left < NIBBLE_STEPS ? left : NIBBLE_STEPS;
+    const char* weights = slices + (chunks - left) * WEIGHTS_BYTES + half * 2 * TILE_BYTES;
     tile_fence();
     zero_sums();
-    for (const int64_t end = s + STEPS < chunks ? s + STEPS : chunks; s < end; ++s) {
-      const char* weights = slices + s * 2 * WEIGHTS_BYTES + half * 2 * TILE_BYTES;
-      if constexpr (TWO) {
-        add_two<TileSigned, WholeTiles>(first, weights, 1, nothing);
-        add_two<TileSigned, WholeTiles>(second, weights + WEIGHTS_BYTES, 1, nothing);
-      } else {
-        add_one<TileSigned, WholeTiles>(first[0], weights, 1, nothing);
-        add_one<TileSigned, WholeTiles>(second[0], weights + WEIGHTS_BYTES, 1, nothing);
-      }
-      for (int64_t i = 0; i < STRIPS; ++i) first[i] = first[i].after(1), second[i] = second[i].after(1);
-    }
-    if constexpr (TWO) store_two(sums[g % 2], sums[g % 2] + SUMS, COLUMNS * 4);
+    if constexpr (TWO) add_two<TileSigned, WholeTiles>(a, weights, steps, nothing);
+    else add_one<TileSigned, WholeTiles>(a[0], weights, steps, nothing);
+    if constexpr (TWO) store_two(sums[g % 2], sums[g % 2] + HALF_SUMS, COLUMNS * 4);
     else store_one(sums[g % 2]);
     tile_fence();
     if (g > 0) add(g - 1);
+    for (int64_t i = 0; i < STRIPS; ++i) a[i] = a[i].after(steps);
   }
-  add((chunks - 1) / STEPS);
+  add(g - 1);
 }
 
-inline void many_nibbles(const DigitTiles& tiles, const char* group, int64_t inputs, float* acc) {
-  constexpr int64_t STEPS = GroupOf<4>::INPUTS / CHUNK;
-  alignas(64) char slices[UNFOLDED_CHUNKS][2 * WEIGHTS_BYTES];
-  Ahead<2> fetch(group + Ahead<2>::WINDOW);
-  for (int64_t chunks, left = inputs / CHUNK, done = 0; left > 0; left -= chunks, done += chunks) {
-    chunks = left < UNFOLDED_CHUNKS ? left : UNFOLDED_CHUNKS;
+inline void many_nibbles(const DigitTiles& tiles, const char* panel, int64_t inputs, float* acc) {
+  alignas(64) char slices[UNFOLDED_CHUNKS][WEIGHTS_BYTES];
+  Ahead<2> fetch(panel + Ahead<2>::WINDOW);
+  const int64_t all = inputs / CHUNK;
+  for (int64_t done = 0; done < all; done += UNFOLDED_CHUNKS) {
+    const int64_t chunks = all - done < UNFOLDED_CHUNKS ? all - done : UNFOLDED_CHUNKS, g = done / NIBBLE_STEPS;
     for (int64_t s = 0; s < chunks; ++s) {
-      unfold_chunk(group + s / STEPS * GroupOf<4>::BYTES + PANEL * 2 + s % STEPS * GroupOf<4>::CHUNK_BYTES, slices[s]);
+      unfold_chunk(nibble_chunk(panel, done + s), slices[s]);
       for (int i = 0; i < 4; ++i) fetch.unit();
     }
-    int64_t t = 0;
-    for (; t + 1 < tiles.rows.count; t += 2)
-      for (int64_t half = 0; half < 2; ++half) strips_of_nibbles<true>(tiles, t, half, slices[0], chunks, done, group, acc);
-    if (t < tiles.rows.count) strips_of_nibbles<false>(tiles, t, 0, slices[0], chunks, done, group, acc);
-    group += UNFOLDED_CHUNKS / STEPS * GroupOf<4>::BYTES;
+    const auto strips = [&](int64_t t, int64_t pair, int digit, int64_t from, int64_t count) {
+      const char *weights = slices[from], *group = panel + (g + from / NIBBLE_STEPS) * GroupOf<4>::BYTES;
+      const int64_t first = g + from / NIBBLE_STEPS;
+      for (int64_t half = 0; half < pair; ++half)
+        if (pair == 2) strips_of_nibbles<true>(tiles, t, digit, half, weights, count, first, group, acc);
+        else strips_of_nibbles<false>(tiles, t, digit, 0, weights, count, first, group, acc);
+    };
+    for (int64_t t = 0; t < tiles.count; t += 2) {
+      const int64_t pair = tiles.count - t > 1 ? 2 : 1;
+      bool second = false;
+      for (int64_t c = 0; c < chunks; c += NIBBLE_STEPS) second |= tiles.digits(t, pair, g + c / NIBBLE_STEPS) == 2;
+      if (!second) strips(t, pair, 0, 0, chunks);
+      // In the order of few rows, to the same bits: both digits of a group before the next.
+      for (int64_t c = 0; second && c < chunks; c += NIBBLE_STEPS)
+        for (int digit = 0; digit < tiles.digits(t, pair, g + c / NIBBLE_STEPS); ++digit)
+          strips(t, pair, digit, c, chunks - c < NIBBLE_STEPS ? chunks - c : NIBBLE_STEPS);
+    }
   }
 }
 
@@ -274,7 +278,7 @@ inline void tile_gemm_groups(Rows a, int64_t rows, const void* panel_, const voi
   const DigitTiles tiles(a, rows);
   const bool nibbles = format == Format::kWint4, few = !a.tiled && rows <= (nibbles ? FEW_NIBBLE_ROWS : BLOCK_ROWS);
   __builtin_memset(acc, 0, static_cast<size_t>(rows * PANEL) * sizeof(float));
-  shape_tiles(few ? 2 * rows : TILE_ROWS);
+  shape_tiles(few ? nibbles ? rows : 2 * rows : TILE_ROWS);
   if (few && nibbles) few_nibbles(tiles, panel, inputs, acc);
   else if (few) few_bytes(tiles, panel, inputs, acc);
   else if (nibbles) many_nibbles(tiles, panel, inputs, acc);

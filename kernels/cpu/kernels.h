@@ -14,7 +14,7 @@ enum class Dtype { kFloat32, kBfloat16 };
 inline int64_t size_of(Dtype dtype) { return dtype == Dtype::kBfloat16 ? 2 : 4; }
 
 // How a packed matrix is stored; the layouts are in gemm.h and weight_only.h. kWint8 and kWint4 are integers with a scale
-// for each group of inputs of an output, multiplied with activations as they are or as integers of 15 or 12 bits; kW8a8
+// for each group of inputs of an output, multiplied with activations as they are or as integers of 15 or 8 bits; kW8a8
 // has a scale for each output and is multiplied with activations rounded to bytes.
 enum class Format { kFloat32, kBfloat16, kWint8, kWint4, kW8a8 };
 inline bool is_weight_only(Format format) { return format == Format::kWint8 || format == Format::kWint4; }
@@ -30,13 +30,17 @@ constexpr int MAX_HEAD_DIM = 256;
 
 // Inputs that share a scale; the last group of a panel may have fewer. At 4 bits the scale matters more, at 8 the time that
 // many rows take to scale the sums of a group.
-constexpr int64_t group_inputs(Format format) { return format == Format::kWint4 ? 128 : 256; }
+constexpr int64_t group_inputs(Format format) { return format == Format::kWint4 ? 128 : 512; }
 
 // Bytes of a group of a panel: the scales in bf16, then the integers.
 constexpr int64_t group_bytes(Format format) {
   return PANEL * 2 + group_inputs(format) * PANEL / (format == Format::kWint4 ? 2 : 1);
 }
 inline int64_t groups_of(Format format, int64_t k) { return (k + group_inputs(format) - 1) / group_inputs(format); }
+// Of a row as digits: for nibbles second ones have scales of their own, after those of the first.
+inline int64_t sum_scales_of(Format format, int64_t k) {
+  return groups_of(format, k) * (format == Format::kWint4 ? 2 : 1);
+}
 
 // Of a kW8a8 panel, before its integers: the scales in float, then 128 times the sum of each output's integers.
 constexpr int64_t W8A8_HEAD_BYTES = PANEL * 8;
@@ -89,7 +93,7 @@ struct SumScale {
 };
 
 // Rows of activations as the panels of one format want them, `stride` bytes apart; or `tiled`, which is 16 rows by 64 bytes
-// one after the other, so that 16 rows take 16 strides. `scales` are of bytes alone, `sum_scales` [rows][groups] of digits.
+// one after the other, so that 16 rows take 16 strides. `scales` are of bytes alone, `sum_scales` [rows][groups] of digits (sum_scales_of).
 struct Rows {
   const char* data;
   int64_t stride;
@@ -120,8 +124,8 @@ struct RowKernels {
   void (*gemm)(Rows a, int64_t rows, const void* panel, const void* next, int64_t depth, float* acc);
   // acc[rows][64] = a[rows][inputs] x panel, of a weight-only format. After digits there may be read SPARE_ROWS more.
   void (*gemm_groups)(Rows a, int64_t rows, const void* panel, const void* next, Format format, int64_t inputs, float* acc);
-  // x[size] as two rows of digits for the above, the larger ones first, each of `size` rounded up to CHUNKs; and a scale
-  // for each group. Null where it takes activations as they are.
+  // x[size] as two rows of digits for the above, the larger ones first, each of `size` rounded up to CHUNKs; and
+  // sum_scales_of scales. Null where it takes activations as they are.
   void (*to_digits)(const void* x, int64_t size, Format format, char* digits, SumScale* scales);
   // acc[rows][64] = a[rows][4 depth] x panel, bytes that are 128 too large times signed ones.
   void (*gemm_bytes)(Rows a, int64_t rows, const void* panel, const void* next, int64_t depth, int32_t* acc);

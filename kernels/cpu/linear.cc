@@ -39,7 +39,7 @@ Rows rows_of_bytes(const RowKernels& kernels, const char* x, int64_t rows, int64
 }
 
 Rows rows_of_digits(const RowKernels& kernels, const char* x, int64_t rows, int64_t row, int64_t k, Format format) {
-  const int64_t stride = 2 * padded_inputs(format, k), groups = groups_of(format, k);
+  const int64_t stride = 2 * padded_inputs(format, k), groups = sum_scales_of(format, k);
   const int64_t scale_bytes = rows * groups * static_cast<int64_t>(sizeof(SumScale));
   char* digits = scratch<char>(kScratchCall, (rows + SPARE_ROWS) * stride + scale_bytes);
   SumScale* scales = reinterpret_cast<SumScale*>(digits + (rows + SPARE_ROWS) * stride);

@@ -4,8 +4,9 @@
 // [inputs / 64][2][16][16][4], 64 inputs of 16 outputs a tile; low halves of bytes are of outputs 0 to 31, high ones of 32
 // to 63). Activations come as two rows of digits a row (digits.h), and few rows take weights as they lie in memory: of 4
 // bits whole bytes, and low halves, which one AND gives; high halves are what is left. For more rows a group of nibbles is
-// unfolded into the first-level cache, times 16 for the first digits, so that both digits add up to one sum.
-// Floor: memory for few rows, two products of bytes for many. Without instructions for bytes all unfolds to floats.
+// unfolded to bytes in the first-level cache. Second digits of nibbles are multiplied where rows at hand have any.
+// Floor: memory for few rows, for many a product of bytes (nibbles) or two. Without instructions for bytes all unfolds to
+// floats.
 
 namespace fdserve {
 namespace FD_ISA {
@@ -20,10 +21,11 @@ struct DigitMath : Bytes {
 
 template <int BITS>
 struct GroupOf {
-  static constexpr Format FORMAT = DigitsOf<BITS>::FORMAT;
+  static constexpr Format FORMAT = BITS == 4 ? Format::kWint4 : Format::kWint8;
   static constexpr int64_t INPUTS = group_inputs(FORMAT), BYTES = group_bytes(FORMAT), CHUNK_BYTES = CHUNK * PANEL * BITS / 8;
-  // Activations are less than twice the power of two below the largest, weights are whole bytes at most.
-  static_assert((INPUTS * 255 << (DigitsOf<BITS>::BITS_BELOW_LARGEST + 1)) <= INT32_MAX, "a sum over a group may overflow");
+  // Weights are whole bytes at most.
+  static constexpr int64_t LARGEST_INPUT = BITS == 4 ? static_cast<int64_t>(TOP) : 1 << (BITS_BELOW_LARGEST + 1);
+  static_assert(INPUTS * 255 * LARGEST_INPUT <= INT32_MAX, "a sum over a group may overflow");
 };
 
 constexpr int64_t DIGIT_ROWS = 24;  // whose sums share the first-level cache with a group
@@ -35,83 +37,96 @@ inline void multiply_bytes(Rows a, int64_t rows, const char* group, int64_t inpu
     const int64_t depth = (inputs - k < INPUTS ? inputs - k : INPUTS) / 4;
     gemm_slice<DigitMath>(a.data + k, a.stride / 2, 2 * rows, group + PANEL * 2, depth, sums, true,
                           group + GroupOf<8>::BYTES, GroupOf<8>::BYTES / LINE);
-    add_digit_sums<8, 4>(sums, 2 * PANEL, PANEL, rows, a.sum_scales + g, a.groups, scales_of(group), acc);
+    add_byte_sums<4>(sums, 2 * PANEL, PANEL, rows, a.sum_scales + g, a.groups, scales_of(group), acc);
   }
 }
 
-// Sums over a group: [rows][2 digits][32 low, 32 whole].
+// Sums over a group: [rows][32 low, 32 whole].
 template <int ROWS>
 void multiply_nibbles(const char* a, int64_t stride, const char* packed, int64_t chunks, int32_t* sums) {
   const vi mask = (vi)_mm512_set1_epi8(15);
   for (int64_t tile = 0; tile < 2; ++tile) {
-    vi low[2 * ROWS] = {}, whole[2 * ROWS] = {};
+    vi low[ROWS] = {}, whole[ROWS] = {};
     for (int64_t c = 0; c < chunks; ++c) {
       const char* from = packed + (2 * c + tile) * CHUNK_TILE;
       prefetch<4>(from + AHEAD_BYTES);
       for (int64_t i = 0; i < CHUNK / 4; ++i) {
         if (i % 4 == 3) prefetch<4>(from + AHEAD_BYTES + i / 4 * 256);
         const vi bytes = DigitMath::weight(from + i * 64), nibbles = bytes & mask;
-        for (int r = 0; r < 2 * ROWS; ++r) {
+        for (int r = 0; r < ROWS; ++r) {
           const vi x = DigitMath::input(a + r * stride + c * CHUNK + 4 * i);
           low[r] = DigitMath::dot(low[r], x, nibbles);
           whole[r] = DigitMath::dot(whole[r], x, bytes);
         }
       }
     }
-    for (int r = 0; r < 2 * ROWS; ++r) {
+    for (int r = 0; r < ROWS; ++r) {
       store(sums + r * PANEL + tile * VL, low[r]);
       store(sums + r * PANEL + 32 + tile * VL, whole[r]);
     }
   }
 }
 
-FD_INLINE void multiply_few_nibbles(Rows a, int64_t rows, const char* packed, int64_t chunks, int32_t* sums) {
+FD_INLINE void multiply_few_nibbles(const char* a, int64_t stride, int64_t rows, const char* packed, int64_t chunks,
+                                    int32_t* sums) {
   switch (rows) {
-    case 1: return multiply_nibbles<1>(a.data, a.stride / 2, packed, chunks, sums);
-    case 2: return multiply_nibbles<2>(a.data, a.stride / 2, packed, chunks, sums);
-    case 3: return multiply_nibbles<3>(a.data, a.stride / 2, packed, chunks, sums);
-    case 4: return multiply_nibbles<4>(a.data, a.stride / 2, packed, chunks, sums);
-    case 5: return multiply_nibbles<5>(a.data, a.stride / 2, packed, chunks, sums);
-    default: return multiply_nibbles<6>(a.data, a.stride / 2, packed, chunks, sums);
+    case 1: return multiply_nibbles<1>(a, stride, packed, chunks, sums);
+    case 2: return multiply_nibbles<2>(a, stride, packed, chunks, sums);
+    case 3: return multiply_nibbles<3>(a, stride, packed, chunks, sums);
+    case 4: return multiply_nibbles<4>(a, stride, packed, chunks, sums);
+    case 5: return multiply_nibbles<5>(a, stride, packed, chunks, sums);
+    default: return multiply_nibbles<6>(a, stride, packed, chunks, sums);
   }
 }
 
-// Nibbles of a group as bytes [inputs / 4][64][4], and 16 times them.
-FD_INLINE void unfold_nibbles(const char* packed, int64_t chunks, char* once, char* times_16) {
-  const __m512i low = _mm512_set1_epi8(15), high = _mm512_set1_epi8(-16);
+// Nibbles of a group as bytes [inputs / 4][64][4].
+FD_INLINE void unfold_nibbles(const char* packed, int64_t chunks, char* bytes) {
+  const __m512i low = _mm512_set1_epi8(15);
   for (int64_t c = 0; c < chunks; ++c)
-    for (int64_t i = 0; i < CHUNK / 4; ++i, once += STEP_BYTES, times_16 += STEP_BYTES)
+    for (int64_t i = 0; i < CHUNK / 4; ++i, bytes += STEP_BYTES)
       for (int64_t tile = 0; tile < 2; ++tile) {
-        const __m512i bytes = _mm512_loadu_si512(packed + (2 * c + tile) * CHUNK_TILE + i * 64);
-        _mm512_store_si512(once + tile * 64, _mm512_and_si512(bytes, low));
-        _mm512_store_si512(once + 128 + tile * 64, _mm512_and_si512(_mm512_srli_epi16(bytes, 4), low));
-        _mm512_store_si512(times_16 + tile * 64, _mm512_and_si512(_mm512_slli_epi16(bytes, 4), high));
-        _mm512_store_si512(times_16 + 128 + tile * 64, _mm512_and_si512(bytes, high));
+        const __m512i pairs = _mm512_loadu_si512(packed + (2 * c + tile) * CHUNK_TILE + i * 64);
+        _mm512_store_si512(bytes + tile * 64, _mm512_and_si512(pairs, low));
+        _mm512_store_si512(bytes + 128 + tile * 64, _mm512_and_si512(_mm512_srli_epi16(pairs, 4), low));
       }
+}
+
+// Second digits follow the first of all inputs of a row, and take another product where a row has them.
+FD_INLINE void few_nibble_rows(Rows a, int64_t rows, const char* group, int64_t chunks, const SumScale* row_scales,
+                               float* acc) {
+  alignas(64) int32_t sums[GEMM_ROWS * PANEL];
+  const int digits = have_second_digits(row_scales, rows, a.groups) ? 2 : 1;
+  for (int digit = 0; digit < digits; ++digit) {
+    multiply_few_nibbles(a.data + digit * a.stride / 2, a.stride, rows, group + PANEL * 2, chunks, sums);
+    add_nibble_sums(sums, rows, row_scales + digit * a.groups / 2, a.groups, scales_of(group), acc);
+  }
+}
+
+FD_INLINE void many_nibble_rows(Rows a, int64_t rows, const char* group, int64_t chunks, const SumScale* row_scales,
+                                float* acc) {
+  alignas(64) int32_t sums[DIGIT_ROWS * PANEL];
+  alignas(64) char bytes[GroupOf<4>::INPUTS * PANEL];
+  unfold_nibbles(group + PANEL * 2, chunks, bytes);
+  for (int64_t first = 0; first < rows; first += DIGIT_ROWS) {
+    const int64_t n = rows - first < DIGIT_ROWS ? rows - first : DIGIT_ROWS;
+    const char* x = a.data + first * a.stride;
+    const SumScale* scales = row_scales + first * a.groups;
+    const int digits = have_second_digits(scales, n, a.groups) ? 2 : 1;
+    for (int digit = 0; digit < digits; ++digit) {
+      gemm_slice<DigitMath>(x + digit * a.stride / 2, a.stride, n, bytes, chunks * CHUNK / 4, sums, true,
+                            group + GroupOf<4>::BYTES, GroupOf<4>::BYTES / LINE);
+      add_sums<4, true>(sums, PANEL, n, scales + digit * a.groups / 2, a.groups, scales_of(group), acc + first * PANEL);
+    }
+  }
 }
 
 inline void multiply_nibble_groups(Rows a, int64_t rows, const char* group, int64_t inputs, float* acc) {
   constexpr int64_t INPUTS = GroupOf<4>::INPUTS;
-  alignas(64) int32_t sums[DIGIT_ROWS * PANEL];
-  alignas(64) char once[INPUTS * PANEL], times_16[INPUTS * PANEL];
-  for (int64_t k = 0, g = 0; k < inputs; k += INPUTS, ++g, group += GroupOf<4>::BYTES, a.data += INPUTS) {
-    const int64_t chunks = (inputs - k < INPUTS ? inputs - k : INPUTS) / CHUNK, depth = chunks * CHUNK / 4;
-    const char* packed = group + PANEL * 2;
-    const SumScale* row_scales = a.sum_scales + g;
-    if (rows <= GEMM_ROWS) {
-      multiply_few_nibbles(a, rows, packed, chunks, sums);
-      add_digit_sums<4, 2>(sums, 2 * PANEL, PANEL, rows, row_scales, a.groups, scales_of(group), acc);
-      continue;
-    }
-    unfold_nibbles(packed, chunks, once, times_16);
-    for (int64_t first = 0; first < rows; first += DIGIT_ROWS) {
-      const int64_t n = rows - first < DIGIT_ROWS ? rows - first : DIGIT_ROWS;
-      const char* x = a.data + first * a.stride;
-      gemm_slice<DigitMath>(x, a.stride, n, times_16, depth, sums, true, group + GroupOf<4>::BYTES,
-                            GroupOf<4>::BYTES / LINE);
-      gemm_slice<DigitMath>(x + a.stride / 2, a.stride, n, once, depth, sums, false, packed, 0);
-      add_sums<4, true>(sums, PANEL, n, row_scales + first * a.groups, a.groups, scales_of(group), acc + first * PANEL);
-    }
+  const SumScale* row_scales = a.sum_scales;
+  for (int64_t k = 0; k < inputs; k += INPUTS, group += GroupOf<4>::BYTES, a.data += INPUTS, ++row_scales) {
+    const int64_t chunks = (inputs - k < INPUTS ? inputs - k : INPUTS) / CHUNK;
+    if (rows <= GEMM_ROWS) few_nibble_rows(a, rows, group, chunks, row_scales, acc);
+    else many_nibble_rows(a, rows, group, chunks, row_scales, acc);
   }
 }
 
