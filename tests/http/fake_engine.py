@@ -10,9 +10,10 @@ import anyio
 
 from fdserve.api.metrics import Metrics
 from fdserve.config import Config
-from fdserve.engine.engine import Engine, EngineStats
+from fdserve.engine.engine import Engine
 from fdserve.engine.output import Generation
 from fdserve.engine.request import Request, TokenDelta, TokenLogprobs
+from fdserve.engine.stats import EngineStats
 from fdserve.errors import InternalError, Overloaded, StartupError, Unavailable
 from fdserve.models.config import GenerationDefaults, ModelConfig
 from fdserve.server import Server, accepted_names
