@@ -15,8 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.chaos import command
-from tests.executor.test_process import is_alive
+from tests.executor.process_table import command, is_alive
 from tests.http.processes import ROOT, until
 
 CLIENT = """

@@ -20,7 +20,7 @@ from fdserve.errors import StartupError
 from fdserve.models.checkpoint import check_checkpoint
 from fdserve.worker.limits import id_mask
 from tests.e2e.test_reproducible import at_once, serving
-from tests.executor.test_process import wait_until_gone
+from tests.executor.process_table import rank_pids, wait_until_gone
 from tests.models.checkpoints import DENSE, MOE, write_checkpoint, write_file
 
 pytestmark = [pytest.mark.anyio, pytest.mark.parametrize("anyio_backend", ["asyncio"])]
@@ -127,7 +127,7 @@ async def generate_all(checkpoint: Path, ranks: int, samplings: list[dict[str, A
 async def test_all_ranks_start_again_when_one_is_killed(tmp_path: Path) -> None:
     checkpoint = random_checkpoint(tmp_path / "model", {**DENSE, **SHAPE})
     async with serving(checkpoint, tensor_parallel_size=2) as engine:
-        before = rank_pids()
+        before = rank_pids(os.getpid())
         assert len(before) == 2
         os.kill(max(before), signal.SIGKILL)
         for pid in before:
@@ -135,16 +135,10 @@ async def test_all_ranks_start_again_when_one_is_killed(tmp_path: Path) -> None:
         with anyio.fail_after(60):
             while engine.status != "ready" or engine.stats().rank_restarts == 0:
                 await anyio.sleep(0.05)
-        after = rank_pids()
+        after = rank_pids(os.getpid())
         assert len(after) == 2
     for pid in after:
         await wait_until_gone(pid)
-
-
-def rank_pids() -> list[int]:
-    """This process's rank processes."""
-    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
-    return [int(pid) for pid in children if b"fdserve.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
 def test_a_split_that_is_impossible_is_one_sentence(tmp_path: Path, anyio_backend: str) -> None:
