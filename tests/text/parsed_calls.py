@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from fdserve.text.tools import ToolCallDelta, ToolFormat
@@ -51,10 +52,13 @@ def parse(pieces: list[str]) -> Seen:
     return seen
 
 
-def parse_anyhow(text: str) -> Seen:
-    """The text in one piece, after it has been split everywhere with the same outcome."""
+def parse_anyhow(text: str, cuts: Iterable[int] | None = None) -> Seen:
+    """The text in one piece, after it has been split everywhere, and at each of the cuts, with the same outcome.
+
+    Without cuts at each place.
+    """
     whole = parse([text])
     assert parse(list(text)) == whole
-    for cut in range(1, len(text)):
+    for cut in range(1, len(text)) if cuts is None else cuts:
         assert parse([text[:cut], text[cut:]]) == whole
     return whole
