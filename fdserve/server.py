@@ -16,6 +16,7 @@ from anyio import to_thread
 from fdserve.api.metrics import Metrics
 from fdserve.api.response_store import ResponseStore
 from fdserve.config import Config
+from fdserve.engine.create import create_engine
 from fdserve.engine.engine import Engine
 from fdserve.errors import Unavailable
 from fdserve.hub import resolve_model
@@ -127,8 +128,6 @@ async def build(config: Config) -> Server:
     template = load_template(tokenizer, config.chat_template or None)
     reasoning = resolve_reasoning(config.reasoning_parser or None, tokenizer, template.source)
     tools = resolve_tools(config.tool_call_parser or None, tokenizer, template.source)
-    from fdserve.engine.create import create_engine
-
     engine = create_engine(config, directory, model)
     name = config.served_model_name or _default_name(config, directory)
     log.info(

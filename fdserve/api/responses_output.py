@@ -5,7 +5,7 @@ from __future__ import annotations
 import uuid
 from typing import Protocol
 
-from fdserve.api.generation import Piece
+from fdserve.api.choice import Piece
 from fdserve.api.text_logprobs import TextLogprobs
 from fdserve.protocol.chat import TokenLogprob
 from fdserve.protocol.response_events import (
