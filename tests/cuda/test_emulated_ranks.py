@@ -17,7 +17,7 @@ from fdserve.engine.request import Request, SamplingParams
 from fdserve.executor.executor import free_port
 from tests.cuda.emulated_model import logits_of
 from tests.cuda.test_emulated_model import ROOT, SHAPE, checkpoint_of
-from tests.e2e.test_reproducible import serving
+from tests.e2e.engines import serving
 from tests.executor.process_table import rank_pids, wait_until_gone
 from tests.models.checkpoints import DENSE
 

@@ -15,8 +15,8 @@ from fdserve.api.params import MAX_TEMPERATURE
 from fdserve.engine.engine import Engine
 from fdserve.engine.request import Constraint, Request, SamplingParams, TokenDelta, TokenLogprobs
 from fdserve.errors import InternalError, InvalidRequest
-from tests.e2e.test_reproducible import CHECKPOINT, at_once, prompt, serving
-from tests.e2e.test_tensor_parallel import SHAPE, bits, random_checkpoint
+from tests.e2e.engines import CHECKPOINT, SHAPE, at_once, bits, random_checkpoint, serving
+from tests.e2e.test_reproducible import prompt
 from tests.models.checkpoints import DENSE, write_file
 from tests.models.stepping import BLOCK_SIZE, BLOCKS_PER_SEQUENCE, Chunk, Stepper, load
 

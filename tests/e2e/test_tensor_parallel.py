@@ -18,34 +18,14 @@ from fdserve.engine.engine import Engine
 from fdserve.engine.request import Request, SamplingParams, TokenDelta, TokenLogprobs
 from fdserve.errors import StartupError
 from fdserve.models.checkpoint import check_checkpoint
-from fdserve.worker.limits import id_mask
-from tests.e2e.test_reproducible import at_once, serving
+from tests.e2e.engines import SHAPE, at_once, bits, random_checkpoint, serving
 from tests.executor.process_table import rank_pids, wait_until_gone
-from tests.models.checkpoints import DENSE, MOE, write_checkpoint, write_file
+from tests.models.checkpoints import DENSE, MOE, write_checkpoint
 
 pytestmark = [pytest.mark.anyio, pytest.mark.parametrize("anyio_backend", ["asyncio"])]
 
-SHAPE = {"torch_dtype": "float32", "num_attention_heads": 8, "num_key_value_heads": 2, "hidden_size": 64}
-
 # ERNIE-4.5-0.3B's blocks, two of them: with four ranks two hold the same key/value head.
 PUBLISHED = {"num_attention_heads": 16, "head_dim": 128, "hidden_size": 1024, "intermediate_size": 3072}
-
-
-def random_checkpoint(directory: Path, config: dict[str, Any]) -> Path:
-    """A float32 checkpoint of the torch layout, its weights drawn so that logits differ clearly."""
-    directory.mkdir()
-    generator = np.random.default_rng(3)
-    tensors = {}
-    for name, zeros in write_checkpoint(directory, config).items():
-        values = generator.normal(size=zeros.shape) * (2.4 / config["hidden_size"] ** 0.5 if zeros.ndim == 2 else 0.1)
-        tensors[name] = (values + (zeros.ndim == 1)).astype(np.float32)
-    write_file(directory / "model.safetensors", tensors)
-    return directory
-
-
-def bits(*ids: int) -> bytes:
-    """A mask of these ids."""
-    return id_mask(ids, max(ids) + 1).tobytes()
 
 
 SAMPLINGS: list[dict[str, Any]] = [
