@@ -7,7 +7,7 @@ import pytest
 
 from fdserve import ops
 from fdserve.ops import reference
-from tests.ops.arrays import Float, assert_close, ints, normal, source, tensor, values
+from tests.ops.arrays import Float, assert_close, assert_rows_stand_alone, ints, normal, source, tensor, values
 
 WEIGHT_ONLY = ["wint8", "wint4"]
 FORMATS = [*WEIGHT_ONLY, "w8a8"]
@@ -64,12 +64,7 @@ def test_a_rows_bits_do_not_depend_on_the_batch_or_the_threads(dtype: str, quant
     rng = np.random.default_rng(1)
     weight = pack(normal(rng, 200, depth, dtype=dtype), dtype, quantization)
     x = tensor(normal(rng, 401, depth, dtype=dtype), dtype)
-    together = values(ops.linear(x, weight, out_dtype="float32"))
-    for first, last in [(0, 1), (1, 3), (4, 9), (10, 16), (16, 29), (16, 34), (50, 150), (190, 400), (400, 401)]:
-        assert (values(ops.linear(x[first:last], weight, out_dtype="float32")) == together[first:last]).all()
-    for threads in (1, 3):
-        ops.set_num_threads(threads)
-        assert (values(ops.linear(x, weight, out_dtype="float32")) == together).all()
+    assert_rows_stand_alone(x, weight)
 
 
 @pytest.mark.parametrize("quantization", FORMATS)
