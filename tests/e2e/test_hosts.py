@@ -102,7 +102,7 @@ class Launched:
         return dict(json.loads(answer.stdout))
 
     def is_ready(self) -> bool:
-        time.sleep(0.2)
+        time.sleep(0.5)  # to ask starts a process
         return self.ask("/health").get("status") == "ok"
 
     def rank_pid(self, rank: int) -> int:
