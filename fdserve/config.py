@@ -2,32 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import difflib
-import json
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import msgspec
-import yaml
 
-import fdserve
+from fdserve.config_sources import MAX_INTEGER, parse_bytes, read_settings
 from fdserve.errors import StartupError
 
-PREFIX = "FDSERVE_"
 BLOCK_MULTIPLE = 16
 """The attention kernels take blocks of a multiple of this many tokens."""
-MAX_INTEGER = 2**63 - 1
-"""Beyond it nothing can be counted: the ranks are told in 64 bits."""
-# What Kubernetes sets in every container for a service whose name begins with "fdserve".
-_OF_A_SERVICE = re.compile(r"(.+_)?(SERVICE_HOST|SERVICE_PORT(_.+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)")
-_SERVICE_ADDRESS = re.compile(r"(tcp|udp|sctp)://.+")
-_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
-_BOOLEANS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
 
 
 def _setting(
@@ -183,20 +169,7 @@ class Config:
         --version print and raise SystemExit(0). Raises StartupError, one sentence that names the setting, for
         anything unknown, garbled or contradictory.
         """
-        flags = _read_flags(argv) if argv is not None else {}
-        variables = _read_variables(environ)
-        given = {**variables, **flags}
-        file = given.pop("config", "")
-        return cls(**{**(_read_file(Path(file)) if file else {}), **given})
-
-
-def parse_bytes(name: str, text: str) -> int:
-    """A size such as "4096", "512M" or "1.5GiB" in bytes (K, M and G are powers of 1024); StartupError if garbled."""
-    match = re.fullmatch(r"(\d{1,20}(?:\.\d{1,20})?)\s*([KMG]?)(?:i?B)?", text.strip(), re.IGNORECASE)
-    size = int(float(match[1]) * _UNITS[match[2].upper()]) if match else 0
-    if not 0 < size <= MAX_INTEGER:
-        raise StartupError(f"{name} is {text!r:.200}: expected a number of bytes such as 4096, 512M or 4G.")
-    return size
+        return cls(**read_settings({field.name: field for field in dataclasses.fields(cls)}, argv, environ))
 
 
 class SpeculativeConfig(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
@@ -244,152 +217,3 @@ def _check_value(field: dataclasses.Field[Any], value: Any) -> None:
         raise StartupError(f"{field.name} is {value}: it must be at least {low}.")
     if high is not None and not value <= high:
         raise StartupError(f"{field.name} is {value}: it must be at most {high}.")
-
-
-def _fields() -> dict[str, dataclasses.Field[Any]]:
-    return {field.name: field for field in dataclasses.fields(Config)}
-
-
-def _convert(field: dataclasses.Field[Any], value: object, origin: str) -> Any:
-    """The value in the field's type, from the text of a flag or variable or from a YAML scalar."""
-    kind = field.type
-    if kind == "str" and isinstance(value, (str, int)) and not isinstance(value, bool):
-        return str(value)
-    if isinstance(value, dict) and field.metadata["metavar"] == "JSON":
-        try:
-            return json.dumps(value)
-        except (TypeError, ValueError, RecursionError) as error:  # dates, say, or a mapping inside itself
-            raise StartupError(f"{origin} is not JSON: {error}.") from None
-    if kind == "bool":
-        if isinstance(value, bool):
-            return value
-        if isinstance(value, str) and value.strip().lower() in _BOOLEANS:
-            return _BOOLEANS[value.strip().lower()]
-    elif isinstance(value, (str, int, float)) and not isinstance(value, bool):
-        try:
-            if kind == "int" and not isinstance(value, float):
-                # Sizes in bytes may carry a unit, in max_request_bytes as in kv_cache_memory.
-                return int(value) if field.metadata["metavar"] != "BYTES" else parse_bytes(origin, str(value))
-            if kind == "float":
-                return float(value)
-        except ValueError:
-            pass
-    expected = {"int": "an integer", "float": "a number", "bool": "true or false", "str": "text"}[str(kind)]
-    raise StartupError(f"{origin} is {value!r:.200}: expected {expected}.")
-
-
-def _read_variables(environ: Mapping[str, str]) -> dict[str, Any]:
-    fields = _fields()
-    values: dict[str, Any] = {}
-    for variable, text in environ.items():
-        if not variable.startswith(PREFIX):
-            continue
-        upper = variable.removeprefix(PREFIX)
-        if _OF_A_SERVICE.fullmatch(upper) or (upper.endswith("PORT") and _SERVICE_ADDRESS.fullmatch(text)):
-            continue
-        name = upper.lower()
-        if name != "config" and name not in fields:
-            raise _unknown("the environment variable", PREFIX, upper, [known.upper() for known in (*fields, "config")])
-        # Compose files and manifests write "not set" as an empty value.
-        if text:
-            if name in values:
-                raise StartupError(f"the environment variable {variable} stands for the second time, in other letters.")
-            values[name] = text if name == "config" else _convert(fields[name], text, variable)
-    return values
-
-
-class _Loader(yaml.SafeLoader):
-    """Raises StartupError for a key that stands twice, be it once with hyphens, where YAML takes the later one."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key, _ in node.value:
-            name = key.value.replace("-", "_") if isinstance(key, yaml.ScalarNode) else None
-            if name is not None and name in seen:
-                where = f"in {self.name}, line {key.start_mark.line + 1}"
-                raise StartupError(f"{where}, the setting {key.value} stands for the second time.")
-            seen.add(name)
-        return super().construct_mapping(node, deep)
-
-
-def _read_file(path: Path) -> dict[str, Any]:
-    try:
-        loader = _Loader(path.read_text(encoding="utf-8"))
-        loader.name = str(path)
-        content = loader.get_single_data()
-    except OSError as error:
-        raise StartupError(f"the configuration file {path} cannot be read: {error.strerror}.") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # besides YAML's own, those of dates and integers
-        problem = " ".join(str(error).split())
-        raise StartupError(f"the configuration file {path} is not valid YAML: {problem}.") from None
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise StartupError(f"the configuration file {path} must hold settings as `name: value` lines.")
-    fields = _fields()
-    values = {}
-    for key, value in content.items():
-        name = str(key).replace("-", "_")
-        if name not in fields:
-            raise _unknown(f"in {path}, the setting", "", str(key), fields)
-        if value is not None:
-            values[name] = _convert(fields[name], value, f"{key} in {path}")
-    return values
-
-
-def _read_flags(argv: Sequence[str]) -> dict[str, Any]:
-    parser = _parser()
-    known, rest = parser.parse_known_args(list(argv))
-    if rest:
-        flag = rest[0].split("=")[0]
-        if not flag.startswith("-"):
-            raise StartupError(f"{flag!r} belongs to no flag: settings are written as --name value.")
-        raise _unknown("the flag", "--", flag.lstrip("-"), parser.flags)
-    fields = _fields()
-    return {
-        name: text if name == "config" else _convert(fields[name], text, "--" + name.replace("_", "-"))
-        for name, text in vars(known).items()
-    }
-
-
-def _unknown(what: str, prefix: str, name: str, known: Iterable[str]) -> StartupError:
-    # The shared prefix is left out of the comparison: with it, everything looks alike.
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return StartupError(f"{what} {prefix}{name} is unknown" + (f": did you mean {prefix}{close[0]}?" if close else "."))
-
-
-class _Parser(argparse.ArgumentParser):
-    """argparse, with its errors as StartupError."""
-
-    flags: list[str]
-
-    def error(self, message: str) -> NoReturn:
-        raise StartupError(message + "." if not message.endswith(".") else message)
-
-
-def _parser() -> _Parser:
-    """Flags leave text under the setting's name, and nothing where they are absent."""
-    parser = _Parser(
-        prog="fdserve",
-        description="An OpenAI-compatible inference server for ERNIE-4.5 on PaddlePaddle.",
-        epilog=f"Every setting is also a variable ({PREFIX}MAX_MODEL_LEN=4096) and a key of the YAML file "
-        "(max_model_len: 4096). Flags win over variables, variables over the file.",
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--version", action="version", version=f"fdserve {fdserve.__version__}")
-    parser.add_argument("--config", metavar="FILE", help="YAML file of settings")
-    for name, field in _fields().items():
-        flag = "--" + name.replace("_", "-")
-        default = f" (default: {str(field.default).lower() if field.type == 'bool' else field.default})"
-        text = (field.metadata["help"] + (default if field.default != "" else "")).replace("%", "%%")
-        metavar = field.metadata["metavar"]
-        if field.type == "bool":
-            parser.add_argument(flag, dest=name, metavar=metavar, nargs="?", const="true", help=text)
-            parser.add_argument(
-                flag.replace("--", "--no-", 1), dest=name, action="store_const", const="false", help=argparse.SUPPRESS
-            )
-        else:
-            parser.add_argument(flag, dest=name, metavar=metavar, help=text)
-    parser.flags = [flag.lstrip("-") for action in parser._actions for flag in action.option_strings]
-    return parser

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +13,9 @@ from anyio import to_thread
 
 from fdserve.api.metrics import Metrics
 from fdserve.api.response_store import ResponseStore
+from fdserve.api.running_requests import RunningRequests
 from fdserve.config import Config
+from fdserve.engine.create import create_engine
 from fdserve.engine.engine import Engine
 from fdserve.errors import Unavailable
 from fdserve.hub import resolve_model
@@ -31,40 +31,6 @@ log = logging.getLogger("fdserve")
 
 DEMO_NAME = "fdserve-demo"
 TOKENIZING_THREADS = 2
-
-
-class RunningRequests:
-    """The requests that are being answered, by the names that a client may cancel them by.
-
-    Clients choose some of the names, so several requests may share one; to cancel it cancels them all.
-    """
-
-    def __init__(self) -> None:
-        self._cancels: dict[str, list[Callable[[], None]]] = {}
-
-    @contextmanager
-    def register(self, ids: Iterable[str], cancel: Callable[[], None]) -> Iterator[None]:
-        """Inside the block, the request can be cancelled by each of the ids.
-
-        `cancel` must not wait, and may be called more than once. Its request then ends with RequestCancelled.
-        """
-        names = set(ids)
-        for name in names:
-            self._cancels.setdefault(name, []).append(cancel)
-        try:
-            yield
-        finally:
-            for name in names:
-                self._cancels[name].remove(cancel)
-                if not self._cancels[name]:
-                    del self._cancels[name]
-
-    def cancel(self, id: str) -> bool:
-        """Cancel what runs under this id; False if nothing does."""
-        cancels = list(self._cancels.get(id, ()))
-        for cancel in cancels:
-            cancel()
-        return bool(cancels)
 
 
 @dataclass
@@ -127,8 +93,6 @@ async def build(config: Config) -> Server:
     template = load_template(tokenizer, config.chat_template or None)
     reasoning = resolve_reasoning(config.reasoning_parser or None, tokenizer, template.source)
     tools = resolve_tools(config.tool_call_parser or None, tokenizer, template.source)
-    from fdserve.engine.create import create_engine
-
     engine = create_engine(config, directory, model)
     name = config.served_model_name or _default_name(config, directory)
     log.info(

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 import fdserve
-from fdserve.config import Config, parse_bytes
+from fdserve.config import Config
+from fdserve.config_sources import parse_bytes
 from fdserve.errors import StartupError
 
 

@@ -14,7 +14,7 @@ from fdserve.api import messages_input, responses_input
 from fdserve.api.fields import EXTRA_FIELDS
 from fdserve.api.metrics import Metrics
 from fdserve.config import Config
-from fdserve.engine.engine import EngineStats
+from fdserve.engine.stats import EngineStats
 from fdserve.errors import ServerError
 from fdserve.http.request import BODY_SECONDS
 from fdserve.protocol.chat import ChatMessage, ChatRequest, ConversationRequest

@@ -9,7 +9,7 @@ import pytest
 from fdserve.config import Config
 from fdserve.errors import StartupError, Unavailable
 from fdserve.hub import DEMO
-from fdserve.server import DEMO_NAME, RunningRequests, build
+from fdserve.server import DEMO_NAME, build
 from fdserve.text.tools import ToolFormat
 
 ROOT = Path(__file__).parents[1]
@@ -58,43 +58,3 @@ def test_no_paddle_in_the_api_process() -> None:
         "from fdserve.server import build; anyio.run(build, Config()); sys.exit('paddle' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60, check=True)
-
-
-def test_running_requests_are_cancelled_by_any_of_their_ids() -> None:
-    running = RunningRequests()
-    cancelled: list[str] = []
-    with running.register(["response-1", "mine"], lambda: cancelled.append("first")):
-        assert running.cancel("response-1")
-        assert running.cancel("mine")
-        assert cancelled == ["first", "first"]
-        assert not running.cancel("other")
-    assert not running.cancel("mine")
-
-
-def test_running_requests_of_one_id_are_cancelled_together() -> None:
-    running = RunningRequests()
-    cancelled: list[str] = []
-    with running.register(["mine"], lambda: cancelled.append("first")):
-        with running.register(["mine", "mine"], lambda: cancelled.append("second")):
-            assert running.cancel("mine")
-            assert sorted(cancelled) == ["first", "second"]
-        cancelled.clear()
-        assert running.cancel("mine")
-        assert cancelled == ["first"]
-
-
-def test_a_request_that_ends_while_it_is_cancelled() -> None:
-    running = RunningRequests()
-    calls: list[str] = []
-
-    def leave() -> None:
-        first.__exit__(None, None, None)
-
-    first = running.register(["mine"], leave)
-    second = running.register(["mine"], lambda: calls.append("second"))
-    first.__enter__()
-    second.__enter__()
-    assert running.cancel("mine")
-    assert calls == ["second"]
-    second.__exit__(None, None, None)
-    assert not running.cancel("mine")

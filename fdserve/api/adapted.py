@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from fdserve.errors import InvalidRequest
 from fdserve.protocol.chat import ChatRequest, ConversationRequest
@@ -39,7 +38,7 @@ def new_chat(request: ConversationRequest, refused: Mapping[str, str]) -> ChatRe
     return chat
 
 
-def _says_something(name: str, value: Any) -> bool:
+def _says_something(name: str, value: object) -> bool:
     if name in _NEUTRAL:
         return value is not None and value not in _NEUTRAL[name]
     # Of a number of logprobs, 0 says something, too.

@@ -5,8 +5,9 @@ from __future__ import annotations
 import msgspec
 
 from fdserve.api.chat_answer import ChatAnswer
+from fdserve.api.choice import Choice, new_choice
 from fdserve.api.fields import read_request
-from fdserve.api.generation import Choice, new_choice, off_loop_if_long, response_id, running
+from fdserve.api.generation import off_loop_if_long, response_id, running
 from fdserve.api.params import (
     check_choices,
     check_logprobs,
@@ -28,8 +29,6 @@ from fdserve.protocol.chat import ChatRequest
 from fdserve.server import Server
 from fdserve.text.reasoning import starts_in_thinking
 from fdserve.text.stop import StopTable
-
-__all__ = ["chat_completions", "check_chat", "prepare_chat", "render_prompt", "rendered"]
 
 
 async def chat_completions(server: Server, http: Request, reply: Reply) -> None:

@@ -8,15 +8,13 @@ from functools import partial
 
 from msgspec import UNSET, UnsetType
 
+from fdserve.api.choice import Choice, Piece, join
 from fdserve.api.generation import (
     SYSTEM_FINGERPRINT,
-    Choice,
-    Piece,
     collect_all,
     encoded_apart,
     entry_size,
     forward_in_turn,
-    join,
     off_loop_if_long,
 )
 from fdserve.api.logprobs import chat_logprobs, prompt_logprobs

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import msgspec
 
+from fdserve.api.choice import Choice, new_choice
 from fdserve.api.completion_answer import CompletionAnswer
 from fdserve.api.fields import read_request
-from fdserve.api.generation import Choice, new_choice, off_loop_if_long, response_id, running
+from fdserve.api.generation import off_loop_if_long, response_id, running
 from fdserve.api.params import (
     check_choices,
     check_logprobs,

@@ -9,10 +9,9 @@ from functools import cached_property, partial
 import anyio
 from msgspec import UNSET, structs
 
+from fdserve.api.choice import Choice, Piece
 from fdserve.api.generation import (
     SYSTEM_FINGERPRINT,
-    Choice,
-    Piece,
     collect_all,
     encoded_apart,
     entry_size,

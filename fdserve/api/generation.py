@@ -12,29 +12,11 @@ import msgspec
 from anyio import to_thread
 
 from fdserve import __version__
-from fdserve.api.choice import Choice, Piece, join, new_choice
+from fdserve.api.choice import Choice, Piece, join
 from fdserve.http.request import Request
 from fdserve.http.response import Reply, encode
 from fdserve.protocol.generation import GenerationRequest
 from fdserve.server import Server
-
-__all__ = [
-    "SYSTEM_FINGERPRINT",
-    "Choice",
-    "Piece",
-    "collect",
-    "collect_all",
-    "encoded_apart",
-    "entry_size",
-    "for_each",
-    "forward_in_turn",
-    "join",
-    "new_choice",
-    "off_loop_if_long",
-    "response_id",
-    "running",
-    "submitted",
-]
 
 T = TypeVar("T")
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fdserve.api.chat import check_chat, prepare_chat, rendered
+from fdserve.api.choice import Choice, Piece
 from fdserve.api.fields import read_request
-from fdserve.api.generation import Choice, Piece, response_id, running
+from fdserve.api.generation import response_id, running
 from fdserve.api.messages_input import chat_request, prompt_request
 from fdserve.api.messages_output import BlockWriter
 from fdserve.api.params import check_request

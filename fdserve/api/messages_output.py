@@ -7,7 +7,7 @@ from typing import Any, Literal, cast
 
 import msgspec
 
-from fdserve.api.generation import Piece
+from fdserve.api.choice import Piece
 from fdserve.protocol.message_events import (
     BlockDelta,
     BlockStart,

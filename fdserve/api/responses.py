@@ -9,8 +9,9 @@ from collections.abc import Sequence
 import msgspec
 
 from fdserve.api.chat import prepare_chat
+from fdserve.api.choice import Choice, Piece
 from fdserve.api.fields import read_request
-from fdserve.api.generation import Choice, Piece, running
+from fdserve.api.generation import running
 from fdserve.api.response_store import StoredResponse
 from fdserve.api.responses_input import as_own_fields, chat_request, input_items, wants_logprobs
 from fdserve.api.responses_output import OutputWriter

@@ -59,8 +59,8 @@ def as_own_fields() -> Iterator[None]:
         yield
     except ServerError as error:
         if error.param is not None:
-            head, rest = re.fullmatch(r"(\w*)(.*)", error.param, re.DOTALL).groups()  # type: ignore[union-attr]
-            error.param = _ORIGIN[head] if head in _ORIGIN else head + rest.replace(".function", "", 1)
+            head = re.split(r"\W", error.param, maxsplit=1)[0]
+            error.param = _ORIGIN.get(head) or error.param.replace(".function", "", 1)
             if error.code == "context_length_exceeded":
                 error.message = error.message.replace("messages", "input")
         raise

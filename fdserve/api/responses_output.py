@@ -5,7 +5,7 @@ from __future__ import annotations
 import uuid
 from typing import Protocol
 
-from fdserve.api.generation import Piece
+from fdserve.api.choice import Piece
 from fdserve.api.text_logprobs import TextLogprobs
 from fdserve.protocol.chat import TokenLogprob
 from fdserve.protocol.response_events import (
@@ -55,7 +55,7 @@ class OutputWriter:
         if self._logprobs is not None:
             self._logprobs.push(piece.logprobs)
         if piece.reasoning:
-            if not isinstance(self._open, _ThoughtPart | _SummaryPart):
+            if not isinstance(self._open, _ThoughtPart):
                 part = _SummaryPart if self._summarize else _ThoughtPart
                 events += self._begin(part(_new_id("rs"), len(self.items)))
             events += self._add(piece.reasoning)
@@ -164,12 +164,8 @@ class _ThoughtPart:
         ]
 
 
-class _SummaryPart:
-    def __init__(self, id: str, index: int) -> None:
-        self.index = index
-        self.item: OutputItem = ReasoningItem(id=id, status="in_progress", summary=[], content=[])
-        self._id = id
-        self._texts: list[str] = []
+class _SummaryPart(_ThoughtPart):
+    """Thoughts where clients look for a summary of them."""
 
     def begin(self) -> list[ResponseEvent]:
         part = SummaryText(text="")

@@ -9,12 +9,12 @@ from collections.abc import Callable
 
 import msgspec
 
-from fdserve.api.chat import check_chat, render_prompt
+from fdserve.api.chat import check_chat
 from fdserve.api.fields import read_request
 from fdserve.api.generation import off_loop_if_long
 from fdserve.api.models import check_model
 from fdserve.api.params import check_request
-from fdserve.api.prompt import tokenized
+from fdserve.api.prompt import render_prompt, tokenized
 from fdserve.api.token_rules import check_token_ids
 from fdserve.errors import InvalidRequest
 from fdserve.http.request import Request, decode

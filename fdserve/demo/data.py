@@ -12,12 +12,9 @@ from collections.abc import Iterator
 from fdserve.demo import sums, unknown
 from fdserve.demo.chat import Document, Piece, Turn, conversation, response
 from fdserve.demo.howtos import HOWTOS
-from fdserve.demo.sums import held_out_sums
 from fdserve.demo.talk import TALK
 from fdserve.demo.terms import TERMS
 from fdserve.demo.tools import tool_use
-
-__all__ = ["EOS", "SPECIAL_PIECES", "documents", "held_out_sums"]
 
 EOS = "</s>"
 CONTROL_PIECES = ("<|im_start|>", "<|im_end|>", "<|begin_of_sentence|>", "<|end_of_sentence|>")

@@ -15,8 +15,7 @@ import torch
 from transformers import Ernie4_5ForCausalLM
 
 from fdserve.demo.chat import Turn, prompt
-from fdserve.demo.data import held_out_sums
-from fdserve.demo.sums import answer
+from fdserve.demo.sums import answer, held_out_sums
 from fdserve.demo.tokens import Encoder
 
 HELD_OUT = 1000

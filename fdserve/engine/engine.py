@@ -14,7 +14,6 @@ from contextlib import AbstractAsyncContextManager, contextmanager, nullcontext
 from typing import Literal, Protocol
 
 import anyio
-import msgspec
 
 from fdserve.engine.masking import Turn, run_turns
 from fdserve.engine.output import Generation
@@ -22,6 +21,7 @@ from fdserve.engine.request import Request, TokenDelta
 from fdserve.engine.results import Sampled
 from fdserve.engine.scheduler import Scheduler
 from fdserve.engine.sequence import Sequence
+from fdserve.engine.stats import EngineStats, stats_of
 from fdserve.engine.step_log import StepLog
 from fdserve.errors import Overloaded, RankError, ServerError, StartupError, Unavailable
 from fdserve.executor.wire import MASKS_PER_FRAME, Masks, Plan, Ready, StepResult
@@ -43,26 +43,6 @@ class Ranks(Protocol):
     async def send(self, message: Plan | Masks) -> None: ...
     async def receive(self) -> StepResult: ...
     async def check(self) -> None: ...
-
-
-class EngineStats(msgspec.Struct, frozen=True):
-    """Gauges and totals."""
-
-    running: int = 0
-    waiting: int = 0
-    kv_blocks_total: int = 0
-    kv_blocks_used: int = 0
-    kv_blocks_cached: int = 0
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    generated_tokens: int = 0
-    drafted_tokens: int = 0
-    accepted_tokens: int = 0
-    preemptions: int = 0
-    steps: int = 0
-    rank_restarts: int = 0
-    step_seconds: float = 0.0
-    """Time that the ranks spent computing."""
 
 
 class Engine:
@@ -131,26 +111,9 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """The state now."""
-        scheduler = self._scheduler
-        if scheduler is None:
+        if self._scheduler is None:
             return EngineStats()
-        totals, pool = scheduler.stats, scheduler.pool
-        return EngineStats(
-            running=len(scheduler.running),
-            waiting=scheduler.num_waiting,
-            kv_blocks_total=pool.num_blocks,
-            kv_blocks_used=pool.num_blocks - pool.num_free,
-            kv_blocks_cached=pool.num_cached,
-            prompt_tokens=totals.prompt_tokens,
-            cached_tokens=totals.cached_tokens,
-            generated_tokens=totals.generated_tokens,
-            drafted_tokens=totals.drafted_tokens,
-            accepted_tokens=totals.accepted_tokens,
-            preemptions=totals.preemptions,
-            steps=totals.steps,
-            rank_restarts=self._restarts,
-            step_seconds=self._step_seconds,
-        )
+        return stats_of(self._scheduler, rank_restarts=self._restarts, step_seconds=self._step_seconds)
 
     # -- the loop ------------------------------------------------------------------------------------------------
 

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 
 import anyio
 from msgspec.structs import replace
 
 from fdserve.errors import RankError
-from fdserve.executor.frames import LostPeer
 from fdserve.executor.process import RankProcess
-from fdserve.executor.remote import RemoteRank
+from fdserve.executor.rank import LostPeer, Rank
 from fdserve.executor.wire import Load, Loading, Masks, Plan, Ready, StepResult, encode_frame
 from fdserve.ops.collectives import shared_bytes
-
-Rank = RankProcess | RemoteRank
 
 LOOK_SECONDS = 0.1
 """How often a wait for rank 0 looks after the other ranks."""
@@ -81,7 +78,7 @@ async def open_executor(
     *,
     slot_bytes: int = 0,
     load_timeout: float = 300.0,
-    accept: Callable[[], Awaitable[list[RemoteRank]]] | None = None,
+    accept: Callable[[], Awaitable[Sequence[Rank]]] | None = None,
 ) -> AsyncIterator[Executor]:
     """Start `load.world_size` ranks and wait until all are ready; kill them on leaving, however it is left.
 

@@ -1,29 +1,15 @@
-"""Frames over a byte stream, and what a rank's frames mean."""
+"""Frames over a byte stream."""
 
 from __future__ import annotations
 
 import anyio
-import msgspec
 from anyio.abc import ByteStream
 
 from fdserve.errors import RankError
-from fdserve.executor.wire import (
-    HEADER,
-    MAX_FRAME_BYTES,
-    Failed,
-    FromRank,
-    Loading,
-    Ready,
-    StepResult,
-    decode_from_rank,
-)
+from fdserve.executor.wire import HEADER, MAX_FRAME_BYTES
 
 connection_lost = (anyio.EndOfStream, anyio.BrokenResourceError, anyio.ClosedResourceError)
 """What sending and receiving raise when the other side is gone."""
-
-
-class LostPeer(RankError):
-    """A rank ended because another one did: not the cause."""
 
 
 class FrameStream:
@@ -64,15 +50,3 @@ class FrameStream:
             raise RankError(f"{self._peer} sent a frame of {length} bytes")
         end = HEADER.size + int(length)
         return end if len(self._buffer) >= end else None
-
-
-def told(rank: int, body: bytes) -> Loading | Ready | StepResult:
-    """The message of a rank's frame. RankError if it says that the rank failed, or cannot be read."""
-    try:
-        message: FromRank = decode_from_rank(body)
-    except msgspec.DecodeError as error:
-        raise RankError(f"rank {rank} sent a frame that cannot be read: {error}") from error
-    if isinstance(message, Failed):
-        kind = LostPeer if message.lost_peer else RankError
-        raise kind(f"rank {rank}: {message.message}")
-    return message

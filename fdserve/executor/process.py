@@ -17,21 +17,20 @@ import anyio
 from anyio.abc import UNIXSocketStream
 
 from fdserve.errors import RankError
-from fdserve.executor.frames import FrameStream, connection_lost, told
-from fdserve.executor.wire import Load, Loading, Ready, StepResult, encode_frame
+from fdserve.executor.frames import FrameStream
+from fdserve.executor.rank import Rank
+from fdserve.executor.wire import Load, encode_frame
 
 REAP_SECONDS = 5.0
 PACKAGE_PARENT = Path(__file__).resolve().parents[2]
 
 
-class RankProcess:
-    """A rank, seen from the API process."""
+class RankProcess(Rank):
+    """A rank on this host."""
 
     def __init__(self, rank: int, process: subprocess.Popen[bytes], frames: FrameStream) -> None:
-        self.rank = rank
+        super().__init__(rank, frames)
         self._process = process
-        self._frames = frames
-        self._failure: RankError | None = None  # what it said of its end
 
     @classmethod
     async def start(cls, load: Load) -> RankProcess:
@@ -60,40 +59,11 @@ class RankProcess:
         """The process id."""
         return self._process.pid
 
-    async def send(self, frame: bytes) -> None:
-        """Send a whole frame. Cancelled halfway, the connection is of no more use. RankError if the rank is gone."""
-        try:
-            await self._frames.send(frame)
-        except connection_lost as error:
-            raise await self._gone() from error
-
-    async def receive(self) -> Loading | Ready | StepResult:
-        """The next frame. RankError if the rank is gone or says that it failed. Cancellation loses nothing."""
-        if self._failure is not None:
-            raise self._failure
-        try:
-            return told(self.rank, await self._frames.receive())
-        except connection_lost as error:
-            raise await self._gone() from error
-        except RankError as error:
-            self._failure = error
-            raise
-
-    async def failure(self) -> RankError:
-        """Why the rank is lost; waits until it is. Cancellation loses frames."""
-        try:
-            while True:
-                await self.receive()
-        except RankError as error:
-            return error
-
     def check(self) -> None:
-        """Raise RankError if the process has ended."""
         if self._process.poll() is not None:
             raise self._ended()
 
     async def stop(self) -> None:
-        """Kill the process and wait for its end: a rank has nothing to save. Not to be cancelled."""
         await kill([self._process])
         with anyio.CancelScope(shield=True):
             await self._frames.aclose()

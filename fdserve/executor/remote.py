@@ -11,64 +11,37 @@ from anyio.abc import SocketAttribute, SocketStream
 from fdserve.errors import RankError
 from fdserve.executor.cluster import Cluster, NotTrusted, watch_for_loss, welcome
 from fdserve.executor.fingerprint import Different, Fingerprint, examine
-from fdserve.executor.frames import FrameStream, connection_lost, told
-from fdserve.executor.wire import Loading, Ready, StepResult
+from fdserve.executor.frames import FrameStream, connection_lost
+from fdserve.executor.rank import Rank
 
 logger = logging.getLogger("fdserve.executor")
 
 GREETING_SECONDS = 5.0
 
 
-class RemoteRank:
-    """A rank on another host: what `RankProcess` is for one of this."""
+class RemoteRank(Rank):
+    """A rank on another host."""
 
     def __init__(self, rank: int, stream: SocketStream, frames: FrameStream) -> None:
         """`frames` are those of `stream`."""
-        self.rank = rank
+        super().__init__(rank, frames)
         self._stream = stream
-        self._frames = frames
-        self._failure: RankError | None = None  # what it said of its end
-
-    async def send(self, frame: bytes) -> None:
-        """As `RankProcess.send`."""
-        try:
-            await self._frames.send(frame)
-        except connection_lost as error:
-            raise self._gone() from error
-
-    async def receive(self) -> Loading | Ready | StepResult:
-        """As `RankProcess.receive`."""
-        if self._failure is not None:
-            raise self._failure
-        try:
-            return told(self.rank, await self._frames.receive())
-        except connection_lost as error:
-            raise self._gone() from error
-        except RankError as error:
-            self._failure = error
-            raise
-
-    async def failure(self) -> RankError:
-        """As `RankProcess.failure`."""
-        try:
-            while True:
-                await self.receive()
-        except RankError as error:
-            return error
 
     def check(self) -> None:
-        """Raise RankError if its connection is closed."""
         poll = select.poll()
         poll.register(self._stream.extra(SocketAttribute.raw_socket).fileno(), select.POLLRDHUP)
         if poll.poll(0):
-            raise self._gone()
+            raise self._lost()
 
     async def stop(self) -> None:
-        """Close the connection: its host then kills the rank. Not to be cancelled."""
+        # Its host then kills the rank.
         with anyio.CancelScope(shield=True):
             await anyio.aclose_forcefully(self._stream)
 
-    def _gone(self) -> RankError:
+    async def _gone(self) -> RankError:
+        return self._lost()
+
+    def _lost(self) -> RankError:
         return RankError(f"the connection to rank {self.rank}, on another host, is lost")
 
 

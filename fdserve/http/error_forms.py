@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import msgspec
 
@@ -37,7 +36,7 @@ class ErrorForm:
     """
 
     schema: type[msgspec.Struct]
-    body: Callable[[ServerError, str], Any]
+    body: Callable[[ServerError, str], msgspec.Struct]
     ending: Callable[[ServerError, str], bytes]
     id_headers: tuple[bytes, ...] = ()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import msgspec
 
@@ -16,17 +15,17 @@ DONE = b"data: [DONE]\n\n"
 _encode = msgspec.json.Encoder().encode
 
 
-def encode(value: Any) -> bytes:
+def encode(value: object) -> bytes:
     """The value as JSON."""
     return _encode(value)
 
 
-def event(value: Any) -> bytes:
+def event(value: object) -> bytes:
     """One server-sent event whose data is the value as JSON."""
     return b"data: " + _encode(value) + b"\n\n"
 
 
-def named_event(name: str, value: Any) -> bytes:
+def named_event(name: str, value: object) -> bytes:
     """One server-sent event with a name: Anthropic's streams have them, and those of /v1/responses."""
     return b"event: " + name.encode("ascii") + b"\n" + event(value)
 
@@ -50,7 +49,7 @@ class Reply:
         self.finished = False
         self.bytes_sent = 0
 
-    async def json(self, value: Any, *, status: int = 200, headers: Headers = ()) -> None:
+    async def json(self, value: object, *, status: int = 200, headers: Headers = ()) -> None:
         """Send the value as the whole answer."""
         await self.text(_encode(value), "application/json", status=status, headers=headers)
 

@@ -5,6 +5,7 @@ Imports no Paddle: the API process calls `check_checkpoint`, which reads no weig
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from fdserve.models.safetensors_file import READABLE, SafetensorsFile, TensorInf
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLED = (".pdparams", ".bin", ".pt", ".pth", ".ckpt")
+_SHARD_NAME = re.compile(r"[^/\\\0]*\.safetensors")
 
 
 class Checkpoint:
@@ -138,9 +140,8 @@ def _head_sizes(config: ModelConfig, name: str) -> str:
     )
 
 
-def _check_shard_name(index: Path, name: Any) -> None:
-    plain = isinstance(name, str) and name == Path(name).name and "\\" not in name and "\0" not in name
-    if not plain or not name.endswith(".safetensors"):
+def _check_shard_name(index: Path, name: object) -> None:
+    if not isinstance(name, str) or not _SHARD_NAME.fullmatch(name):
         raise StartupError(f"{index} names {name!r}, which is not the plain name of a safetensors file.")
 
 

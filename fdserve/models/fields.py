@@ -100,5 +100,5 @@ def read_json_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def _is_integer(value: Any) -> bool:
+def _is_integer(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)

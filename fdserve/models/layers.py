@@ -7,7 +7,7 @@ rank computes alone is summed by `all_reduce` behind each block.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -42,7 +42,7 @@ class ForwardBatch:
 class KvCaches:
     """(keys, values) of each layer in blocks of `block_size` tokens, from `fdserve.ops.new_kv_cache`."""
 
-    layers: list[tuple[Any, Any]]
+    layers: list[tuple[Tensor, Tensor]]
     block_size: int
 
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from fdserve.ops import vocabulary_starts
 
-Collective = Callable[[Any], Any]
+if TYPE_CHECKING:
+    from paddle import Tensor
+
+Collective = Callable[["Tensor"], "Tensor"]
 """Takes this rank's tensor, blocks until every rank has given its own, and returns the joint result."""
 
 
-def identity(x: Any) -> Any:
+def identity(x: Tensor) -> Tensor:
     """The sum of a rank that is alone."""
     return x
 

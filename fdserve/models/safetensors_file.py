@@ -114,7 +114,7 @@ def _unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-def _tensor_info(path: Path, name: str, entry: Any, start: int) -> TensorInfo:
+def _tensor_info(path: Path, name: str, entry: object, start: int) -> TensorInfo:
     fields = entry if isinstance(entry, dict) else {}
     dtype: Any = fields.get("dtype")
     shape: Any = fields.get("shape")
@@ -133,7 +133,7 @@ def _tensor_info(path: Path, name: str, entry: Any, start: int) -> TensorInfo:
     return TensorInfo(dtype, tuple(shape), path, start + begin, start + end)
 
 
-def _are_sizes(value: Any) -> bool:
+def _are_sizes(value: object) -> bool:
     return isinstance(value, list) and all(
         isinstance(size, int) and not isinstance(size, bool) and size >= 0 for size in value
     )

@@ -90,7 +90,7 @@ def _like(x: Tensor, value: int) -> Tensor:
     return paddle.full([1], value, x.dtype)
 
 
-def _to_device(values: Array) -> Any:
+def _to_device(values: Array) -> Tensor:
     import paddle
 
     return paddle.to_tensor(values)

@@ -96,7 +96,7 @@ def pack_experts(
     format = _format(dtype, quantization)
     if on_gpu():
         return _pack_experts_on_gpu(list(weights), num_experts, dtype, format, in_out)
-    data: Any = None
+    data: Tensor | None = None
     shape: tuple[int, ...] = ()
     count = 0
     for count, weight in enumerate(weights, 1):
@@ -142,7 +142,7 @@ def _features(weight: npt.NDArray[Any], in_out: bool) -> tuple[int, int]:
     return (columns, rows) if in_out else (rows, columns)
 
 
-def _empty_panels(count: int, out_features: int, in_features: int, format: str) -> Any:
+def _empty_panels(count: int, out_features: int, in_features: int, format: str) -> Tensor:
     import paddle
 
     panels = -(-out_features // PANEL)
@@ -154,7 +154,7 @@ def _empty_panels(count: int, out_features: int, in_features: int, format: str) 
     return paddle.empty([count, panels, panel_bytes], "uint8")
 
 
-def _pack_into(data: Any, index: int, weight: npt.NDArray[Any], format: str, in_out: bool) -> None:
+def _pack_into(data: Tensor, index: int, weight: npt.NDArray[Any], format: str, in_out: bool) -> None:
     if weight.dtype.name not in _SOURCES or not weight.dtype.isnative:
         raise ValueError(f"a weight must be float32 or bfloat16 (as uint16), not {weight.dtype}")
     weight = np.ascontiguousarray(weight)

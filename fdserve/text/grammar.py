@@ -15,23 +15,10 @@ from anyio import CapacityLimiter, to_thread
 from fdserve.errors import InvalidRequest, Overloaded
 from fdserve.text.grammar_constraint import GrammarConstraint, Layout, clean_message
 from fdserve.text.grammar_source import write_grammar
-from fdserve.text.grammar_spec import Choice, JsonSchema, Lark, Regex, Spec, StructuralTag, ToolCalls
+from fdserve.text.grammar_spec import JsonSchema, Spec, ToolCalls
 from fdserve.text.grammar_vocabulary import GrammarVocabulary
 from fdserve.text.reasoning import ReasoningFormat
 from fdserve.text.tokenizer import Tokenizer
-
-__all__ = [
-    "Choice",
-    "Grammar",
-    "GrammarCompiler",
-    "GrammarConstraint",
-    "JsonSchema",
-    "Lark",
-    "Regex",
-    "Spec",
-    "StructuralTag",
-    "ToolCalls",
-]
 
 log = logging.getLogger("fdserve")
 T = TypeVar("T")

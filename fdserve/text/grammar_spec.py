@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Union
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -74,5 +74,4 @@ class ToolCalls:
     content: Spec | None = None
 
 
-# Not `|`: Python 3.10 has no union of classes to name.
-Spec = Union[JsonSchema, Regex, Choice, Lark, StructuralTag, ToolCalls]  # noqa: UP007
+Spec = JsonSchema | Regex | Choice | Lark | StructuralTag | ToolCalls

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import Any
+from collections.abc import Collection, Iterable
 
 import llguidance
 import numpy as np
@@ -44,7 +43,7 @@ class GrammarVocabulary:
         self.newlines = [frozenset(i for i, token in enumerate(self.tokens) if token == run) for run in runs]
         self._encode = tokenizer.encode
 
-    def bits(self, token_ids: Any) -> Bits:
+    def bits(self, token_ids: Iterable[int]) -> Bits:
         """The mask that allows these ids and no others."""
         mask = np.zeros(self.mask_bytes * 8, np.uint8)
         mask[list(token_ids)] = 1

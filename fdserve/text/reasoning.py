@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from fdserve.errors import StartupError
 from fdserve.text.detokenizer import Detokenizer
+from fdserve.text.parser_names import format_named
 from fdserve.text.tokenizer import Tokenizer
 
 # What a parser may be called -> the format. The names are FastDeploy's and vLLM's; "-" reads as "_".
@@ -44,15 +45,7 @@ def resolve_reasoning(name: str | None, tokenizer: Tokenizer, template_source: s
     which the tags are single tokens mean "think", and "ernie_x1" where the same holds for `<response>`.
     Raises StartupError for an unknown name, or when a named format's tags are not in the vocabulary.
     """
-    if name is None:
-        kind = _detect(tokenizer, template_source)
-    elif name.lower() == "none":
-        kind = None
-    else:
-        kind = _FORMAT_OF.get(name.lower().replace("-", "_"))
-        if kind is None:
-            known = ", ".join([*_FORMAT_OF, "none"])
-            raise StartupError(f"unknown reasoning parser {name!r}: choose one of {known}")
+    kind = _detect(tokenizer, template_source) if name is None else format_named("reasoning", name, _FORMAT_OF)
     if kind is None:
         return None
     tags = ["<think>", "</think>"] + (["<response>", "</response>"] if kind == "ernie_x1" else [])

@@ -30,9 +30,7 @@ from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 from markupsafe import escape
 
-from fdserve.text.template_meter import FILTERS, METHODS, current_meter, metered
-
-__all__ = ["BoundedEnvironment", "current_meter", "metered", "template_message"]
+from fdserve.text.template_meter import FILTERS, METHODS, current_meter
 
 MAX_CODE_CHARS = 512 << 10
 """Of the Python that a template becomes: its compiler is a single call."""

@@ -14,10 +14,9 @@ from jinja2 import TemplateError
 from fdserve.errors import InvalidRequest, StartupError
 from fdserve.text.family_templates import FAMILY_TEMPLATES
 from fdserve.text.pieces import well_formed
-from fdserve.text.sandbox import BoundedEnvironment, current_meter, metered, template_message
+from fdserve.text.sandbox import BoundedEnvironment, template_message
+from fdserve.text.template_meter import current_meter, metered
 from fdserve.text.tokenizer import Tokenizer
-
-__all__ = ["FAMILY_TEMPLATES", "ChatTemplate", "load_template"]
 
 MAX_SOURCE_CHARS = 128 << 10
 MAX_INDENT = 16

@@ -109,7 +109,7 @@ class Meter:
             kept.append(part)
         return "".join(kept)
 
-    def _full_size(self, value: Any) -> int:
+    def _full_size(self, value: object) -> int:
         """The size written out: a value inside a list twice counts twice, but is walked only once."""
         if known := self._sizes.get(id(value)):
             return known[1]
@@ -177,18 +177,18 @@ class Meter:
             return len(text) * (_OBJECT + sum(map(len, texts)) * _CHAR)
         return size * 6 if name in ("e", "escape") else size
 
-    def _size(self, value: Any) -> int:
+    def _size(self, value: object) -> int:
         if isinstance(value, str):
             return len(value) * _CHAR
         return self._full_size(value) if isinstance(value, _CONTAINERS) else sys.getsizeof(value)
 
-    def _printed(self, value: Any) -> int:
+    def _printed(self, value: object) -> int:
         """The size of the value as text."""
         if isinstance(value, _CONTAINERS):
             return self._full_size(value) * _PRINTED
         return self._size(value) if isinstance(value, str) else _NUMBER + sys.getsizeof(value) * _PRINTED
 
-    def _factor(self, value: Any) -> int:
+    def _factor(self, value: object) -> int:
         """What a value is to a product: a number is worth itself."""
         return abs(value) if isinstance(value, int) else self._size(value)
 
@@ -201,7 +201,7 @@ class Meter:
             raise SecurityError("the template makes too large a value")
 
 
-def _length(value: Any) -> int:
+def _length(value: object) -> int:
     return len(value) if isinstance(value, Sized) else 1
 
 

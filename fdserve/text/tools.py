@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fdserve.errors import StartupError
+from fdserve.text.parser_names import format_named
 from fdserve.text.tokenizer import Tokenizer
 
 # What a parser may be called -> the format. The names are FastDeploy's and vLLM's; "-" reads as "_".
@@ -52,15 +52,7 @@ def resolve_tools(name: str | None, tokenizer: Tokenizer, template_source: str) 
     "ernie_x1" where it also writes `<tool_list>` or `<response>`, or where `<response>` is one token.
     Raises StartupError for an unknown name.
     """
-    if name is None:
-        kind = _detect(tokenizer, template_source)
-    elif name.lower() == "none":
-        kind = None
-    else:
-        kind = _FORMAT_OF.get(name.lower().replace("-", "_"))
-        if kind is None:
-            known = ", ".join([*_FORMAT_OF, "none"])
-            raise StartupError(f"unknown tool call parser {name!r}: choose one of {known}")
+    kind = _detect(tokenizer, template_source) if name is None else format_named("tool call", name, _FORMAT_OF)
     return ToolFormat(kind) if kind is not None else None
 
 

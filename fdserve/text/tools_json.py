@@ -37,6 +37,13 @@ _NUMBER = _number_states()
 _NUMBER_ENDS = frozenset({"zero", "integer", "fraction", "exponent"})
 
 
+def _end_of(run: re.Pattern[str], text: str, at: int) -> int:
+    """Where a run that begins at `at` ends."""
+    match = run.match(text, at)
+    assert match is not None, "a run may be empty"
+    return match.end()
+
+
 class JsonScanner:
     """Checks one JSON value while it comes, and passes its text on.
 
@@ -68,7 +75,7 @@ class JsonScanner:
         start = at
         while at < len(text):
             if self._state == "string":
-                at = _PLAIN.match(text, at).end()  # type: ignore[union-attr]  # it matches always
+                at = _end_of(_PLAIN, text, at)
                 if at < len(text):
                     if text[at] < " ":
                         parts += text[start:at], _escaped(text[at])
@@ -196,7 +203,7 @@ class StringDecoder:
         if text[at] == '"':
             self.done = True
             return at + 1, ""
-        end = _UNTIL_ESCAPE.match(text, at).end()  # type: ignore[union-attr]  # it matches always
+        end = _end_of(_UNTIL_ESCAPE, text, at)
         return end, text[at:end]
 
     def _step_in_escape(self, text: str, at: int) -> tuple[int, str]:

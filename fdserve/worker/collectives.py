@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import paddle
+from paddle import Tensor
 
 from fdserve import ops
 from fdserve.errors import RankError
@@ -25,7 +26,7 @@ class Collectives:
     def __init__(self, load: Load) -> None:
         self._ranks = _gathering(load) if ops.on_gpu() else _shared_memory(load)
 
-    def all_reduce(self, x: Any) -> Any:
+    def all_reduce(self, x: Tensor) -> Tensor:
         """The sum of the ranks' tensors, added in float32 in rank order and rounded once to their dtype."""
         return _or_gone(self._ranks.all_reduce, x)
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import paddle
+from paddle import Tensor
 
 from fdserve.models.ernie4_5 import Ernie4_5
 from fdserve.models.layers import ForwardBatch, KvCaches
@@ -22,18 +22,18 @@ from fdserve.worker.rows import Ints
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 """Sequences in a recorded step; a step with fewer is filled up."""
 
-Record = Callable[[Callable[[], Any]], tuple[Any, Callable[[], None]]]
+Record = Callable[[Callable[[], Tensor]], tuple[Tensor, Callable[[], None]]]
 """Runs a step's work once: its result, and what computes it again, from what its inputs then hold, into that result."""
 
 
-def record_cuda_graph(work: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+def record_cuda_graph(work: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
     """`Record` by a CUDA graph."""
     from paddle.device.cuda.graphs import CUDAGraph
 
     work()  # what is set up at the first call must not be recorded
     paddle.device.synchronize()
     # Without a place it would be the first of those that the launcher chose, whatever `set_device` says.
-    graph: Any = CUDAGraph(paddle.CUDAPlace(int(paddle.get_device().partition(":")[2])))
+    graph = CUDAGraph(paddle.CUDAPlace(int(paddle.get_device().partition(":")[2])))
     graph.capture_begin()
     try:
         result = work()
@@ -57,9 +57,9 @@ class DecodeGraphs:
         self._width = -(-max_model_len // caches.block_size)
         self._spare_block = spare_block
         self._record = record
-        self._steps: dict[int, tuple[ForwardBatch, Any, Callable[[], None]]] = {}
+        self._steps: dict[int, tuple[ForwardBatch, Tensor, Callable[[], None]]] = {}
 
-    def logits(self, batch: Batch) -> Any | None:
+    def logits(self, batch: Batch) -> Tensor | None:
         """The logits float32 [R, V] of a step that computes one token of each sequence and samples after each; None
         for any other step, or a larger one than the largest of SIZES. Valid until the next call.
         """
@@ -77,7 +77,7 @@ class DecodeGraphs:
         replay()
         return result[:count]
 
-    def _new_step(self, inputs: ForwardBatch) -> tuple[ForwardBatch, Any, Callable[[], None]]:
+    def _new_step(self, inputs: ForwardBatch) -> tuple[ForwardBatch, Tensor, Callable[[], None]]:
         tensors = {name: value.clone() for name, value in vars(inputs).items() if isinstance(value, paddle.Tensor)}
         held = replace(inputs, **tensors)
         return held, *self._record(lambda: self._model.forward(held, self._caches))

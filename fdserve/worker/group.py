@@ -6,10 +6,13 @@ import fcntl
 import os
 import socket
 import struct
-from typing import Any
+from typing import TYPE_CHECKING
 
 from fdserve.executor.wire import Load
 from fdserve.ops.gathering import Gather
+
+if TYPE_CHECKING:
+    from paddle import Tensor
 
 _SIOCGIFADDR = 0x8915
 _SELECTED = "FLAGS_selected_gpus"  # Paddle's; its launcher may name several
@@ -55,7 +58,7 @@ def join(backend: str) -> Gather:
     paddle.distributed.init_parallel_env()
     world_size = paddle.distributed.get_world_size()
 
-    def gather(x: Any) -> Any:
+    def gather(x: Tensor) -> Tensor:
         everyone = paddle.empty([world_size * x.shape[0], *x.shape[1:]], x.dtype)
         paddle.distributed.stream.all_gather(everyone, x, sync_op=True, use_calc_stream=backend == "nccl")
         return everyone.reshape([world_size, *x.shape])

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import paddle
+from paddle import Tensor
 
 from fdserve import ops
 from fdserve.executor.wire import PROMPT_SLICE
@@ -28,8 +29,8 @@ class PromptLogprobs:
 
 
 def prompt_logprobs(
-    hidden: Any,
-    logits_of: Callable[[Any], Any],
+    hidden: Tensor,
+    logits_of: Callable[[Tensor], Tensor],
     targets: Ints,
     num_top: int,
     vocab_size: int,
@@ -49,8 +50,8 @@ def prompt_logprobs(
 
 
 def _report(
-    logits: Any, targets: Ints, num_top: int, vocab_size: int, sample_op: Callable[..., Any]
-) -> tuple[Any, Any, Any]:
+    logits: Tensor, targets: Ints, num_top: int, vocab_size: int, sample_op: Callable[..., Any]
+) -> tuple[npt.NDArray[np.float32], Ints, npt.NDArray[np.float32]]:
     """The sampler with the prompt's tokens forced on it."""
     count = len(targets)
     none, offsets = paddle.zeros([0], "int32"), paddle.zeros([count + 1], "int32")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -25,6 +25,9 @@ from fdserve.worker.group import gpu_number
 from fdserve.worker.prompt import PromptLogprobs, prompt_logprobs
 from fdserve.worker.rows import Rows
 from fdserve.worker.sampler import Sampled, Sampler
+
+if TYPE_CHECKING:
+    from paddle import Tensor
 
 Progress = Callable[[str, int, int], None]
 
@@ -91,7 +94,7 @@ class Runner:
         sampled = self._sample(batch, logits, masks) if logits is not None else None
         return _result(plan.step, sampled, prompt, time.perf_counter() - started - waited)
 
-    def _forward(self, batch: Batch) -> tuple[Any | None, PromptLogprobs | None]:
+    def _forward(self, batch: Batch) -> tuple[Tensor | None, PromptLogprobs | None]:
         """The logits of what samples, and what a prompt asks for; None where there is nothing of it."""
         logits = None if self._graphs is None else self._graphs.logits(batch)
         if logits is not None:
@@ -102,14 +105,14 @@ class Runner:
             logits = self.model.logits(hidden if len(hidden) == count else hidden[:count])
         return logits, self._prompt_logprobs(batch, hidden[count:]) if len(batch.prompt_indices) else None
 
-    def _sample(self, batch: Batch, logits: Any, masks: dict[int, bytes]) -> Sampled:
+    def _sample(self, batch: Batch, logits: Tensor, masks: dict[int, bytes]) -> Sampled:
         sampled = self._sampler.sample(batch.sample_rows, batch.sample_lens, logits, masks)
         if batch.sample_counts is None:
             self.rows.append(batch.sample_rows, sampled.token_ids)
             return sampled
         return sampled.select(*accept(self.rows, batch, batch.sample_counts, sampled.token_ids))
 
-    def _prompt_logprobs(self, batch: Batch, hidden: Any) -> PromptLogprobs:
+    def _prompt_logprobs(self, batch: Batch, hidden: Tensor) -> PromptLogprobs:
         targets, num_top = batch.prompt_targets, batch.prompt_num_top
         return prompt_logprobs(hidden, self.model.logits, targets, num_top, self.config.vocab_size, self._sample_op)
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import paddle
+from paddle import Tensor
 
 from fdserve import ops
 from fdserve.ops.sampling import GREEDY_TEMPERATURE
@@ -48,9 +49,9 @@ class _Fixed:
     row_ids: Ints
     num_begun: int
     """`Rows.num_begun` when it was put together."""
-    floats: Any
-    num_prompt: Any
-    logprob_modes: Any
+    floats: Tensor
+    num_prompt: Tensor
+    logprob_modes: Tensor
     int_params: npt.NDArray[np.int64]
     """[R, 4] without the places of the samples"""
     prompts: Ints
@@ -79,7 +80,7 @@ class Sampler:
         self._fixed: _Fixed | None = None
 
     def sample(
-        self, row_ids: Ints, lens: Ints, logits: Any, masks: Mapping[int, bytes] = MappingProxyType({})
+        self, row_ids: Ints, lens: Ints, logits: Tensor, masks: Mapping[int, bytes] = MappingProxyType({})
     ) -> Sampled:
         """Sample the token that follows the first `lens` [R] tokens of each of `row_ids` [R].
 
@@ -141,11 +142,11 @@ class Sampler:
 class _Limits:
     """The limits of R rows as `ops.sample` takes them."""
 
-    bias_ids: Any
-    bias_values: Any
-    bias_offsets: Any
-    masks: Any = None
-    mask_rows: Any = None
+    bias_ids: Tensor
+    bias_values: Tensor
+    bias_offsets: Tensor
+    masks: Tensor | None = None
+    mask_rows: Tensor | None = None
 
 
 def _limits(
@@ -188,7 +189,7 @@ def _limits(
     return _Limits(ids, values, offsets, ops.to_tensor(np.stack(words)), ops.to_tensor(mask_rows))
 
 
-def _history(rows: Rows, row_ids: Ints, lens: Ints, penalized: npt.NDArray[np.bool_] | None) -> tuple[Any, Any]:
+def _history(rows: Rows, row_ids: Ints, lens: Ints, penalized: npt.NDArray[np.bool_] | None) -> tuple[Tensor, Tensor]:
     """The tokens so far of the rows with penalties, and where each row's begin."""
     if penalized is None:
         ids, _, offsets = _nothing(len(row_ids))
@@ -201,7 +202,7 @@ def _history(rows: Rows, row_ids: Ints, lens: Ints, penalized: npt.NDArray[np.bo
     )
 
 
-def _ragged(parts: list[Ints]) -> tuple[Any, Any]:
+def _ragged(parts: list[Ints]) -> tuple[Tensor, Tensor]:
     """The parts end to end, and the [len + 1] offsets between them, as tensors."""
     offsets = np.zeros(len(parts) + 1, np.int32)
     np.cumsum([len(part) for part in parts], out=offsets[1:])
@@ -209,7 +210,7 @@ def _ragged(parts: list[Ints]) -> tuple[Any, Any]:
 
 
 @cache
-def _nothing(count: int) -> tuple[Any, Any, Any]:
+def _nothing(count: int) -> tuple[Tensor, Tensor, Tensor]:
     """No ids, no values, and the offsets of `count` rows that have none; made once, for a tensor costs microseconds."""
     return paddle.zeros([0], "int32"), paddle.zeros([0], "float32"), paddle.zeros([count + 1], "int32")
 

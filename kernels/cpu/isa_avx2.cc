@@ -16,4 +16,5 @@
 #include "attend.h"
 #include "attend_part.h"
 #include "scan.h"
+#include "mass.h"
 #include "isa_kernels.h"

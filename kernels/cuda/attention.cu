@@ -13,15 +13,15 @@
 // scores and a quarter of the head dimension each for the values. It is bound by reading keys and values once:
 // 4 * keys * head_dim bytes a key/value head over the memory bandwidth. Three blocks share a multiprocessor, with 32 to 64
 // KiB under way each; what is under way must be latency times bandwidth, some 32 KiB.
-// Either can share the parts of the keys out among blocks, where whole sequences would leave processors idle;
-// `merge_kernel` then puts the parts together. Floor of that: 4 bytes written and read an element and part.
+// Either can share the parts of the keys out among blocks, where whole sequences would leave processors idle: see
+// attention_merge.cuh.
+#include "attention_merge.cuh"
 #include "attention_tasks.cuh"
 
 namespace fdserve::cuda {
 namespace {
 
 constexpr int SCORE_STRIDE = KEY_TILE + 8;
-constexpr int64_t MAX_WORKSPACE_BYTES = 512 << 20;
 
 template <class T, int HD>
 __global__ void __launch_bounds__(ATTENTION_THREADS, 2)
@@ -219,72 +219,6 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, 3)
       *reinterpret_cast<uint32_t*>(to + j * 8 + lane % 4 * 2) =
           pack<T>(__fmul_rn(totals[j][half * 2], inverse), __fmul_rn(totals[j][half * 2 + 1], inverse));
   }
-}
-
-// Merges a row's parts, element by element: `part_of` points at one. `end` keys were seen.
-template <class T, class PartOf>
-__device__ void merge_parts(int end, int head_dim, PartOf part_of, T* out) {
-  const int parts = (end + KEY_PART - 1) / KEY_PART, element = threadIdx.x;
-  float peak = NONE, mass = 0.0f, sum = 0.0f;
-#pragma unroll 4
-  for (int part = 0; part < parts; ++part) {
-    const float* from = part_of(part);
-    const Merge merge(peak, from[head_dim]);
-    peak = merge.peak;
-    mass = merge(mass, from[head_dim + 1]);
-    sum = merge(sum, from[element]);
-  }
-  out[element] = from_float<T>(__fmul_rn(sum, __fdiv_rn(1.0f, mass)));
-}
-
-// A block a (sequence, row of a key/value head), a thread an element.
-template <class T>
-__global__ void merge_narrow_kernel(T* out, Call call) {
-  const int sequence = blockIdx.x / call.plan.narrow_rows, row = blockIdx.x % call.plan.narrow_rows, head = blockIdx.y;
-  const int token = call.paged.query_starts[sequence];
-  const int rows = (call.paged.query_starts[sequence + 1] - token) * call.group;
-  if (row >= rows || rows > ROW_TILE) return;
-  const int64_t place = static_cast<int64_t>(token + row / call.group) * call.heads + head * call.group + row % call.group;
-  merge_parts(call.paged.context_lens[sequence] + row / call.group + 1, call.head_dim,
-              [&](int part) { return narrow_part(call, sequence, head, row, part); }, out + place * call.head_dim);
-}
-
-// A block a (token, head).
-template <class T>
-__global__ void merge_wide_kernel(T* out, Call call) {
-  const int token = blockIdx.x, sequence = call.paged.sequence_of(token), first = call.paged.query_starts[sequence];
-  if ((call.paged.query_starts[sequence + 1] - first) * call.group <= ROW_TILE) return;
-  const int64_t place = static_cast<int64_t>(token) * call.heads + blockIdx.y;
-  merge_parts(call.paged.context_lens[sequence] + token - first + 1, call.head_dim,
-              [&](int part) { return wide_part(call, place, part); }, out + place * call.head_dim);
-}
-
-// Shares of parts that make `wanted` blocks of `blocks`.
-int shares(int64_t blocks, int64_t wanted, int parts) {
-  const int64_t share = (wanted + blocks - 1) / blocks;
-  return static_cast<int>(share < parts ? share : parts);
-}
-
-// On so many multiprocessors; with none nothing is shared out.
-Plan plan_of(int64_t sequences, int64_t tokens, int64_t max_query_len, int64_t longest, int64_t heads, int64_t kv_heads,
-             int64_t head_dim, int multiprocessors) {
-  const int64_t group = heads / kv_heads, rows = max_query_len * group, state = head_dim + 2;
-  Plan plan = {1, 1, static_cast<int>((longest + KEY_PART - 1) / KEY_PART), 0, 0, 0};
-  if (plan.parts < 2 || multiprocessors == 0) return plan;
-  constexpr int64_t MOST = MAX_WORKSPACE_BYTES / static_cast<int64_t>(sizeof(float));
-  plan.narrow_rows = static_cast<int>(rows < ROW_TILE ? rows : ROW_TILE);
-  const int64_t narrow_floats = sequences * kv_heads * plan.narrow_rows * plan.parts * state;
-  // Several rounds of blocks, for the last round leaves processors idle; and however many sequences there are, no block
-  // walks more than a quarter of a long one while all others wait.
-  int narrow = shares(sequences * kv_heads, 16 * multiprocessors, plan.parts);
-  if (plan.parts >= 8 && narrow < 4) narrow = 4;
-  if (narrow > 1 && narrow_floats <= MOST) plan.narrow = narrow, plan.narrow_floats = narrow_floats;
-  // Whole tiles of rows where they fill the processors: the states would be more than is read otherwise.
-  const int64_t wide_floats = tokens * heads * plan.parts * state;
-  const int64_t blocks = (tokens * group / WIDE_ROWS + 1) * kv_heads;
-  if (rows > ROW_TILE && blocks < 2 * multiprocessors && wide_floats <= MOST)
-    plan.wide = shares(blocks, 4 * multiprocessors, plan.parts), plan.wide_floats = wide_floats;
-  return plan;
 }
 
 template <class T, int HD>

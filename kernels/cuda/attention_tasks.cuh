@@ -1,4 +1,4 @@
-// What a block of an attention kernel works on, and how its tiles of keys and values come.
+// How attention deals its work to blocks, what one works on, and how its tiles of keys and values come.
 #pragma once
 
 #include "attention.cuh"
@@ -12,12 +12,42 @@ constexpr int WIDE_TILES = 2;                        // of 16 rows, for each war
 constexpr int WARP_ROWS = WIDE_TILES * ROW_TILE;     // of a wide block
 constexpr int WIDE_ROWS = ATTENTION_WARPS * WARP_ROWS;
 
+constexpr int64_t MAX_WORKSPACE_BYTES = 512 << 20;
+
 // How parts are dealt to blocks: part p to block p % narrow of a sequence with few rows, p % wide of a tile of rows of
 // another; 1: all parts to one block, which merges them itself. The states of parts go through the workspace otherwise.
 struct Plan {
   int narrow, wide, parts, narrow_rows;
   int64_t narrow_floats, wide_floats;
 };
+
+// Shares of parts that make `wanted` blocks of `blocks`.
+inline int shares(int64_t blocks, int64_t wanted, int parts) {
+  const int64_t share = (wanted + blocks - 1) / blocks;
+  return static_cast<int>(share < parts ? share : parts);
+}
+
+// On so many multiprocessors; with none nothing is shared out.
+inline Plan plan_of(int64_t sequences, int64_t tokens, int64_t max_query_len, int64_t longest, int64_t heads,
+                    int64_t kv_heads, int64_t head_dim, int multiprocessors) {
+  const int64_t group = heads / kv_heads, rows = max_query_len * group, state = head_dim + 2;
+  Plan plan = {1, 1, static_cast<int>((longest + KEY_PART - 1) / KEY_PART), 0, 0, 0};
+  if (plan.parts < 2 || multiprocessors == 0) return plan;
+  constexpr int64_t MOST = MAX_WORKSPACE_BYTES / static_cast<int64_t>(sizeof(float));
+  plan.narrow_rows = static_cast<int>(rows < ROW_TILE ? rows : ROW_TILE);
+  const int64_t narrow_floats = sequences * kv_heads * plan.narrow_rows * plan.parts * state;
+  // Several rounds of blocks, for the last round leaves processors idle; and however many sequences there are, no block
+  // walks more than a quarter of a long one while all others wait.
+  int narrow = shares(sequences * kv_heads, 16 * multiprocessors, plan.parts);
+  if (plan.parts >= 8 && narrow < 4) narrow = 4;
+  if (narrow > 1 && narrow_floats <= MOST) plan.narrow = narrow, plan.narrow_floats = narrow_floats;
+  // Whole tiles of rows where they fill the processors: the states would be more than is read otherwise.
+  const int64_t wide_floats = tokens * heads * plan.parts * state;
+  const int64_t blocks = (tokens * group / WIDE_ROWS + 1) * kv_heads;
+  if (rows > ROW_TILE && blocks < 2 * multiprocessors && wide_floats <= MOST)
+    plan.wide = shares(blocks, 4 * multiprocessors, plan.parts), plan.wide_floats = wide_floats;
+  return plan;
+}
 
 struct Call {
   Paged paged;

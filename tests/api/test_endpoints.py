@@ -8,7 +8,7 @@ from openai.types import Model
 
 import fdserve
 from fdserve.config import Config
-from fdserve.engine.engine import EngineStats
+from fdserve.engine.stats import EngineStats
 from fdserve.errors import StartupError
 from tests.http.client import serving
 from tests.http.fake_engine import FakeEngine

@@ -34,6 +34,7 @@ def references(value: Any) -> set[str]:
     return set().union(*map(references, value)) if isinstance(value, list) else set()
 
 
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])  # seconds of work, and the same on either loop
 async def test_every_reference_leads_somewhere() -> None:
     whole = await document()
     found = references(whole)

@@ -14,7 +14,8 @@ from fdserve.errors import InvalidRequest
 from fdserve.models.config import GenerationDefaults
 from fdserve.protocol.chat import ChatRequest
 from fdserve.protocol.completion import CompletionRequest
-from tests.http.client import Client, serving
+from tests.api.asked import params_of
+from tests.http.client import serving
 from tests.http.fake_engine import EOS, FakeEngine
 
 USER = {"role": "user", "content": "Hi"}  # 9 tokens as "user: Hi\n"
@@ -76,12 +77,6 @@ def test_bad_extras(fields: dict[str, Any], param: str) -> None:
     with pytest.raises(InvalidRequest) as error:
         read(**fields)
     assert error.value.param == param
-
-
-async def params_of(client: Client, **fields: Any) -> SamplingParams:
-    response = await client.chat(**fields)
-    assert response.status == 200, response.body
-    return client.engine.requests[-1].params
 
 
 @pytest.mark.anyio

@@ -8,20 +8,20 @@ from typing import Any
 
 import numpy as np
 
-from tests.cuda import checks, sampling, sampling_ranks
+from tests.cuda import attention, checks, sampling, sampling_ranks
 from tests.cuda.harness import DTYPES, Device
 
 Case = tuple[str, Callable[[Device], Any]]
 
 SHAPES = (
-    checks.Shape((1, 3, 0, 20, 1), (5, 70, 9, 0, 1100)),
-    checks.Shape((1,), (0,)),
-    checks.Shape((1, 9), (2100, 1020), heads=16, kv_heads=2, head_dim=128, block_size=64),
-    checks.Shape((70,), (30,), heads=8, kv_heads=1, head_dim=128, block_size=32),
-    checks.Shape((5, 17, 2), (1023, 63, 64), heads=2, kv_heads=2),
-    checks.Shape((1, 27, 2, 0, 7), (40, 1010, 3, 7, 30), heads=5, kv_heads=1),
-    checks.Shape((1,) * 64, tuple(range(1, 6400, 100)), heads=16, kv_heads=2, head_dim=128, block_size=64),
-    checks.Shape((300, 1, 33), (1000, 20000, 5000), heads=8, kv_heads=1, head_dim=128, block_size=64),
+    attention.Shape((1, 3, 0, 20, 1), (5, 70, 9, 0, 1100)),
+    attention.Shape((1,), (0,)),
+    attention.Shape((1, 9), (2100, 1020), heads=16, kv_heads=2, head_dim=128, block_size=64),
+    attention.Shape((70,), (30,), heads=8, kv_heads=1, head_dim=128, block_size=32),
+    attention.Shape((5, 17, 2), (1023, 63, 64), heads=2, kv_heads=2),
+    attention.Shape((1, 27, 2, 0, 7), (40, 1010, 3, 7, 30), heads=5, kv_heads=1),
+    attention.Shape((1,) * 64, tuple(range(1, 6400, 100)), heads=16, kv_heads=2, head_dim=128, block_size=64),
+    attention.Shape((300, 1, 33), (1000, 20000, 5000), heads=8, kv_heads=1, head_dim=128, block_size=64),
 )
 
 
@@ -38,8 +38,8 @@ def groups() -> dict[str, list[Case]]:
             *_each("swiglu", checks.swiglu, (3, 1024), (5, 8), (2, 2504), (0, 64), (4096, 3072)),
             *_each("sum_ranks", checks.sum_ranks, (2, 8), (3, 2504), (8, 512 * 2048), (2, 0)),
         ],
-        "rope": [case for shape in SHAPES for case in _typed("rope_and_store", checks.rope_and_store, shape)],
-        "attention": [case for shape in SHAPES for case in _typed("attention", checks.attention, shape)],
+        "rope": [case for shape in SHAPES for case in _typed("rope_and_store", attention.rope_and_store, shape)],
+        "attention": [case for shape in SHAPES for case in _typed("attention", attention.attend, shape)],
         "experts": _each(
             "moe",
             checks.moe,

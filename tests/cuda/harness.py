@@ -134,21 +134,28 @@ class Emulated(Device):
         return memory.copy()
 
 
-def compile_emulated(directory: Path) -> list[Path]:
-    """The launchers' objects. Floats do not contract: the sources say what is to be fused."""
+def compile_emulated(directory: Path) -> None:
+    """The launchers' objects, into a directory. Floats do not contract: the sources say what is to be fused."""
     # More optimization takes longer than it saves: most of the time goes from one fiber to the next.
-    objects = []
     compiler = ["g++", "-std=c++17", "-O1", "-ffp-contract=off", "-fPIC", "-Wno-unknown-pragmas", "-DFDSERVE_EMULATED"]
-    commands = []
-    for source in LAUNCHERS:
-        objects.append(directory / f"{source.stem}.o")
-        commands.append(
-            [*compiler, f"-I{HERE}", f"-I{SOURCES}", "-x", "c++", "-c", str(source), "-o", str(objects[-1])]
+    processes = [
+        subprocess.Popen(
+            [
+                *compiler,
+                f"-I{HERE}",
+                f"-I{SOURCES}",
+                "-x",
+                "c++",
+                "-c",
+                str(source),
+                "-o",
+                f"{directory / source.stem}.o",
+            ]
         )
-    processes = [subprocess.Popen(command) for command in commands]
+        for source in LAUNCHERS
+    ]
     for process in processes:
         assert process.wait(240) == 0, process.args
-    return objects
 
 
 def link_emulated(objects: list[Path], library: Path, *flags: str) -> Path:

@@ -75,7 +75,8 @@ def fast_flags() -> list[str]:
 
 def test_the_structures_are_those_of_the_launchers(tmp_path: Path) -> None:
     """Sizes and offsets as the C++ compiler sees them."""
-    from tests.cuda.checks import CMoe, CPaged
+    from tests.cuda.attention import CPaged
+    from tests.cuda.checks import CMoe
     from tests.cuda.sampling import CSample
     from tests.cuda.sampling_ranks import CRanks, CSizes
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.cuda import checks, sampling, sampling_ranks
+from tests.cuda import attention, checks, sampling, sampling_ranks
 from tests.cuda.harness import DTYPES, Emulated, link_emulated
 
 
@@ -48,26 +48,26 @@ def test_sum_ranks(device: Emulated, rng: np.random.Generator, dtype: str, ranks
 
 
 SHAPES = {
-    "mixed": checks.Shape((1, 3, 0, 20, 1), (5, 70, 9, 0, 1100)),
-    "one": checks.Shape((1,), (0,)),
-    "long": checks.Shape((1, 9), (2100, 1020), heads=8, kv_heads=1, head_dim=128, block_size=64),
-    "prefill": checks.Shape((70,), (30,), heads=8, kv_heads=1, head_dim=128, block_size=32),
+    "mixed": attention.Shape((1, 3, 0, 20, 1), (5, 70, 9, 0, 1100)),
+    "one": attention.Shape((1,), (0,)),
+    "long": attention.Shape((1, 9), (2100, 1020), heads=8, kv_heads=1, head_dim=128, block_size=64),
+    "prefill": attention.Shape((70,), (30,), heads=8, kv_heads=1, head_dim=128, block_size=32),
     # Rows of several wide tiles, some warps' past the end, between decodes; groups that tiles divide unevenly.
-    "wide": checks.Shape((1, 27, 2, 0, 7), (40, 1010, 3, 7, 30), heads=5, kv_heads=1),
-    "no groups": checks.Shape((5, 17, 2), (1023, 63, 64), heads=2, kv_heads=2),
+    "wide": attention.Shape((1, 27, 2, 0, 7), (40, 1010, 3, 7, 30), heads=5, kv_heads=1),
+    "no groups": attention.Shape((5, 17, 2), (1023, 63, 64), heads=2, kv_heads=2),
 }
 
 
 @every_dtype
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_attention(device: Emulated, rng: np.random.Generator, dtype: str, shape: checks.Shape) -> None:
-    checks.attention(device, rng, dtype, shape)
+def test_attention(device: Emulated, rng: np.random.Generator, dtype: str, shape: attention.Shape) -> None:
+    attention.attend(device, rng, dtype, shape)
 
 
 @every_dtype
 @pytest.mark.parametrize("shape", [SHAPES["mixed"], SHAPES["prefill"]], ids=["mixed", "prefill"])
-def test_rope_and_store(device: Emulated, rng: np.random.Generator, dtype: str, shape: checks.Shape) -> None:
-    checks.rope_and_store(device, rng, dtype, shape)
+def test_rope_and_store(device: Emulated, rng: np.random.Generator, dtype: str, shape: attention.Shape) -> None:
+    attention.rope_and_store(device, rng, dtype, shape)
 
 
 @every_dtype

@@ -17,9 +17,8 @@ from fdserve.engine.request import Request, SamplingParams
 from fdserve.executor.executor import free_port
 from tests.cuda.emulated_model import logits_of
 from tests.cuda.test_emulated_model import ROOT, SHAPE, checkpoint_of
-from tests.e2e.test_reproducible import serving
-from tests.e2e.test_tensor_parallel import rank_pids
-from tests.executor.test_process import wait_until_gone
+from tests.e2e.engines import serving
+from tests.executor.process_table import rank_pids, wait_until_gone
 from tests.models.checkpoints import DENSE
 
 
@@ -85,7 +84,7 @@ async def test_an_engine_serves_with_two_ranks_and_survives_the_loss_of_one(
         assert len(greedy) == len(drawn) == 6
 
         # NCCL does not see that a peer is gone, and the other rank hangs in the middle of its step: here, by a signal.
-        hanging, killed = sorted(rank_pids())
+        hanging, killed = sorted(rank_pids(os.getpid()))
         os.kill(hanging, signal.SIGSTOP)
         with engine.submit(Request(id="r", prompt=[3, 1], params=SamplingParams(max_tokens=6, seed=3))) as generation:
             await anyio.sleep(0.3)

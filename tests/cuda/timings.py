@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from tests.cuda.checks import CMoe, CPaged
+from tests.cuda.attention import CPaged
+from tests.cuda.checks import CMoe
 from tests.cuda.gpu import Gpu, seconds
 from tests.cuda.report import Figure, Work
 from tests.cuda.sampling import CSample, random_inputs

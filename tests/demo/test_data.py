@@ -10,8 +10,9 @@ import pytest
 
 from fdserve.demo import sums
 from fdserve.demo.chat import Document, Turn, conversation, prompt
-from fdserve.demo.data import documents, held_out_sums
+from fdserve.demo.data import documents
 from fdserve.demo.howtos import HOWTOS
+from fdserve.demo.sums import held_out_sums
 from fdserve.demo.talk import TALK
 from fdserve.demo.terms import TERMS
 from fdserve.demo.unknown import unknown_question

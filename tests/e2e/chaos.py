@@ -22,7 +22,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from tests.executor.test_process import is_alive
+from tests.executor.process_table import is_alive, open_files, process_tree, rank_pids, shared_memory
 from tests.http.processes import ServerProcess, until
 
 STEP_TIMEOUT = 2.0
@@ -264,35 +264,6 @@ def streamed(data: bytes) -> Outcome:
             return Outcome(503, text, error["message"])
         text += "".join(choice["text"] for choice in event["choices"])
     return Outcome(200, text)
-
-
-def rank_pids(parent: int) -> list[int]:
-    """The server's rank processes, dead ones excepted."""
-    return [pid for pid in process_tree(parent) if b"fdserve.worker" in command(pid)]
-
-
-def process_tree(parent: int) -> list[int]:
-    """The children of all threads."""
-    lists = [path.read_text() for path in Path(f"/proc/{parent}/task").glob("*/children")]
-    return [int(pid) for children in lists for pid in children.split()]
-
-
-def open_files(pid: int) -> list[str]:
-    """What its descriptors name; those that are closed meanwhile excepted."""
-    return [os.path.realpath(path) for path in Path(f"/proc/{pid}/fd").iterdir()]
-
-
-def command(pid: int) -> bytes:
-    """Its command line; empty for one that is gone."""
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes()
-    except (FileNotFoundError, ProcessLookupError):
-        return b""
-
-
-def shared_memory() -> set[str]:
-    """The names of the machine's shared memory, but for what other programs' multiprocessing makes at any time."""
-    return {name for name in os.listdir("/dev/shm") if not name.startswith("sem.mp-")}
 
 
 def main() -> None:

@@ -7,8 +7,8 @@ import signal
 
 import pytest
 
-from tests.e2e.chaos import Chaos, process_tree, rank_pids
-from tests.executor.test_process import is_alive
+from tests.e2e.chaos import Chaos
+from tests.executor.process_table import is_alive, process_tree, rank_pids
 from tests.http.processes import ServerProcess, until
 
 ROUNDS = int(os.environ.get("CHAOS_ROUNDS", "1"))

@@ -15,8 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.chaos import command
-from tests.executor.test_process import is_alive
+from tests.executor.process_table import command, is_alive
 from tests.http.processes import ROOT, until
 
 CLIENT = """
@@ -103,7 +102,7 @@ class Launched:
         return dict(json.loads(answer.stdout))
 
     def is_ready(self) -> bool:
-        time.sleep(0.2)
+        time.sleep(0.5)  # to ask starts a process
         return self.ask("/health").get("status") == "ok"
 
     def rank_pid(self, rank: int) -> int:

@@ -2,57 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
 from functools import partial
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import anyio
 import pytest
 
-import fdserve
-from fdserve.config import Config
-from fdserve.engine.create import create_engine
 from fdserve.engine.engine import Engine
 from fdserve.engine.request import Request, SamplingParams, TokenLogprobs
-from fdserve.models.checkpoint import check_checkpoint
 from fdserve.text.tokenizer import load_tokenizer
+from tests.e2e.engines import CHECKPOINT, at_once, serving
 
 pytestmark = [pytest.mark.anyio, pytest.mark.parametrize("anyio_backend", ["asyncio"])]
-
-CHECKPOINT = Path(fdserve.__file__).parent / "demo" / "checkpoint"
-T = TypeVar("T")
 Output = tuple[list[int], list[TokenLogprobs], int]
 
 # Long enough for several blocks and several chunks, and ends in the middle of a block.
 TEXT = "Chunked prefill is what a server does with a long prompt. " * 9 + "The sum of 12 and 30 is"
 SAMPLING = {"max_tokens": 40, "seed": 7, "temperature": 0.0, "logprobs": 5}
-
-
-@asynccontextmanager
-async def serving(checkpoint: Path = CHECKPOINT, **settings: Any) -> AsyncIterator[Engine]:
-    config = Config(**{"max_model_len": 512, "max_num_seqs": 32, "block_size": 16, **settings})
-    engine = create_engine(config, checkpoint, check_checkpoint(checkpoint))
-    with anyio.fail_after(120):
-        async with anyio.create_task_group() as group:
-            group.start_soon(engine.run)
-            await engine.wait_ready()
-            yield engine
-            group.cancel_scope.cancel()
-
-
-async def at_once(*works: Callable[[], Awaitable[T]]) -> list[T]:
-    """What each of them gives. One engine after the other would leave a core idle while its rank starts."""
-    results: dict[int, T] = {}
-
-    async def run(index: int) -> None:
-        results[index] = await works[index]()
-
-    async with anyio.create_task_group() as group:
-        for index in range(len(works)):
-            group.start_soon(run, index)
-    return [results[index] for index in range(len(works))]
 
 
 def prompt() -> list[int]:

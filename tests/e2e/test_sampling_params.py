@@ -15,8 +15,8 @@ from fdserve.api.params import MAX_TEMPERATURE
 from fdserve.engine.engine import Engine
 from fdserve.engine.request import Constraint, Request, SamplingParams, TokenDelta, TokenLogprobs
 from fdserve.errors import InternalError, InvalidRequest
-from tests.e2e.test_reproducible import CHECKPOINT, at_once, prompt, serving
-from tests.e2e.test_tensor_parallel import SHAPE, bits, random_checkpoint
+from tests.e2e.engines import CHECKPOINT, SHAPE, at_once, bits, random_checkpoint, serving
+from tests.e2e.test_reproducible import prompt
 from tests.models.checkpoints import DENSE, write_file
 from tests.models.stepping import BLOCK_SIZE, BLOCKS_PER_SEQUENCE, Chunk, Stepper, load
 
@@ -157,31 +157,27 @@ async def test_limits_steer_the_output() -> None:
         assert isinstance(last.error, InvalidRequest)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-async def test_constraints_reach_every_rank(tmp_path: Path, ranks: int) -> None:
+async def test_constraints_reach_every_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their masks may come in several frames."""
+    monkeypatch.setattr("fdserve.engine.engine.MASKS_PER_FRAME", 2)
     checkpoint = random_checkpoint(tmp_path / "model", {**DENSE, **SHAPE})
     ids = [3 + 7 * i % 37 for i in range(50)]
-    async with serving(checkpoint, tensor_parallel_size=ranks, max_num_batched_tokens=32) as engine:
+
+    async def check(engine: Engine, token: int) -> None:
+        got = await deltas(engine, [3, 4, token], constraint=Allowing([token], 4))
+        assert [each for delta in got for each in delta.token_ids] == [token] * 4
+
+    async with serving(checkpoint, tensor_parallel_size=2, max_num_batched_tokens=32) as engine:
         free = await generate(engine, ids)
         got = await deltas(engine, ids, constraint=Allowing([11, 13], 5))
         tokens = [token for delta in got for token in delta.token_ids]
         assert len(tokens) == 5
         assert set(tokens) <= {11, 13}
         assert got[-1].finish_reason == "stop"
+        async with anyio.create_task_group() as group:
+            for token in range(5, 10):
+                group.start_soon(check, engine, token)
         assert await generate(engine, ids) == free
-
-
-async def test_masks_may_come_in_several_frames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fdserve.engine.engine.MASKS_PER_FRAME", 2)
-    checkpoint = random_checkpoint(tmp_path / "model", {**DENSE, **SHAPE})
-    async with serving(checkpoint, tensor_parallel_size=2) as engine, anyio.create_task_group() as group:
-
-        async def check(token: int) -> None:
-            got = await deltas(engine, [3, 4, token], constraint=Allowing([token], 4))
-            assert [each for delta in got for each in delta.token_ids] == [token] * 4
-
-        for token in range(5, 10):
-            group.start_soon(check, token)
 
 
 async def test_the_highest_temperatures_draw_from_all_tokens_alike() -> None:

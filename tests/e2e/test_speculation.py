@@ -13,12 +13,12 @@ import anyio
 import openai
 import pytest
 
-from fdserve.engine.engine import Engine, EngineStats
+from fdserve.engine.engine import Engine
 from fdserve.engine.request import Request, SamplingParams, TokenDelta
 from fdserve.engine.speculation import StepCost
+from fdserve.engine.stats import EngineStats
 from fdserve.text.tokenizer import load_tokenizer
-from tests.e2e.test_reproducible import CHECKPOINT, at_once, serving
-from tests.e2e.test_tensor_parallel import SHAPE, bits, random_checkpoint
+from tests.e2e.engines import CHECKPOINT, SHAPE, at_once, bits, random_checkpoint, serving
 from tests.http.processes import ServerProcess
 from tests.models.checkpoints import DENSE
 

@@ -6,10 +6,15 @@ from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from hypothesis import strategies as st
+
 from fdserve.engine.request import Constraint, Request, SamplingParams
 from fdserve.engine.results import Sampled
 from fdserve.engine.scheduler import Scheduler
 from fdserve.executor.wire import Masks, Plan, StepResult
+
+PROMPTS = st.lists(st.integers(0, 2), min_size=1, max_size=40)
+"""Prompts that often begin alike."""
 
 
 def next_token(tokens: tuple[int, ...]) -> int:
@@ -169,3 +174,41 @@ def expected_output(request: Request, max_model_len: int) -> list[int]:
         if len(tokens) >= max_model_len:
             break
     return tokens[len(request.prompt) :]
+
+
+def make_scheduler(
+    *,
+    num_blocks: int = 64,
+    block_size: int = 4,
+    seqs: int = 8,
+    budget: int = 32,
+    model_len: int = 64,
+    prefix_caching: bool = True,
+    chunked_prefill: bool = True,
+) -> Scheduler:
+    return Scheduler(
+        num_blocks=num_blocks,
+        block_size=block_size,
+        max_num_seqs=seqs,
+        max_num_batched_tokens=budget,
+        max_model_len=model_len,
+        enable_prefix_caching=prefix_caching,
+        enable_chunked_prefill=chunked_prefill,
+    )
+
+
+def run(scheduler: Scheduler, rank: SimulatedRank, *, max_steps: int = 2000) -> dict[str, list[int]]:
+    """Run until nothing is left; every invariant holds after every step."""
+    outputs: dict[str, list[int]] = {}
+    for _ in range(max_steps):
+        plan = scheduler.schedule()
+        scheduler.check_integrity()
+        if plan is None:
+            assert scheduler.num_waiting == 0
+            assert not scheduler.running
+            return outputs
+        assert len(scheduler.running) <= 8
+        for sequence, delta in scheduler.update(rank.execute(plan)):
+            outputs.setdefault(sequence.request.id, []).extend(delta.token_ids)
+        scheduler.check_integrity()
+    raise AssertionError("the scheduler does not come to an end")

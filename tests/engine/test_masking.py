@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from fdserve.errors import InternalError, InvalidRequest, RankError, Unavailable
 from fdserve.executor.wire import Plan
+from tests.engine.fake_ranks import FakeRanks, drain, serving, wait_until
 from tests.engine.simulation import bits, expected_output, make_request
-from tests.engine.test_engine import FakeRanks, drain, serving, wait_until
 
 pytestmark = pytest.mark.anyio
 

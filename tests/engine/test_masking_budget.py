@@ -12,8 +12,8 @@ import pytest
 from fdserve.engine.masking import Turn, run_turns
 from fdserve.engine.sequence import Sequence
 from fdserve.errors import InvalidRequest
+from tests.engine.fake_ranks import FakeRanks, drain, serving, wait_until
 from tests.engine.simulation import make_request
-from tests.engine.test_engine import FakeRanks, drain, serving, wait_until
 from tests.engine.test_masking import Script
 
 pytestmark = pytest.mark.anyio

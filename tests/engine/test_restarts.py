@@ -7,8 +7,8 @@ import pytest
 from fdserve.engine.engine import Engine
 from fdserve.errors import RankError, StartupError, Unavailable
 from fdserve.executor.wire import Plan, Ready
+from tests.engine.fake_ranks import FakeRanks, drain, serving, wait_until
 from tests.engine.simulation import expected_output, make_request
-from tests.engine.test_engine import FakeRanks, drain, serving, wait_until
 
 pytestmark = pytest.mark.anyio
 

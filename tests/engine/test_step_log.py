@@ -16,8 +16,8 @@ from fdserve.engine.engine import Engine
 from fdserve.engine.step_log import StepLog
 from fdserve.errors import RankError, StartupError
 from fdserve.executor.wire import Plan
+from tests.engine.fake_ranks import FakeRanks, drain, wait_until
 from tests.engine.simulation import make_request
-from tests.engine.test_engine import FakeRanks, drain, wait_until
 
 KEYS = {"step", "began", "ended", "computed", "gap", "prefill_tokens", "decode_tokens", "running", "waiting"}
 

@@ -17,6 +17,7 @@ import pytest
 from fdserve.errors import RankError
 from fdserve.executor.executor import open_executor
 from fdserve.executor.wire import Load, Loading, NewRow, Plan, SamplingParams
+from tests.executor.process_table import is_alive, wait_until_gone
 from tests.models.checkpoints import write_checkpoint
 
 pytestmark = pytest.mark.anyio
@@ -32,20 +33,6 @@ def make_load(directory: Path, **changes: int) -> Load:
     values = {"rank": 0, "world_size": 1, "block_size": 16, "num_blocks": 8, "kv_cache_bytes": 0, "max_num_seqs": 4}
     values |= {"host_cache_bytes": 0, "max_model_len": 64, "num_threads": 1, "parent": os.getpid(), **changes}
     return Load(directory=str(directory), device="cpu", dtype="float32", **values)
-
-
-def is_alive(pid: int) -> bool:
-    """Whether a process runs: a zombie does not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-
-
-async def wait_until_gone(pid: int) -> None:
-    with anyio.fail_after(10):
-        while is_alive(pid):
-            await anyio.sleep(0.02)
 
 
 def first_plan() -> Plan:

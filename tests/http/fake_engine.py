@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import cache
 from typing import Any, cast
 
 import anyio
 
 from fdserve.api.metrics import Metrics
 from fdserve.config import Config
-from fdserve.engine.engine import Engine, EngineStats
+from fdserve.engine.engine import Engine
 from fdserve.engine.output import Generation
 from fdserve.engine.request import Request, TokenDelta, TokenLogprobs
+from fdserve.engine.stats import EngineStats
 from fdserve.errors import InternalError, Overloaded, StartupError, Unavailable
 from fdserve.models.config import GenerationDefaults, ModelConfig
 from fdserve.server import Server, accepted_names
@@ -241,6 +243,12 @@ MODEL = ModelConfig(
 )
 
 
+@cache
+def compiled(template: str) -> ChatTemplate:
+    """The template, for all servers: to compile it takes as long as most tests."""
+    return ChatTemplate(template, ByteTokenizer.special_tokens)
+
+
 def make_server(
     engine: FakeEngine, config: Config, defaults: GenerationDefaults | None = None, template: str = TEMPLATE
 ) -> Server:
@@ -251,7 +259,7 @@ def make_server(
         engine=cast(Engine, engine),
         model=MODEL,
         tokenizer=tokenizer,
-        template=ChatTemplate(template, tokenizer.special_tokens),
+        template=compiled(template),
         reasoning=resolve_reasoning(config.reasoning_parser or "none", tokenizer, template),
         tools=resolve_tools(config.tool_call_parser or "none", tokenizer, template),
         defaults=defaults or GenerationDefaults(),

@@ -1,4 +1,4 @@
-"""Between NumPy (float32 values) and paddle tensors of a compute dtype."""
+"""Between NumPy (float32 values) and paddle tensors of a compute dtype, and what must hold of them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import paddle
 
+from fdserve import ops
 from fdserve.ops import PackedWeight, pack_weight
 from fdserve.ops.reference import bf16_bits, bf16_values, rounded
 
@@ -55,3 +56,13 @@ def assert_close(actual: Float, expected: Float, dtype: str) -> None:
     bound = np.abs(expected) * (2.0**-7 if dtype == "bfloat16" else 1e-5) + scale * 1e-5
     worst = np.abs(actual.astype(np.float64) - expected) - bound
     assert (worst <= 0).all(), f"off by {worst.max():g} beyond the bound"
+
+
+def assert_rows_stand_alone(x: Any, weight: PackedWeight) -> None:
+    """The bits of a row of a product depend neither on the rows beside it, of 401, nor on the number of threads."""
+    together = values(ops.linear(x, weight, out_dtype="float32"))
+    for first, last in [(0, 1), (1, 3), (4, 9), (10, 16), (16, 29), (16, 34), (50, 150), (190, 400), (400, 401)]:
+        assert (values(ops.linear(x[first:last], weight, out_dtype="float32")) == together[first:last]).all()
+    for threads in (1, 3):
+        ops.set_num_threads(threads)
+        assert (values(ops.linear(x, weight, out_dtype="float32")) == together).all()

@@ -8,7 +8,7 @@ import pytest
 
 from fdserve import ops
 from fdserve.ops import reference
-from tests.ops.arrays import assert_close, ints, normal, packed, source, tensor, values
+from tests.ops.arrays import assert_close, assert_rows_stand_alone, ints, normal, packed, source, tensor, values
 
 SHAPES = [(1, 1, 1), (1, 64, 64), (3, 7, 130), (6, 65, 64), (7, 300, 63), (13, 1, 200), (64, 100, 1031), (200, 513, 70)]
 
@@ -35,12 +35,7 @@ def test_a_rows_bits_do_not_depend_on_the_batch_or_the_threads(dtype: str, depth
     rng = np.random.default_rng(1)
     weight = packed(normal(rng, 200, depth, dtype=dtype), dtype)
     x = tensor(normal(rng, 401, depth, dtype=dtype), dtype)
-    together = values(ops.linear(x, weight, out_dtype="float32"))
-    for first, last in [(0, 1), (1, 3), (4, 9), (10, 16), (16, 29), (16, 34), (50, 150), (190, 400), (400, 401)]:
-        assert (values(ops.linear(x[first:last], weight, out_dtype="float32")) == together[first:last]).all()
-    for threads in (1, 3):
-        ops.set_num_threads(threads)
-        assert (values(ops.linear(x, weight, out_dtype="float32")) == together).all()
+    assert_rows_stand_alone(x, weight)
 
 
 @pytest.mark.parametrize("stored", ["bfloat16", "float32"])

@@ -8,7 +8,7 @@ import pytest
 
 from fdserve import ops
 from fdserve.ops import reference
-from tests.ops.arrays import Float, assert_close, ints, normal, source, tensor, values
+from tests.ops.arrays import Float, assert_close, assert_rows_stand_alone, ints, normal, source, tensor, values
 
 WEIGHT_ONLY = ["wint8", "wint4"]
 FORMATS = [*WEIGHT_ONLY, "w8a8"]
@@ -66,13 +66,7 @@ def test_a_rows_bits_do_not_depend_on_the_batch_or_the_threads(dtype: str, quant
     weight = pack(normal(rng, 200, depth, dtype=dtype), dtype, quantization)
     rows = normal(rng, 401, depth, dtype=dtype)
     rows[::7, ::200] = 100  # some activations far above the others, of some rows
-    x = tensor(rows, dtype)
-    together = values(ops.linear(x, weight, out_dtype="float32"))
-    for first, last in [(0, 1), (1, 3), (4, 9), (10, 16), (16, 29), (16, 34), (50, 150), (190, 400), (400, 401)]:
-        assert (values(ops.linear(x[first:last], weight, out_dtype="float32")) == together[first:last]).all()
-    for threads in (1, 3):
-        ops.set_num_threads(threads)
-        assert (values(ops.linear(x, weight, out_dtype="float32")) == together).all()
+    assert_rows_stand_alone(tensor(rows, dtype), weight)
 
 
 @pytest.mark.parametrize("quantization", FORMATS)

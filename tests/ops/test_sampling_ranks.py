@@ -15,7 +15,7 @@ import pytest
 from fdserve import ops
 from fdserve.ops.collectives import sampling_slot_bytes, shared_bytes, vocabulary_starts
 from tests.ops.arrays import Float, ints, tensor
-from tests.ops.test_sampling import Row, arguments, options, random_logits, random_row, sample
+from tests.ops.sampling_rows import Row, arguments, options, random_logits, random_row, sample
 
 pytestmark = pytest.mark.usefixtures("isa")
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import random
 
-from fdserve.text.grammar import (
-    GrammarCompiler,
-    Spec,
-)
+from fdserve.text.grammar import GrammarCompiler
+from fdserve.text.grammar_spec import Spec
 from fdserve.text.reasoning import ReasoningFormat
 from fdserve.text.tokenizer import Tokenizer
 from tests.text.decoding import Decoded, at_random, decode, text_of, writing

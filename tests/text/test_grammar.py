@@ -11,12 +11,7 @@ import pytest
 
 from fdserve.errors import InvalidRequest
 from fdserve.text import grammar
-from fdserve.text.grammar import (
-    Choice,
-    JsonSchema,
-    Lark,
-    Regex,
-)
+from fdserve.text.grammar_spec import Choice, JsonSchema, Lark, Regex
 from fdserve.text.stream import TextStream
 from fdserve.text.tokenizer import Tokenizer
 from tests.text.decoding import allowed_ids, at_random, decode, text_of

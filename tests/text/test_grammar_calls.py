@@ -11,9 +11,7 @@ import jsonschema
 import pytest
 
 from fdserve.errors import InvalidRequest
-from fdserve.text.grammar import (
-    ToolCalls,
-)
+from fdserve.text.grammar_spec import ToolCalls
 from fdserve.text.tokenizer import Tokenizer, load_tokenizer
 from tests.text.decoding import allowed_ids, at_random, decode, text_of, writing
 from tests.text.grammar_model import CITY, Model

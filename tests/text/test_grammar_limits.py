@@ -13,7 +13,8 @@ import pytest
 
 from fdserve.errors import InvalidRequest, Overloaded
 from fdserve.text import grammar
-from fdserve.text.grammar import Choice, GrammarCompiler, JsonSchema, Lark, Regex, Spec, StructuralTag
+from fdserve.text.grammar import GrammarCompiler
+from fdserve.text.grammar_spec import Choice, JsonSchema, Lark, Regex, Spec, StructuralTag
 from fdserve.text.grammar_vocabulary import GrammarVocabulary
 from fdserve.text.tokenizer import Tokenizer
 from tests.text.decoding import allowed_ids

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fdserve.demo import CHECKPOINT
-from fdserve.text.grammar import Grammar, JsonSchema, Spec, ToolCalls, compiled
+from fdserve.text.grammar import Grammar, compiled
 from fdserve.text.grammar_source import write_grammar
+from fdserve.text.grammar_spec import JsonSchema, Spec, ToolCalls
 from fdserve.text.grammar_vocabulary import GrammarVocabulary
 from fdserve.text.reasoning import ReasoningFormat, resolve_reasoning
 from fdserve.text.stream import TextStream

@@ -5,9 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fdserve.errors import InvalidRequest
-from fdserve.text.grammar import (
-    StructuralTag,
-)
+from fdserve.text.grammar_spec import StructuralTag
 from tests.text.grammar_model import CITY, Model
 
 STRUCTURES = {

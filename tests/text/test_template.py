@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from fdserve.errors import InvalidRequest, StartupError
-from fdserve.text.template import FAMILY_TEMPLATES, ChatTemplate, load_template
+from fdserve.text.family_templates import FAMILY_TEMPLATES
+from fdserve.text.template import ChatTemplate, load_template
 from fdserve.text.tokenizer import Tokenizer
 
 from .vocabulary import ListTokenizer

@@ -14,7 +14,7 @@ from fdserve.models.config import read_config
 from fdserve.models.loader import load_model
 from fdserve.worker.batch import Batch
 from fdserve.worker.graphs import SIZES, DecodeGraphs, record_cuda_graph
-from tests.e2e.test_tensor_parallel import random_checkpoint
+from tests.e2e.engines import random_checkpoint
 from tests.models.checkpoints import DENSE
 from tests.models.stepping import BLOCK_SIZE, BLOCKS_PER_SEQUENCE, Chunk, Stepper
 
