@@ -16,7 +16,6 @@ from fdserve.api.generation import (
     encoded_apart,
     entry_size,
     forward_in_turn,
-    join,
     off_loop_if_long,
 )
 from fdserve.api.logprobs import chat_logprobs, prompt_logprobs
@@ -179,9 +178,9 @@ class ChatAnswer:
     def _deltas(self, piece: Piece) -> list[Delta]:
         # Content is never left out: clients print it without looking, as FastDeploy's own example does.
         deltas = [Delta(content="", reasoning_content=piece.reasoning)] if piece.reasoning else []
-        if piece.content:
-            deltas.append(Delta(content=piece.content))
-        parts = [_part(delta) for delta in join([piece]).tool_calls] if piece.tool_calls else []
+        if content := piece.content:
+            deltas.append(Delta(content=content))
+        parts = [_part(delta) for delta in piece.tool_calls]
         if parts and not self._legacy:
             deltas.append(Delta(content=None, tool_calls=parts))
         elif parts and parts[0].index == 0:

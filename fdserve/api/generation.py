@@ -115,7 +115,7 @@ async def forward_in_turn(
 
 
 async def collect(choice: Choice) -> Piece:
-    """Wait for the whole choice, as one piece with one delta a call.
+    """Wait for the whole choice, as one piece.
 
     Raises like `Choice.next_piece`; cancellation loses it.
     """

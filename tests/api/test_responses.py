@@ -115,6 +115,17 @@ async def test_a_stream_of_calls() -> None:
         assert [item["arguments"] for item in again[2:]] == [item["arguments"] for item in output[2:]]
 
 
+@pytest.mark.parametrize("batch", [1, 22, 46, 500])
+async def test_texts_and_calls_keep_their_order_however_many_tokens_come_at_once(batch: int) -> None:
+    call = '<tool_call>\n{"name": "add", "arguments": {"a": %d}}\n</tool_call>\n'
+    script = say("x</think>\n\n" + call % 1 + "And the second.\n" + call % 2 + "Done.", batch=batch, delay=0.001)
+    async with serving(FakeEngine(script), config()) as client:
+        output = whole(await respond(client, tools=[ADD]))["output"][1:]
+        assert [item["arguments"] if "arguments" in item else item["content"][0]["text"] for item in output] == [
+            '{"a": 1}', "And the second.", '{"a": 2}', "Done.",
+        ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("script", "last"), [(say("ab</think>\n\n<response>\nHello"), "message"), (say("abcdefghij"), "reasoning")]
 )
