@@ -20,7 +20,7 @@ from fdserve.api.prompt import check_prompt, max_tokens_of, prompt_field, render
 from fdserve.api.structured import RESPONSE_FORMAT, compile_form
 from fdserve.api.token_rules import token_rules
 from fdserve.api.tool_use import check_tools, tool_use
-from fdserve.engine.request import SamplingParams
+from fdserve.engine.request import Group, SamplingParams
 from fdserve.errors import InvalidRequest
 from fdserve.http.request import Request
 from fdserve.http.response import Reply
@@ -67,11 +67,13 @@ async def prepare_chat(
     if whole:
         params = msgspec.structs.replace(params, stop_token_ids=())
     stop = StopTable() if whole else stop_table(request)
+    group = Group()
     return [
         new_choice(
             request,
             server,
             http,
+            group,
             index=index,
             prompt=prompt,
             # The prompt is the same for all of them: its logprobs are asked for once.

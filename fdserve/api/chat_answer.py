@@ -140,7 +140,7 @@ class ChatAnswer:
         await reply.end_events(event(last) if wants_usage(self._request) else b"")
 
     async def _encoded(self, choice: Choice, piece: Piece) -> bytes:
-        if piece.prompt_logprobs is None:  # nearly all of them
+        if not piece.logprobs and piece.prompt_logprobs is None:  # nearly all of them
             return self._events(choice, piece)
         return await off_loop_if_long(self._server, self._size([piece]), partial(self._events, choice, piece))
 

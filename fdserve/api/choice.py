@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from fdserve.engine.output import Generation
-from fdserve.engine.request import Constraint, SamplingParams, TokenDelta, TokenLogprobs
+from fdserve.engine.request import Constraint, Group, SamplingParams, TokenDelta, TokenLogprobs
 from fdserve.engine.request import Request as EngineRequest
 from fdserve.errors import InternalError, RequestCancelled, ServerError, Unavailable
 from fdserve.http.request import Request
@@ -191,6 +191,7 @@ def new_choice(
     request: GenerationRequest,
     server: Server,
     http: Request,
+    group: Group,
     *,
     index: int,
     prompt: list[int],
@@ -221,7 +222,7 @@ def new_choice(
         priority=request.priority or 0,
         cache_salt=request.cache_salt or "",
         constraint=constraint,
-        group=http,
+        group=group,
     )
     return Choice(server, http, index, engine_request, text)
 

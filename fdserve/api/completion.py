@@ -20,6 +20,7 @@ from fdserve.api.params import (
 from fdserve.api.prompt import tokenized
 from fdserve.api.structured import compile_form
 from fdserve.api.token_rules import token_rules
+from fdserve.engine.request import Group
 from fdserve.errors import InvalidRequest
 from fdserve.http.request import Request
 from fdserve.http.response import Reply
@@ -96,6 +97,7 @@ async def _choices(request: CompletionRequest, server: Server, http: Request, pr
     count = candidates(request)
     rules, stop = token_rules(request, server), StopTable() if whole else stop_table(request)
     choices: list[Choice] = []
+    group = Group()
     for prompt in prompts:
         params = sampling_params(
             request,
@@ -121,6 +123,7 @@ async def _choices(request: CompletionRequest, server: Server, http: Request, pr
                     request,
                     server,
                     http,
+                    group,
                     index=len(choices),
                     prompt=prompt,
                     params=for_choice(params, index),

@@ -110,10 +110,10 @@ class CompletionAnswer:
             shape.index = index
             yield shape
 
-    def _size(self, choice: Choice, piece: Piece) -> int:
-        """About how many characters tell the first piece of a choice."""
-        report = self._report(choice)
-        return len(piece.content) + len(piece.logprobs) * entry_size(self._request.logprobs or 0) + report.size
+    def _size(self, choice: Choice, piece: Piece, *, first: bool = True) -> int:
+        """About how many characters tell a piece of a choice; the first one comes with what is told of the prompt."""
+        size = len(piece.content) + len(piece.logprobs) * entry_size(self._request.logprobs or 0)
+        return size + self._report(choice).size if first else size
 
     def _report(self, choice: Choice) -> PromptReport:
         return self._reports[choice.index // self._per_prompt]
@@ -133,36 +133,35 @@ class CompletionAnswer:
         tokens = self._request.max_streaming_response_tokens or 1
         await reply.start_events()
         try:
-            await forward_in_turn(self._choices, reply, tokens, self._told)
+            await forward_in_turn(self._choices, reply, tokens, self._told, first=self._learn)
         finally:
             total = self._usage()
         await reply.end_events(event(self._completion([], total)) if wants_usage(self._request) else b"")
+
+    async def _learn(self, choice: Choice, piece: Piece) -> None:
+        """Of each prompt the first choice learns what is told with the first event of all."""
+        report = self._report(choice)
+        if report.taken.is_set():
+            return
+        if choice.index % self._per_prompt == 0:
+            await off_loop_if_long(self._server, report.size, partial(report.take, piece.prompt_logprobs))
+            report.taken.set()
+        elif report.has_logprobs:
+            await report.taken.wait()
 
     async def _told(self, choice: Choice, piece: Piece) -> bytes:
         """The event of a piece; nothing where there is nothing to tell."""
         self._running_usage.count(choice)
         first = choice.index not in self._begun
-        if first and choice.index % self._per_prompt == 0:
-            await self._take(self._report(choice), piece)
         told = piece.logprobs or self._request.return_token_ids or piece.prompt_logprobs is not None
         ends = piece.finish_reason is not None
         if not (piece.content or told or ends or (first and self._request.echo)):
             return b""
         self._begun.add(choice.index)
-        return await self._first(choice, piece) if first else self._encoded(choice, piece, first=False)
-
-    async def _take(self, report: PromptReport, piece: Piece) -> None:
-        """Take what the first piece of a prompt's first choice tells of it."""
-        if not report.taken.is_set():
-            await off_loop_if_long(self._server, report.size, partial(report.take, piece.prompt_logprobs))
-            report.taken.set()
-
-    async def _first(self, choice: Choice, piece: Piece) -> bytes:
-        """A choice's first event, which tells of the prompt what its first choice learns."""
-        report = self._report(choice)
-        if report.has_logprobs:
-            await report.taken.wait()
-        return await off_loop_if_long(self._server, report.size, partial(self._encoded, choice, piece, first=True))
+        if not first and not piece.logprobs:  # nearly all of them
+            return self._encoded(choice, piece, first=False)
+        size = self._size(choice, piece, first=first)
+        return await off_loop_if_long(self._server, size, partial(self._encoded, choice, piece, first=first))
 
     def _encoded(self, choice: Choice, piece: Piece, *, first: bool) -> bytes:
         shape = self._choice(choice, piece, first=first)

@@ -93,12 +93,23 @@ async def for_each(choices: Sequence[Choice], consume: Callable[[Choice], Awaita
         raise errors[0]
 
 
+async def _nothing_first(choice: Choice, piece: Piece) -> None:
+    pass
+
+
 async def forward_in_turn(
-    choices: Sequence[Choice], reply: Reply, tokens: int, events: Callable[[Choice, Piece], Awaitable[bytes]]
+    choices: Sequence[Choice],
+    reply: Reply,
+    tokens: int,
+    events: Callable[[Choice, Piece], Awaitable[bytes]],
+    *,
+    first: Callable[[Choice, Piece], Awaitable[None]] = _nothing_first,
 ) -> None:
     """Send what `events` makes of all that comes, as it comes: choices in turn, each in order, `tokens` at a time.
 
-    Raises like `for_each`. Cancellation loses what was not sent.
+    Events are made one after the other, when they can be sent: for a client that reads slowly they would take much more
+    memory than what they are made of. `first` comes before the turn, and may wait for another choice. Raises like
+    `for_each`. Cancellation loses what was not sent.
     """
     lock = anyio.Lock(fast_acquire=True)
 
@@ -107,8 +118,9 @@ async def forward_in_turn(
         while not finished:
             piece = await choice.next_piece(tokens)
             finished = piece.finish_reason is not None
-            if data := await events(choice, piece):
-                async with lock:
+            await first(choice, piece)
+            async with lock:
+                if data := await events(choice, piece):
                     await reply.events(data)
 
     await for_each(choices, forward)
