@@ -10,6 +10,7 @@ from fdserve.api.generation import Choice, new_choice, off_loop_if_long, respons
 from fdserve.api.params import (
     check_choices,
     check_logprobs,
+    check_logprobs_told,
     check_request,
     for_choice,
     sampling_params,
@@ -61,6 +62,8 @@ async def prepare_chat(
     continued = bool(request.continue_final_message or request.disable_chat_template)
     thinking = server.reasoning is not None and starts_in_thinking(server.reasoning, prompt, continued)
     params = _params(request, server, len(prompt), thinking)
+    if request.prompt_logprobs is not None:
+        check_logprobs_told((1 + request.prompt_logprobs) * len(prompt), "prompt_logprobs")
     tools = tool_use(request)
     form = await compile_form(request, server, tools, form_field)
     whole = form is not None and form.whole

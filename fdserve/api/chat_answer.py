@@ -16,6 +16,7 @@ from fdserve.api.generation import (
     encoded_apart,
     entry_size,
     forward_in_turn,
+    gathered,
     off_loop_if_long,
 )
 from fdserve.api.logprobs import chat_logprobs, prompt_logprobs
@@ -121,11 +122,10 @@ class ChatAnswer:
 
     async def stream(self, reply: Reply) -> None:
         """Send an event for whatever comes, as it comes: choices in turn, each in order."""
-        tokens = self._request.max_streaming_response_tokens or 1
         await reply.start_events()
         await reply.events(b"".join(self._opening(choice) for choice in self._choices))
         try:
-            await forward_in_turn(self._choices, reply, tokens, self._encoded)
+            await forward_in_turn(self._choices, reply, gathered(self._request), self._encoded)
         finally:
             total = self._usage()
         last = ChatChunk(

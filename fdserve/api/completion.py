@@ -10,6 +10,7 @@ from fdserve.api.generation import Choice, new_choice, off_loop_if_long, respons
 from fdserve.api.params import (
     check_choices,
     check_logprobs,
+    check_logprobs_told,
     check_request,
     checked_prompt,
     for_choice,
@@ -91,7 +92,16 @@ def max_tokens_of(request: CompletionRequest) -> int:
     return DEFAULT_MAX_TOKENS if request.max_tokens is None else request.max_tokens
 
 
+def _check_told(request: CompletionRequest, prompts: list[list[int]]) -> None:
+    """Raise InvalidRequest for more logprobs of prompts than the memory may hold: every choice tells them."""
+    echoed = request.logprobs if request.echo else None
+    entries = sum(1 + top for top in (echoed, request.prompt_logprobs) if top is not None)
+    param = "echo" if request.prompt_logprobs is None else "prompt_logprobs"
+    check_logprobs_told(entries * (request.n or 1) * sum(map(len, prompts)), param)
+
+
 async def _choices(request: CompletionRequest, server: Server, http: Request, prompts: list[list[int]]) -> list[Choice]:
+    _check_told(request, prompts)
     form = await compile_form(request, server)
     whole = form is not None and form.whole
     count = candidates(request)

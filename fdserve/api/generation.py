@@ -13,6 +13,7 @@ from anyio import to_thread
 
 from fdserve import __version__
 from fdserve.api.choice import Choice, Piece, join, new_choice
+from fdserve.api.params import check_logprobs_told
 from fdserve.http.request import Request
 from fdserve.http.response import Reply, encode
 from fdserve.protocol.generation import GenerationRequest
@@ -22,12 +23,12 @@ __all__ = [
     "SYSTEM_FINGERPRINT",
     "Choice",
     "Piece",
-    "collect",
     "collect_all",
     "encoded_apart",
     "entry_size",
     "for_each",
     "forward_in_turn",
+    "gathered",
     "join",
     "new_choice",
     "off_loop_if_long",
@@ -39,6 +40,10 @@ __all__ = [
 T = TypeVar("T")
 
 LONG_TEXT = 16_384  # characters from which tokenizing or encoding would hold up the other requests noticeably
+MAX_GATHERED = 1024
+"""Tokens of a choice that are gathered at most before they are sent."""
+JOINED_PIECES = 256
+"""The pieces of a whole answer take several times the memory of one that is made of so many."""
 SYSTEM_FINGERPRINT = f"fdserve-{__version__}"
 
 
@@ -126,25 +131,32 @@ async def forward_in_turn(
     await for_each(choices, forward)
 
 
-async def collect(choice: Choice) -> Piece:
-    """Wait for the whole choice, as one piece.
-
-    Raises like `Choice.next_piece`; cancellation loses it.
-    """
-    pieces = [await choice.next_piece()]
-    while pieces[-1].finish_reason is None:
-        pieces.append(await choice.next_piece())
-    return join(pieces)
+def gathered(request: GenerationRequest) -> int:
+    """How many tokens of a choice to gather before they are sent."""
+    return min(request.max_streaming_response_tokens or 1, MAX_GATHERED)
 
 
 async def collect_all(choices: Sequence[Choice]) -> list[Piece]:
-    """`collect` for all choices at the same time, in their order."""
+    """Wait for all choices at the same time; each as one piece, in their order.
+
+    Raises like `Choice.next_piece`, and InvalidRequest for more logprobs than the memory may hold. Cancellation loses
+    all.
+    """
     wholes: dict[int, Piece] = {}
+    logprobs = 0
 
-    async def one(choice: Choice) -> None:
-        wholes[choice.index] = await collect(choice)
+    async def collect(choice: Choice) -> None:
+        nonlocal logprobs
+        pieces = [await choice.next_piece()]
+        while pieces[-1].finish_reason is None:
+            logprobs += sum([1 + len(values.top_ids) for _, values in pieces[-1].logprobs])
+            check_logprobs_told(logprobs, "logprobs")
+            if len(pieces) >= JOINED_PIECES:
+                pieces = [join(pieces)]
+            pieces.append(await choice.next_piece())
+        wholes[choice.index] = join(pieces)
 
-    await for_each(choices, one)
+    await for_each(choices, collect)
     return [wholes[choice.index] for choice in choices]
 
 

@@ -10,7 +10,7 @@ import msgspec
 
 from fdserve.api.chat import prepare_chat
 from fdserve.api.fields import read_request
-from fdserve.api.generation import Choice, Piece, running
+from fdserve.api.generation import Choice, Piece, gathered, running
 from fdserve.api.response_store import StoredResponse
 from fdserve.api.responses_input import as_own_fields, chat_request, input_items, wants_logprobs
 from fdserve.api.responses_output import OutputWriter
@@ -157,7 +157,7 @@ class _Answer:
         await reply.events(
             self._encoded([ResponseCreated(response=self._response), ResponseInProgress(response=self._response)])
         )
-        tokens = self._request.max_streaming_response_tokens or 1
+        tokens = gathered(self._request)
         try:
             piece = Piece()
             while piece.finish_reason is None:

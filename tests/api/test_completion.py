@@ -6,8 +6,10 @@ from typing import Any
 
 import anyio
 import pytest
+from msgspec import UNSET
 from openai.types import Completion
 
+from fdserve.api.completion_answer import PromptReport
 from fdserve.api.logprobs import prompt_logprobs
 from fdserve.engine.request import Request, TokenDelta, TokenLogprobs
 from tests.http.client import Response, serving
@@ -327,3 +329,57 @@ async def test_of_two_tokens_with_one_text_the_likelier_counts() -> None:
     async with serving(FakeEngine(script)) as client:
         (choice,) = choices(await client.complete(logprobs=2))
         assert choice["logprobs"]["top_logprobs"] == [{"": -1.0, "A": -3.0}]
+
+
+async def test_more_logprobs_than_the_memory_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fdserve.api.params.MAX_LOGPROBS", 120)
+    async with serving(FakeEngine(say("Hello, world!", delay=0.001))) as client:
+
+        async def answer(stream: bool, **fields: Any) -> tuple[int, str | None]:
+            response = await client.complete(max_tokens=1, stream=stream, **fields)
+            return response.status, response.error["param"] if response.status != 200 else None
+
+        for stream in (False, True):
+            assert await answer(stream, prompt="a" * 60, prompt_logprobs=1) == (200, None)
+            assert await answer(stream, prompt="a" * 61, prompt_logprobs=1) == (400, "prompt_logprobs")
+            assert await answer(stream, prompt=["a" * 30] * 2, prompt_logprobs=2) == (400, "prompt_logprobs")
+            # Each choice tells them, and both kinds.
+            assert await answer(stream, prompt="a" * 30, echo=True, logprobs=1, n=3) == (400, "echo")
+            assert await answer(stream, prompt="a" * 30, echo=True, logprobs=1, prompt_logprobs=2) == (
+                400,
+                "prompt_logprobs",
+            )
+            assert await answer(stream, prompt="a" * 121, echo=True, n=3) == (200, None)
+        # Those of generated tokens count where the answer is kept whole.
+        many = {"logprobs": 4, "n": 2}
+        response = await client.complete(**many)
+        assert (response.status, response.error["param"]) == (400, "logprobs")
+        assert not client.engine.active
+        assert (await client.complete(**many, stream=True)).events[-1]["choices"][0]["finish_reason"] == "stop"
+        response = await client.chat(prompt_logprobs=20)
+        assert (response.status, response.error["param"]) == (400, "prompt_logprobs")
+
+
+async def test_what_is_told_of_a_prompt_is_let_go_with_its_last_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    reports: list[PromptReport] = []
+    take = PromptReport.take
+
+    def taken(self: PromptReport, values: Any) -> None:
+        assert all(report.echo is None and report.prompt_logprobs is UNSET for report in reports)
+        take(self, values)
+        reports.append(self)
+
+    monkeypatch.setattr(PromptReport, "take", taken)
+    fields = {
+        "prompt": ["one", "two", "three"],
+        "n": 2,
+        "best_of": 3,
+        "echo": True,
+        "logprobs": 1,
+        "prompt_logprobs": 1,
+    }
+    async with serving() as client:
+        told = (await client.complete(**fields)).json()["choices"]
+    assert [choice["text"] for choice in told[::2]] == [f"{text}Hello, world!" for text in fields["prompt"]]
+    assert all(choice["prompt_logprobs"] for choice in told)
+    assert len(reports) == 3

@@ -275,6 +275,13 @@ async def test_tokens_can_be_gathered() -> None:
             assert [text for text in shown[count:] if text] == ["Hello", ", wor", "ld!"]
 
 
+async def test_no_more_are_gathered_than_fit_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fdserve.api.generation.MAX_GATHERED", 5)
+    async with serving(FakeEngine(say("Hello, world!", delay=0.001))) as client:
+        events = (await client.complete(stream=True, max_streaming_response_tokens=1 << 40)).events
+        assert [e["choices"][0]["text"] for e in events if e["choices"][0]["text"]] == ["Hello", ", wor", "ld!"]
+
+
 async def test_usage_in_every_event() -> None:
     async with serving(FakeEngine(say("Hello", delay=0.001))) as client:
         for call, first in ((client.chat, 1), (client.complete, 0)):
