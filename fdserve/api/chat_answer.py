@@ -9,6 +9,7 @@ from functools import partial
 from msgspec import UNSET, UnsetType
 
 from fdserve.api.generation import (
+    ID_SIZE,
     SYSTEM_FINGERPRINT,
     Choice,
     Piece,
@@ -51,6 +52,8 @@ class ChatAnswer:
         self._choices = choices
         self._created = int(time.time())
         self._running_usage = RunningUsage(choices, len(choices))
+        # About how many characters tell the ids of the prompt, which each choice does.
+        self._ids_size = ID_SIZE * len(choices) * len(choices[0].prompt) if request.return_token_ids else 0
         self._legacy = bool(request.functions)
         self._service_tier: str | UnsetType = "default" if request.service_tier is not None else UNSET
 
@@ -72,13 +75,14 @@ class ChatAnswer:
             )
             return encode(completion)
 
-        await reply.text(await off_loop_if_long(self._server, self._size(wholes), encoded), "application/json")
+        size = self._size(wholes) + self._ids_size
+        await reply.text(await off_loop_if_long(self._server, size, encoded), "application/json")
 
     def _size(self, pieces: Sequence[Piece]) -> int:
         """About how many characters tell the pieces."""
         size = len(pieces[0].prompt_logprobs or ()) * entry_size(self._request.prompt_logprobs or 0)
         for piece in pieces:
-            size += len(piece.content) + len(piece.reasoning)
+            size += len(piece.content) + len(piece.reasoning) + ID_SIZE * len(piece.token_ids)
             size += len(piece.logprobs) * entry_size(self._request.top_logprobs or 0)
         return size
 
@@ -123,7 +127,10 @@ class ChatAnswer:
     async def stream(self, reply: Reply) -> None:
         """Send an event for whatever comes, as it comes: choices in turn, each in order."""
         await reply.start_events()
-        await reply.events(b"".join(self._opening(choice) for choice in self._choices))
+        opening = await off_loop_if_long(
+            self._server, self._ids_size, lambda: b"".join(self._opening(choice) for choice in self._choices)
+        )
+        await reply.events(opening)
         try:
             await forward_in_turn(self._choices, reply, gathered(self._request), self._encoded)
         finally:

@@ -10,6 +10,7 @@ import anyio
 from msgspec import UNSET, structs
 
 from fdserve.api.generation import (
+    ID_SIZE,
     SYSTEM_FINGERPRINT,
     Choice,
     Piece,
@@ -48,7 +49,8 @@ class PromptReport:
         tops = [top for top in (self._echoed, self._asked) if top is not None]
         self.has_logprobs = bool(tops)
         """Whether it is made of more than the prompt."""
-        self.size = len(prompt) * (sum(map(entry_size, tops)) + 4 * bool(request.echo))
+        text_and_ids = 4 * bool(request.echo) + ID_SIZE * bool(request.return_token_ids)
+        self.size = len(prompt) * (sum(map(entry_size, tops)) + text_and_ids)
         """About how many characters it comes to."""
 
     @cached_property
@@ -122,7 +124,8 @@ class CompletionAnswer:
 
     def _size(self, choice: Choice, piece: Piece, *, first: bool = True) -> int:
         """About how many characters tell a piece of a choice; the first one comes with what is told of the prompt."""
-        size = len(piece.content) + len(piece.logprobs) * entry_size(self._request.logprobs or 0)
+        size = len(piece.content) + ID_SIZE * len(piece.token_ids)
+        size += len(piece.logprobs) * entry_size(self._request.logprobs or 0)
         return size + self._report(choice).size if first else size
 
     def _report(self, choice: Choice) -> PromptReport:

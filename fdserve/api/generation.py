@@ -20,6 +20,7 @@ from fdserve.protocol.generation import GenerationRequest
 from fdserve.server import Server
 
 __all__ = [
+    "ID_SIZE",
     "SYSTEM_FINGERPRINT",
     "Choice",
     "Piece",
@@ -165,6 +166,10 @@ async def off_loop_if_long(server: Server, size: int, work: Callable[[], T], *, 
     if size <= LONG_TEXT and not always:
         return work()
     return await to_thread.run_sync(work, limiter=server.tokenizing)
+
+
+ID_SIZE = 6
+"""About how many characters tell a token's id."""
 
 
 def entry_size(top: int) -> int:

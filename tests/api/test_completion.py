@@ -9,7 +9,8 @@ import pytest
 from msgspec import UNSET
 from openai.types import Completion
 
-from fdserve.api.completion_answer import PromptReport
+from fdserve.api.chat_answer import ChatAnswer
+from fdserve.api.completion_answer import CompletionAnswer, PromptReport
 from fdserve.api.logprobs import prompt_logprobs
 from fdserve.engine.request import Request, TokenDelta, TokenLogprobs
 from tests.http.client import Response, serving
@@ -295,6 +296,28 @@ async def test_large_answers_are_made_off_the_event_loop(monkeypatch: pytest.Mon
             assert {name: calls.copy() for name, calls in threads.items()} == {name: [at_once] for name in threads}
             for calls in threads.values():
                 calls.clear()
+
+
+@pytest.mark.parametrize("kind", [ChatAnswer, CompletionAnswer])
+@pytest.mark.parametrize("stream", [False, True])
+async def test_the_ids_of_a_long_prompt_are_encoded_off_the_event_loop(
+    monkeypatch: pytest.MonkeyPatch, kind: type[Any], stream: bool
+) -> None:
+    monkeypatch.setattr("fdserve.api.generation.LONG_TEXT", 5000)
+    name = "_opening" if kind is ChatAnswer and stream else "_choice"
+    make, on_loop = getattr(kind, name), []
+
+    def spied(self: Any, *given: Any, **options: Any) -> Any:
+        on_loop.append(threading.current_thread() is threading.main_thread())
+        return make(self, *given, **options)
+
+    monkeypatch.setattr(kind, name, spied)
+    async with serving(FakeEngine(say("a", batch=2))) as client:
+        call = client.chat if kind is ChatAnswer else client.complete
+        for size, at_once in ((10, True), (900, False)):
+            on_loop.clear()
+            assert (await call("x" * size, n=2, return_token_ids=True, stream=stream)).status == 200
+            assert on_loop == [at_once] * 2
 
 
 async def test_the_best_of_several() -> None:
