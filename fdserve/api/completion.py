@@ -6,7 +6,7 @@ import msgspec
 
 from fdserve.api.completion_answer import CompletionAnswer
 from fdserve.api.fields import read_request
-from fdserve.api.generation import Choice, new_choice, off_loop_if_long, response_id, running
+from fdserve.api.generation import Choice, new_choice, off_loop_if_long, prepared_words, response_id, running
 from fdserve.api.params import (
     check_choices,
     check_logprobs,
@@ -15,12 +15,10 @@ from fdserve.api.params import (
     checked_prompt,
     for_choice,
     sampling_params,
-    stop_table,
     truncated,
 )
 from fdserve.api.prompt import tokenized
 from fdserve.api.structured import compile_form
-from fdserve.api.token_rules import token_rules
 from fdserve.engine.request import Group
 from fdserve.errors import InvalidRequest
 from fdserve.http.request import Request
@@ -102,10 +100,10 @@ def _check_told(request: CompletionRequest, prompts: list[list[int]]) -> None:
 
 async def _choices(request: CompletionRequest, server: Server, http: Request, prompts: list[list[int]]) -> list[Choice]:
     _check_told(request, prompts)
+    rules, stop = await prepared_words(request, server, http)
     form = await compile_form(request, server)
     whole = form is not None and form.whole
     count = candidates(request)
-    rules, stop = token_rules(request, server), StopTable() if whole else stop_table(request)
     choices: list[Choice] = []
     group = Group()
     for prompt in prompts:
@@ -137,7 +135,7 @@ async def _choices(request: CompletionRequest, server: Server, http: Request, pr
                     index=len(choices),
                     prompt=prompt,
                     params=for_choice(params, index),
-                    stop=stop,
+                    stop=StopTable() if whole else stop,
                     constraint=form.grammar.constraint(None) if form else None,
                 )
             )

@@ -13,11 +13,13 @@ from anyio import to_thread
 
 from fdserve import __version__
 from fdserve.api.choice import Choice, Piece, join, new_choice
-from fdserve.api.params import check_logprobs_told
+from fdserve.api.params import check_logprobs_told, stop_table
+from fdserve.api.token_rules import TokenRules, token_rules
 from fdserve.http.request import Request
 from fdserve.http.response import Reply, encode
 from fdserve.protocol.generation import GenerationRequest
 from fdserve.server import Server
+from fdserve.text.stop import StopTable
 
 __all__ = [
     "ID_SIZE",
@@ -33,6 +35,7 @@ __all__ = [
     "join",
     "new_choice",
     "off_loop_if_long",
+    "prepared_words",
     "response_id",
     "running",
     "submitted",
@@ -170,6 +173,14 @@ async def off_loop_if_long(server: Server, size: int, work: Callable[[], T], *, 
 
 ID_SIZE = 6
 """About how many characters tell a token's id."""
+
+
+async def prepared_words(request: GenerationRequest, server: Server, http: Request) -> tuple[TokenRules, StopTable]:
+    """What the request says of tokens, and its stop strings: for all of its choices. Raises like `token_rules`.
+
+    Thousands of words take tens of milliseconds. Cancellation waits for a thread.
+    """
+    return await off_loop_if_long(server, len(http.body), lambda: (token_rules(request, server), stop_table(request)))
 
 
 def entry_size(top: int) -> int:
