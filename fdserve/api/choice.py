@@ -68,9 +68,22 @@ def join(pieces: Iterable[Piece]) -> Piece:
 class Choice:
     """One choice of a response while it is generated, and its totals so far."""
 
-    def __init__(self, server: Server, http: Request, index: int, request: EngineRequest, text: TextStream) -> None:
+    def __init__(
+        self,
+        server: Server,
+        http: Request,
+        index: int,
+        request: EngineRequest,
+        text: TextStream,
+        *,
+        thinking: bool,
+        continued: bool,
+    ) -> None:
+        """For `thinking` and `continued` see `TextStream`."""
         self.index = index
         self.prompt = request.prompt
+        self.thinking = thinking
+        self.continued = continued
         self.generated = 0
         self.cached_tokens = 0
         self.stop_reason: str | int | None = None
@@ -224,7 +237,7 @@ def new_choice(
         constraint=constraint,
         group=group,
     )
-    return Choice(server, http, index, engine_request, text)
+    return Choice(server, http, index, engine_request, text, thinking=thinking, continued=continued)
 
 
 def _as_server_error(delta: TokenDelta) -> ServerError:

@@ -15,6 +15,7 @@ from fdserve.api.response_store import StoredResponse
 from fdserve.api.responses_input import as_own_fields, chat_request, input_items, wants_logprobs
 from fdserve.api.responses_output import OutputWriter
 from fdserve.api.responses_truncation import drop_oldest_turns
+from fdserve.api.text_logprobs import TextLogprobs
 from fdserve.api.usage import usage
 from fdserve.errors import InvalidRequest, NotFound, Overloaded, ServerError
 from fdserve.http.request import Request
@@ -133,11 +134,10 @@ class _Answer:
         self._http = http
         self._choice = choice
         self._conversation = conversation
+        logprobs = TextLogprobs(server, thinking=choice.thinking, continued=choice.continued)
         self._writer = OutputWriter(
-            server,
-            choice.prompt,
             summarize=request.reasoning is not None and request.reasoning.summary is not None,
-            logprobs=wants_logprobs(request),
+            logprobs=logprobs if wants_logprobs(request) else None,
         )
         self._sent = 0  # events
         self._response = _begun(id, request, server)

@@ -35,18 +35,17 @@ from fdserve.protocol.responses import (
     ReasoningText,
     SummaryText,
 )
-from fdserve.server import Server
 from fdserve.text.tools import ToolCallDelta
 
 
 class OutputWriter:
     """Builds the output of one response from the pieces of its choice. `items` are those that have begun."""
 
-    def __init__(self, server: Server, prompt: list[int], *, summarize: bool, logprobs: bool) -> None:
-        """`summarize` puts the thoughts where clients look for a summary of them."""
+    def __init__(self, *, summarize: bool, logprobs: TextLogprobs | None) -> None:
+        """`summarize` puts the thoughts where clients look for a summary of them; `logprobs` finds those of texts."""
         self.items: list[OutputItem] = []
         self._summarize = summarize
-        self._logprobs = TextLogprobs(server, prompt) if logprobs else None
+        self._logprobs = logprobs
         self._open: _Part | None = None
         self._open_call: int | None = None
 

@@ -15,11 +15,8 @@ from pydantic import TypeAdapter
 from fdserve.api.choice import Piece, join
 from fdserve.api.messages_output import BlockWriter
 from fdserve.api.responses_output import OutputWriter
-from fdserve.config import Config
 from fdserve.text.tools import ToolCallDelta
-from tests.http.fake_engine import FakeEngine, make_server
 
-SERVER = make_server(FakeEngine(), Config())
 RESPONSE_EVENT: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
 MESSAGE_EVENT: TypeAdapter[Any] = TypeAdapter(RawMessageStreamEvent)
 
@@ -69,7 +66,7 @@ def test_events_of_a_response_lead_to_its_items(
     answer: tuple[str, list[str | dict[str, int]], list[Piece]], summarize: bool
 ) -> None:
     thought, texts_and_calls, pieces = answer
-    writer = OutputWriter(SERVER, [], summarize=summarize, logprobs=False)
+    writer = OutputWriter(summarize=summarize, logprobs=None)
     events = [event for piece in pieces for event in writer.push(piece)] + writer.finish(complete=True)
     told = [builtins(event) for event in events]
     for event in told:
