@@ -53,7 +53,7 @@ def join(pieces: Iterable[Piece]) -> Piece:
     pieces = list(pieces)
     whole = Piece(
         reasoning="".join([piece.reasoning for piece in pieces]),
-        parts=joined(part for piece in pieces for part in piece.parts),
+        parts=joined([part for piece in pieces for part in piece.parts]),
     )
     for piece in pieces:
         whole.token_ids += piece.token_ids

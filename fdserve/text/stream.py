@@ -20,8 +20,10 @@ Part = str | ToolCallDelta
 """Of an answer: a text, or what is new of a call."""
 
 
-def joined(parts: Iterable[Part]) -> list[Part]:
+def joined(parts: Sequence[Part]) -> list[Part]:
     """The parts in their order, those that go on with the one before them as one with it; none is empty."""
+    if len(parts) < 2:  # nearly always
+        return [part for part in parts if part]
     result: list[Part] = []
     for _, group in groupby(parts, _call_of):
         own = list(group)
