@@ -96,7 +96,7 @@ async def rendered(request: ChatRequest, server: Server, http: Request) -> tuple
     long = request.chat_template is not None  # whoever wrote it may have written a slow one
     # The body does not have all of a conversation that goes on from a stored one.
     size = max(len(http.body), sum(len(message.content or "") for message in request.messages or ()))
-    return await off_loop_if_long(server, size, lambda: render_prompt(request, server), always=long)
+    return await off_loop_if_long(server.tokenizing, size, lambda: render_prompt(request, server), always=long)
 
 
 def check_chat(request: ChatRequest, server: Server) -> None:

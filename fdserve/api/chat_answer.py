@@ -76,7 +76,7 @@ class ChatAnswer:
             return encode(completion)
 
         size = self._size(wholes) + self._ids_size
-        await reply.text(await off_loop_if_long(self._server, size, encoded), "application/json")
+        await reply.text(await off_loop_if_long(self._server.encoding, size, encoded), "application/json")
 
     def _size(self, pieces: Sequence[Piece]) -> int:
         """About how many characters tell the pieces."""
@@ -128,7 +128,7 @@ class ChatAnswer:
         """Send an event for whatever comes, as it comes: choices in turn, each in order."""
         await reply.start_events()
         opening = await off_loop_if_long(
-            self._server, self._ids_size, lambda: b"".join(self._opening(choice) for choice in self._choices)
+            self._server.encoding, self._ids_size, lambda: b"".join(self._opening(choice) for choice in self._choices)
         )
         await reply.events(opening)
         try:
@@ -149,7 +149,7 @@ class ChatAnswer:
     async def _encoded(self, choice: Choice, piece: Piece) -> bytes:
         if not piece.logprobs and piece.prompt_logprobs is None:  # nearly all of them
             return self._events(choice, piece)
-        return await off_loop_if_long(self._server, self._size([piece]), partial(self._events, choice, piece))
+        return await off_loop_if_long(self._server.encoding, self._size([piece]), partial(self._events, choice, piece))
 
     def _opening(self, choice: Choice) -> bytes:
         delta = Delta(role="assistant", content="")

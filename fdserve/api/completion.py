@@ -37,7 +37,7 @@ async def completions(server: Server, http: Request, reply: Reply) -> None:
     check_request(request, server)
     check_logprobs(request.logprobs is not None, server)
     _check_best_of(request)
-    prompts = await off_loop_if_long(server, len(http.body), lambda: _prompts(request, server))
+    prompts = await off_loop_if_long(server.tokenizing, len(http.body), lambda: _prompts(request, server))
     choices = await _choices(request, server, http, prompts)
     id = response_id("cmpl-", request)
     with running(server, http, (id, request.request_id), choices):

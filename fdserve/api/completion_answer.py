@@ -109,7 +109,7 @@ class CompletionAnswer:
             return encode(self._completion(encoded_apart(self._shapes(wholes)), total))
 
         size = sum(map(self._size, self._choices, wholes))
-        await reply.text(await off_loop_if_long(self._server, size, encoded), "application/json")
+        await reply.text(await off_loop_if_long(self._server.encoding, size, encoded), "application/json")
 
     def _shapes(self, wholes: Sequence[Piece]) -> Iterator[CompletionChoice]:
         """The choices to send, one at a time: what is told of a prompt is made for its choices, and then let go."""
@@ -154,7 +154,7 @@ class CompletionAnswer:
         if report.taken.is_set():
             return
         if choice.index % self._per_prompt == 0:
-            await off_loop_if_long(self._server, report.size, partial(report.take, piece.prompt_logprobs))
+            await off_loop_if_long(self._server.encoding, report.size, partial(report.take, piece.prompt_logprobs))
             report.taken.set()
         elif report.has_logprobs:
             await report.taken.wait()
@@ -171,7 +171,7 @@ class CompletionAnswer:
         if not first and not piece.logprobs:  # nearly all of them
             return self._encoded(choice, piece, first=False)
         size = self._size(choice, piece, first=first)
-        return await off_loop_if_long(self._server, size, partial(self._encoded, choice, piece, first=first))
+        return await off_loop_if_long(self._server.encoding, size, partial(self._encoded, choice, piece, first=first))
 
     def _encoded(self, choice: Choice, piece: Piece, *, first: bool) -> bytes:
         shape = self._choice(choice, piece, first=first)

@@ -9,7 +9,7 @@ from typing import TypeVar, cast
 
 import anyio
 import msgspec
-from anyio import to_thread
+from anyio import CapacityLimiter, to_thread
 
 from fdserve import __version__
 from fdserve.api.choice import Choice, Piece, join, new_choice
@@ -164,11 +164,14 @@ async def collect_all(choices: Sequence[Choice]) -> list[Piece]:
     return [wholes[choice.index] for choice in choices]
 
 
-async def off_loop_if_long(server: Server, size: int, work: Callable[[], T], *, always: bool = False) -> T:
-    """Run `work`, in a thread where `size` characters make it long, or always. Cancellation waits for the thread."""
+async def off_loop_if_long(limiter: CapacityLimiter, size: int, work: Callable[[], T], *, always: bool = False) -> T:
+    """Run `work`, in a thread where `size` characters make it long, or always. Cancellation waits for the thread.
+
+    `limiter` bounds the threads: one of the server's.
+    """
     if size <= LONG_TEXT and not always:
         return work()
-    return await to_thread.run_sync(work, limiter=server.tokenizing)
+    return await to_thread.run_sync(work, limiter=limiter)
 
 
 ID_SIZE = 6
@@ -180,7 +183,9 @@ async def prepared_words(request: GenerationRequest, server: Server, http: Reque
 
     Thousands of words take tens of milliseconds. Cancellation waits for a thread.
     """
-    return await off_loop_if_long(server, len(http.body), lambda: (token_rules(request, server), stop_table(request)))
+    return await off_loop_if_long(
+        server.tokenizing, len(http.body), lambda: (token_rules(request, server), stop_table(request))
+    )
 
 
 def entry_size(top: int) -> int:

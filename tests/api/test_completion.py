@@ -12,6 +12,7 @@ from openai.types import Completion
 from fdserve.api.chat_answer import ChatAnswer
 from fdserve.api.completion_answer import CompletionAnswer, PromptReport
 from fdserve.api.logprobs import prompt_logprobs
+from fdserve.config import Config
 from fdserve.engine.request import Request, TokenDelta, TokenLogprobs
 from tests.http.client import Response, serving
 from tests.http.fake_engine import EOS, ByteTokenizer, FakeEngine, follow, ids, logprobs_of, say
@@ -406,3 +407,27 @@ async def test_what_is_told_of_a_prompt_is_let_go_with_its_last_choice(monkeypat
     assert [choice["text"] for choice in told[::2]] == [f"{text}Hello, world!" for text in fields["prompt"]]
     assert all(choice["prompt_logprobs"] for choice in told)
     assert len(reports) == 3
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_large_answers_do_not_wait_for_long_prompts(monkeypatch: pytest.MonkeyPatch, stream: bool) -> None:
+    monkeypatch.setattr("fdserve.api.generation.LONG_TEXT", 1000)
+    go = threading.Event()
+
+    def slow(text: str, *given: Any) -> list[int]:
+        go.wait(5)
+        return [1]
+
+    async with serving(FakeEngine(say("Hello, world!", batch=13)), Config(enable_logprob=True)) as client:
+        monkeypatch.setattr("fdserve.api.tokens.tokenized", slow)
+        async with anyio.create_task_group() as tasks:
+            for _ in range(4):
+                tasks.start_soon(client.post, "/tokenize", {"prompt": "x" * 2000})
+            await anyio.sleep(0.05)
+            began = anyio.current_time()
+            for call in (client.chat, client.complete):
+                fields = {"logprobs": True, "top_logprobs": 5} if call == client.chat else {"logprobs": 5}
+                assert (await call(**fields, n=3, stream=stream)).status == 200
+            waited = anyio.current_time() - began
+            go.set()
+    assert waited < 3
