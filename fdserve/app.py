@@ -99,6 +99,11 @@ class App:
             config = Config.load(None, os.environ)
             configure_logging(config)
         sys.setswitchinterval(SWITCH_SECONDS)
+        if "hypercorn.trio.run" in sys.modules:
+            # Hypercorn serves the application on trio, and looks its parts up when the lifespan has begun.
+            from fdserve.http import hypercorn_fixes
+
+            hypercorn_fixes.apply()
         server = await self._build(config)
         table = routes(server)
         self._dispatcher = Dispatcher(

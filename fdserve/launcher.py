@@ -25,7 +25,6 @@ from fdserve.errors import StartupError
 from fdserve.executor.cluster import Cluster, check_secret, read_cluster
 from fdserve.executor.fingerprint import take_fingerprint
 from fdserve.executor.follower import follow
-from fdserve.http import hypercorn_fixes
 from fdserve.hub import resolve_model
 from fdserve.server import build
 
@@ -53,7 +52,6 @@ def main(argv: Sequence[str] | None = None, build: Build = build) -> int:
         return 1
     configure_logging(config)
     logging.getLogger("hypercorn.error").setLevel(logging.WARNING)
-    hypercorn_fixes.apply()
     _raise_descriptor_limit()
     return trio.run(_Launcher(config, create_app(config, build), sock).run)
 

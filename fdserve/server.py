@@ -31,6 +31,7 @@ log = logging.getLogger("fdserve")
 
 DEMO_NAME = "fdserve-demo"
 TOKENIZING_THREADS = 2
+ENCODING_THREADS = 2
 
 
 @dataclass
@@ -38,8 +39,9 @@ class Server:
     """One loaded model and its engine.
 
     `model_name` is what responses call the model; `model_names` all that requests may call it. `created` is in
-    seconds since the epoch. `tokenizing` bounds the threads that long prompts are tokenized in. `running` has what
-    POST /v1/requests/{id}/cancel can end, `responses` what /v1/responses has stored.
+    seconds since the epoch. `tokenizing` bounds the threads that long prompts are tokenized in, `encoding` those that
+    large answers are made in: these wait for no prompts. `running` has what POST /v1/requests/{id}/cancel can end,
+    `responses` what /v1/responses has stored.
     """
 
     config: Config
@@ -55,6 +57,7 @@ class Server:
     model_names: frozenset[str]
     created: int = field(default_factory=lambda: int(time.time()))
     tokenizing: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(TOKENIZING_THREADS))
+    encoding: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(ENCODING_THREADS))
     running: RunningRequests = field(default_factory=RunningRequests)
     responses: ResponseStore = field(default_factory=ResponseStore)
 

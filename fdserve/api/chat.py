@@ -7,21 +7,21 @@ import msgspec
 from fdserve.api.chat_answer import ChatAnswer
 from fdserve.api.choice import Choice, new_choice
 from fdserve.api.fields import read_request
-from fdserve.api.generation import off_loop_if_long, response_id, running
+from fdserve.api.generation import off_loop_if_long, prepared_words, response_id, running
 from fdserve.api.params import (
     check_choices,
     check_logprobs,
+    check_logprobs_told,
     check_request,
     for_choice,
     sampling_params,
-    stop_table,
     unsupported,
 )
 from fdserve.api.prompt import check_prompt, max_tokens_of, prompt_field, render_prompt
 from fdserve.api.structured import RESPONSE_FORMAT, compile_form
-from fdserve.api.token_rules import token_rules
+from fdserve.api.token_rules import TokenRules
 from fdserve.api.tool_use import check_tools, tool_use
-from fdserve.engine.request import SamplingParams
+from fdserve.engine.request import Group, SamplingParams
 from fdserve.errors import InvalidRequest
 from fdserve.http.request import Request
 from fdserve.http.response import Reply
@@ -59,23 +59,27 @@ async def prepare_chat(
     # A prompt without a template is gone on with, too.
     continued = bool(request.continue_final_message or request.disable_chat_template)
     thinking = server.reasoning is not None and starts_in_thinking(server.reasoning, prompt, continued)
-    params = _params(request, server, len(prompt), thinking)
+    rules, stop = await prepared_words(request, server, http)
+    params = _params(request, server, rules, len(prompt), thinking)
+    if request.prompt_logprobs is not None:
+        check_logprobs_told((1 + request.prompt_logprobs) * len(prompt), "prompt_logprobs")
     tools = tool_use(request)
     form = await compile_form(request, server, tools, form_field)
     whole = form is not None and form.whole
     if whole:
         params = msgspec.structs.replace(params, stop_token_ids=())
-    stop = StopTable() if whole else stop_table(request)
+    group = Group()
     return [
         new_choice(
             request,
             server,
             http,
+            group,
             index=index,
             prompt=prompt,
             # The prompt is the same for all of them: its logprobs are asked for once.
             params=for_choice(params if not index else msgspec.structs.replace(params, prompt_logprobs=None), index),
-            stop=stop,
+            stop=StopTable() if whole else stop,
             format=server.reasoning,
             thinking=thinking,
             continued=continued,
@@ -91,7 +95,7 @@ async def rendered(request: ChatRequest, server: Server, http: Request) -> tuple
     long = request.chat_template is not None  # whoever wrote it may have written a slow one
     # The body does not have all of a conversation that goes on from a stored one.
     size = max(len(http.body), sum(len(message.content or "") for message in request.messages or ()))
-    return await off_loop_if_long(server, size, lambda: render_prompt(request, server), always=long)
+    return await off_loop_if_long(server.tokenizing, size, lambda: render_prompt(request, server), always=long)
 
 
 def check_chat(request: ChatRequest, server: Server) -> None:
@@ -112,11 +116,13 @@ def check_chat(request: ChatRequest, server: Server) -> None:
         raise unsupported("modalities", "other than text ")
 
 
-def _params(request: ChatRequest, server: Server, prompt_tokens: int, thinking: bool) -> SamplingParams:
+def _params(
+    request: ChatRequest, server: Server, rules: TokenRules, prompt_tokens: int, thinking: bool
+) -> SamplingParams:
     params = sampling_params(
         request,
         server,
-        token_rules(request, server),
+        rules,
         prompt_tokens=prompt_tokens,
         max_tokens=max_tokens_of(request),
         logprobs=(request.top_logprobs or 0) if request.logprobs else None,

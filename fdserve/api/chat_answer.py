@@ -8,13 +8,15 @@ from functools import partial
 
 from msgspec import UNSET, UnsetType
 
-from fdserve.api.choice import Choice, Piece, join
+from fdserve.api.choice import Choice, Piece
 from fdserve.api.generation import (
+    ID_SIZE,
     SYSTEM_FINGERPRINT,
     collect_all,
     encoded_apart,
     entry_size,
     forward_in_turn,
+    gathered,
     off_loop_if_long,
 )
 from fdserve.api.logprobs import chat_logprobs, prompt_logprobs
@@ -49,6 +51,8 @@ class ChatAnswer:
         self._choices = choices
         self._created = int(time.time())
         self._running_usage = RunningUsage(choices, len(choices))
+        # About how many characters tell the ids of the prompt, which each choice does.
+        self._ids_size = ID_SIZE * len(choices) * len(choices[0].prompt) if request.return_token_ids else 0
         self._legacy = bool(request.functions)
         self._service_tier: str | UnsetType = "default" if request.service_tier is not None else UNSET
 
@@ -70,13 +74,14 @@ class ChatAnswer:
             )
             return encode(completion)
 
-        await reply.text(await off_loop_if_long(self._server, self._size(wholes), encoded), "application/json")
+        size = self._size(wholes) + self._ids_size
+        await reply.text(await off_loop_if_long(self._server.encoding, size, encoded), "application/json")
 
     def _size(self, pieces: Sequence[Piece]) -> int:
         """About how many characters tell the pieces."""
         size = len(pieces[0].prompt_logprobs or ()) * entry_size(self._request.prompt_logprobs or 0)
         for piece in pieces:
-            size += len(piece.content) + len(piece.reasoning)
+            size += len(piece.content) + len(piece.reasoning) + ID_SIZE * len(piece.token_ids)
             size += len(piece.logprobs) * entry_size(self._request.top_logprobs or 0)
         return size
 
@@ -120,11 +125,13 @@ class ChatAnswer:
 
     async def stream(self, reply: Reply) -> None:
         """Send an event for whatever comes, as it comes: choices in turn, each in order."""
-        tokens = self._request.max_streaming_response_tokens or 1
         await reply.start_events()
-        await reply.events(b"".join(self._opening(choice) for choice in self._choices))
+        opening = await off_loop_if_long(
+            self._server.encoding, self._ids_size, lambda: b"".join(self._opening(choice) for choice in self._choices)
+        )
+        await reply.events(opening)
         try:
-            await forward_in_turn(self._choices, reply, tokens, self._encoded)
+            await forward_in_turn(self._choices, reply, gathered(self._request), self._encoded)
         finally:
             total = self._usage()
         last = ChatChunk(
@@ -139,9 +146,9 @@ class ChatAnswer:
         await reply.end_events(event(last) if wants_usage(self._request) else b"")
 
     async def _encoded(self, choice: Choice, piece: Piece) -> bytes:
-        if piece.prompt_logprobs is None:  # nearly all of them
+        if not piece.logprobs and piece.prompt_logprobs is None:  # nearly all of them
             return self._events(choice, piece)
-        return await off_loop_if_long(self._server, self._size([piece]), partial(self._events, choice, piece))
+        return await off_loop_if_long(self._server.encoding, self._size([piece]), partial(self._events, choice, piece))
 
     def _opening(self, choice: Choice) -> bytes:
         delta = Delta(role="assistant", content="")
@@ -177,9 +184,9 @@ class ChatAnswer:
     def _deltas(self, piece: Piece) -> list[Delta]:
         # Content is never left out: clients print it without looking, as FastDeploy's own example does.
         deltas = [Delta(content="", reasoning_content=piece.reasoning)] if piece.reasoning else []
-        if piece.content:
-            deltas.append(Delta(content=piece.content))
-        parts = [_part(delta) for delta in join([piece]).tool_calls] if piece.tool_calls else []
+        if content := piece.content:
+            deltas.append(Delta(content=content))
+        parts = [_part(delta) for delta in piece.tool_calls]
         if parts and not self._legacy:
             deltas.append(Delta(content=None, tool_calls=parts))
         elif parts and parts[0].index == 0:

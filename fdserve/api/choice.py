@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from fdserve.engine.output import Generation
-from fdserve.engine.request import Constraint, SamplingParams, TokenDelta, TokenLogprobs
+from fdserve.engine.request import Constraint, Group, SamplingParams, TokenDelta, TokenLogprobs
 from fdserve.engine.request import Request as EngineRequest
 from fdserve.errors import InternalError, RequestCancelled, ServerError, Unavailable
 from fdserve.http.request import Request
@@ -16,7 +16,7 @@ from fdserve.protocol.generation import FinishReason, GenerationRequest
 from fdserve.server import Server
 from fdserve.text.reasoning import ReasoningFormat
 from fdserve.text.stop import StopTable
-from fdserve.text.stream import TextStream
+from fdserve.text.stream import Part, TextStream, calls_of, content_of, joined
 from fdserve.text.tools import ToolCallDelta, ToolFormat
 
 
@@ -24,28 +24,36 @@ from fdserve.text.tools import ToolCallDelta, ToolFormat
 class Piece:
     """What one wake-up brought a choice; `finish_reason` is set on its last piece.
 
-    `token_ids` are the ids that count; `logprobs` has an entry for each of them but the one that ended the
-    choice, whose entry is `ending`; both are empty where none were asked for. `prompt_logprobs` comes once, where
-    asked for: an entry for every token of the prompt but the first.
+    The answer's `parts` are in their order, a delta a call. `token_ids` are the ids that count; `logprobs` has an
+    entry for each of them but the one that ended the choice, whose entry is `ending`; both are empty where none were
+    asked for. `prompt_logprobs` comes once, where asked for: an entry for every token of the prompt but the first.
     """
 
     reasoning: str = ""
-    content: str = ""
-    tool_calls: list[ToolCallDelta] = field(default_factory=list)
+    parts: list[Part] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[tuple[int, TokenLogprobs]] = field(default_factory=list)
     ending: tuple[int, TokenLogprobs] | None = None
     prompt_logprobs: list[TokenLogprobs] | None = None
     finish_reason: FinishReason | None = None
 
+    @property
+    def content(self) -> str:
+        """All text of the answer."""
+        return content_of(self.parts)
+
+    @property
+    def tool_calls(self) -> list[ToolCallDelta]:
+        """All that is told of calls."""
+        return calls_of(self.parts)
+
 
 def join(pieces: Iterable[Piece]) -> Piece:
-    """The pieces as one, in which every call is one delta."""
+    """The pieces as one."""
     pieces = list(pieces)
     whole = Piece(
         reasoning="".join([piece.reasoning for piece in pieces]),
-        content="".join([piece.content for piece in pieces]),
-        tool_calls=_join_calls(delta for piece in pieces for delta in piece.tool_calls),
+        parts=joined([part for piece in pieces for part in piece.parts]),
     )
     for piece in pieces:
         whole.token_ids += piece.token_ids
@@ -57,22 +65,25 @@ def join(pieces: Iterable[Piece]) -> Piece:
     return whole
 
 
-def _join_calls(deltas: Iterable[ToolCallDelta]) -> list[ToolCallDelta]:
-    """One delta a call, in their order."""
-    heads: dict[int, ToolCallDelta] = {}
-    arguments: dict[int, list[str]] = {}
-    for delta in deltas:
-        heads.setdefault(delta.index, delta)
-        arguments.setdefault(delta.index, []).append(delta.arguments)
-    return [replace(head, arguments="".join(arguments[index])) for index, head in heads.items()]
-
-
 class Choice:
     """One choice of a response while it is generated, and its totals so far."""
 
-    def __init__(self, server: Server, http: Request, index: int, request: EngineRequest, text: TextStream) -> None:
+    def __init__(
+        self,
+        server: Server,
+        http: Request,
+        index: int,
+        request: EngineRequest,
+        text: TextStream,
+        *,
+        thinking: bool,
+        continued: bool,
+    ) -> None:
+        """For `thinking` and `continued` see `TextStream`."""
         self.index = index
         self.prompt = request.prompt
+        self.thinking = thinking
+        self.continued = continued
         self.generated = 0
         self.cached_tokens = 0
         self.stop_reason: str | int | None = None
@@ -129,6 +140,7 @@ class Choice:
             self._take(delta, piece)
             if piece.finish_reason is not None:
                 break
+        piece.parts = joined(piece.parts)
         self._observe(len(piece.token_ids), piece.finish_reason)
         return piece
 
@@ -143,8 +155,7 @@ class Choice:
         shown = delta.token_ids if delta.stop_token_id is None else delta.token_ids[:-1]
         text = self._text.push(shown)
         piece.reasoning += text.reasoning
-        piece.content += text.content
-        piece.tool_calls += text.tool_calls
+        piece.parts += text.parts
         used = len(delta.token_ids) if text.stop_matched is None else text.tokens_used
         piece.token_ids += delta.token_ids[:used]
         self.generated += used
@@ -169,8 +180,7 @@ class Choice:
     def _finish(self, piece: Piece, reason: FinishReason, stop_reason: str | int | None) -> None:
         rest = self._text.finish()
         piece.reasoning += rest.reasoning
-        piece.content += rest.content
-        piece.tool_calls += rest.tool_calls
+        piece.parts += rest.parts
         # What was held back may turn out to end with a stop string.
         if rest.stop_matched is not None:
             reason, stop_reason = "stop", rest.stop_matched
@@ -194,6 +204,7 @@ def new_choice(
     request: GenerationRequest,
     server: Server,
     http: Request,
+    group: Group,
     *,
     index: int,
     prompt: list[int],
@@ -224,9 +235,9 @@ def new_choice(
         priority=request.priority or 0,
         cache_salt=request.cache_salt or "",
         constraint=constraint,
-        group=http,
+        group=group,
     )
-    return Choice(server, http, index, engine_request, text)
+    return Choice(server, http, index, engine_request, text, thinking=thinking, continued=continued)
 
 
 def _as_server_error(delta: TokenDelta) -> ServerError:

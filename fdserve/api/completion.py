@@ -7,20 +7,20 @@ import msgspec
 from fdserve.api.choice import Choice, new_choice
 from fdserve.api.completion_answer import CompletionAnswer
 from fdserve.api.fields import read_request
-from fdserve.api.generation import off_loop_if_long, response_id, running
+from fdserve.api.generation import off_loop_if_long, prepared_words, response_id, running
 from fdserve.api.params import (
     check_choices,
     check_logprobs,
+    check_logprobs_told,
     check_request,
     checked_prompt,
     for_choice,
     sampling_params,
-    stop_table,
     truncated,
 )
 from fdserve.api.prompt import tokenized
 from fdserve.api.structured import compile_form
-from fdserve.api.token_rules import token_rules
+from fdserve.engine.request import Group
 from fdserve.errors import InvalidRequest
 from fdserve.http.request import Request
 from fdserve.http.response import Reply
@@ -38,7 +38,7 @@ async def completions(server: Server, http: Request, reply: Reply) -> None:
     check_request(request, server)
     check_logprobs(request.logprobs is not None, server)
     _check_best_of(request)
-    prompts = await off_loop_if_long(server, len(http.body), lambda: _prompts(request, server))
+    prompts = await off_loop_if_long(server.tokenizing, len(http.body), lambda: _prompts(request, server))
     choices = await _choices(request, server, http, prompts)
     id = response_id("cmpl-", request)
     with running(server, http, (id, request.request_id), choices):
@@ -91,12 +91,22 @@ def max_tokens_of(request: CompletionRequest) -> int:
     return DEFAULT_MAX_TOKENS if request.max_tokens is None else request.max_tokens
 
 
+def _check_told(request: CompletionRequest, prompts: list[list[int]]) -> None:
+    """Raise InvalidRequest for more logprobs of prompts than the memory may hold: every choice tells them."""
+    echoed = request.logprobs if request.echo else None
+    entries = sum(1 + top for top in (echoed, request.prompt_logprobs) if top is not None)
+    param = "echo" if request.prompt_logprobs is None else "prompt_logprobs"
+    check_logprobs_told(entries * (request.n or 1) * sum(map(len, prompts)), param)
+
+
 async def _choices(request: CompletionRequest, server: Server, http: Request, prompts: list[list[int]]) -> list[Choice]:
+    _check_told(request, prompts)
+    rules, stop = await prepared_words(request, server, http)
     form = await compile_form(request, server)
     whole = form is not None and form.whole
     count = candidates(request)
-    rules, stop = token_rules(request, server), StopTable() if whole else stop_table(request)
     choices: list[Choice] = []
+    group = Group()
     for prompt in prompts:
         params = sampling_params(
             request,
@@ -122,10 +132,11 @@ async def _choices(request: CompletionRequest, server: Server, http: Request, pr
                     request,
                     server,
                     http,
+                    group,
                     index=len(choices),
                     prompt=prompt,
                     params=for_choice(params, index),
-                    stop=stop,
+                    stop=StopTable() if whole else stop,
                     constraint=form.grammar.constraint(None) if form else None,
                 )
             )

@@ -11,11 +11,13 @@ from msgspec import UNSET, structs
 
 from fdserve.api.choice import Choice, Piece
 from fdserve.api.generation import (
+    ID_SIZE,
     SYSTEM_FINGERPRINT,
     collect_all,
     encoded_apart,
     entry_size,
     forward_in_turn,
+    gathered,
     off_loop_if_long,
 )
 from fdserve.api.logprobs import CompletionLogprobsWriter, extend, prompt_logprobs
@@ -33,6 +35,7 @@ class PromptReport:
     """What is told of a prompt's tokens: made once, for all choices that go on with it."""
 
     def __init__(self, server: Server, request: CompletionRequest, prompt: list[int]) -> None:
+        self._untold = request.n or 1  # choices that have not told it
         self._tokenizer = server.tokenizer
         self._prompt = prompt
         self._echoed = request.logprobs if request.echo else None
@@ -45,13 +48,20 @@ class PromptReport:
         tops = [top for top in (self._echoed, self._asked) if top is not None]
         self.has_logprobs = bool(tops)
         """Whether it is made of more than the prompt."""
-        self.size = len(prompt) * (sum(map(entry_size, tops)) + 4 * bool(request.echo))
+        text_and_ids = 4 * bool(request.echo) + ID_SIZE * bool(request.return_token_ids)
+        self.size = len(prompt) * (sum(map(entry_size, tops)) + text_and_ids)
         """About how many characters it comes to."""
 
     @cached_property
     def text(self) -> str:
         """The prompt itself."""
         return decode(self._tokenizer, self._prompt, skip_special_tokens=False)
+
+    def note_told(self) -> None:
+        """A choice has told it; after the last one nothing is kept, for it takes much memory."""
+        self._untold -= 1
+        if not self._untold:
+            self.echo, self.prompt_logprobs = None, UNSET
 
     def take(self, values: list[TokenLogprobs] | None) -> None:
         """Make it of the values that came with the prompt's first choice."""
@@ -95,73 +105,72 @@ class CompletionAnswer:
         total = self._usage()
 
         def encoded() -> bytes:
-            for report, first in zip(self._reports, wholes[:: self._per_prompt], strict=True):
-                report.take(first.prompt_logprobs)
-            best = [pair for pairs in self._by_prompt(wholes) for pair in pairs]
-            return encode(self._completion(encoded_apart(self._numbered(best)), total))
+            return encode(self._completion(encoded_apart(self._shapes(wholes)), total))
 
         size = sum(map(self._size, self._choices, wholes))
-        await reply.text(await off_loop_if_long(self._server, size, encoded), "application/json")
+        await reply.text(await off_loop_if_long(self._server.encoding, size, encoded), "application/json")
 
-    def _numbered(self, best: Sequence[tuple[Choice, Piece]]) -> Iterator[CompletionChoice]:
-        for index, (choice, whole) in enumerate(best):
-            shape = self._choice(choice, whole, first=True)
-            shape.index = index
-            yield shape
+    def _shapes(self, wholes: Sequence[Piece]) -> Iterator[CompletionChoice]:
+        """The choices to send, one at a time: what is told of a prompt is made for its choices, and then let go."""
+        index = 0
+        for report, start in zip(self._reports, range(0, len(wholes), self._per_prompt), strict=True):
+            report.take(wholes[start].prompt_logprobs)
+            for choice, whole in self._best(wholes, start):
+                shape = self._choice(choice, whole, first=True)
+                shape.index = index
+                index += 1
+                yield shape
 
-    def _size(self, choice: Choice, piece: Piece) -> int:
-        """About how many characters tell the first piece of a choice."""
-        report = self._report(choice)
-        return len(piece.content) + len(piece.logprobs) * entry_size(self._request.logprobs or 0) + report.size
+    def _size(self, choice: Choice, piece: Piece, *, first: bool = True) -> int:
+        """About how many characters tell a piece of a choice; the first one comes with what is told of the prompt."""
+        size = len(piece.content) + ID_SIZE * len(piece.token_ids)
+        size += len(piece.logprobs) * entry_size(self._request.logprobs or 0)
+        return size + self._report(choice).size if first else size
 
     def _report(self, choice: Choice) -> PromptReport:
         return self._reports[choice.index // self._per_prompt]
 
-    def _by_prompt(self, wholes: Sequence[Piece]) -> Iterator[list[tuple[Choice, Piece]]]:
-        """For each prompt the choices to send: where more were generated, the likeliest by the mean of a token."""
-        n = self._request.n or 1
-        pairs = list(zip(self._choices, wholes, strict=True))
-        for start in range(0, len(pairs), self._per_prompt):
-            own = pairs[start : start + self._per_prompt]
-            if n < len(own):
-                own.sort(key=lambda pair: pair[0].mean_logprob, reverse=True)
-            yield own[:n]
+    def _best(self, wholes: Sequence[Piece], start: int) -> list[tuple[Choice, Piece]]:
+        """Of the prompt whose choices begin there, those to send: the likeliest by the mean of a token."""
+        n, own = self._request.n or 1, slice(start, start + self._per_prompt)
+        pairs = list(zip(self._choices[own], wholes[own], strict=True))
+        if n < len(pairs):
+            pairs.sort(key=lambda pair: pair[0].mean_logprob, reverse=True)
+        return pairs[:n]
 
     async def stream(self, reply: Reply) -> None:
         """Send an event for whatever comes, as it comes: choices in turn, each in order."""
-        tokens = self._request.max_streaming_response_tokens or 1
         await reply.start_events()
         try:
-            await forward_in_turn(self._choices, reply, tokens, self._told)
+            await forward_in_turn(self._choices, reply, gathered(self._request), self._told, first=self._learn)
         finally:
             total = self._usage()
         await reply.end_events(event(self._completion([], total)) if wants_usage(self._request) else b"")
+
+    async def _learn(self, choice: Choice, piece: Piece) -> None:
+        """Of each prompt the first choice learns what is told with the first event of all."""
+        report = self._report(choice)
+        if report.taken.is_set():
+            return
+        if choice.index % self._per_prompt == 0:
+            await off_loop_if_long(self._server.encoding, report.size, partial(report.take, piece.prompt_logprobs))
+            report.taken.set()
+        elif report.has_logprobs:
+            await report.taken.wait()
 
     async def _told(self, choice: Choice, piece: Piece) -> bytes:
         """The event of a piece; nothing where there is nothing to tell."""
         self._running_usage.count(choice)
         first = choice.index not in self._begun
-        if first and choice.index % self._per_prompt == 0:
-            await self._take(self._report(choice), piece)
         told = piece.logprobs or self._request.return_token_ids or piece.prompt_logprobs is not None
         ends = piece.finish_reason is not None
         if not (piece.content or told or ends or (first and self._request.echo)):
             return b""
         self._begun.add(choice.index)
-        return await self._first(choice, piece) if first else self._encoded(choice, piece, first=False)
-
-    async def _take(self, report: PromptReport, piece: Piece) -> None:
-        """Take what the first piece of a prompt's first choice tells of it."""
-        if not report.taken.is_set():
-            await off_loop_if_long(self._server, report.size, partial(report.take, piece.prompt_logprobs))
-            report.taken.set()
-
-    async def _first(self, choice: Choice, piece: Piece) -> bytes:
-        """A choice's first event, which tells of the prompt what its first choice learns."""
-        report = self._report(choice)
-        if report.has_logprobs:
-            await report.taken.wait()
-        return await off_loop_if_long(self._server, report.size, partial(self._encoded, choice, piece, first=True))
+        if not first and not piece.logprobs:  # nearly all of them
+            return self._encoded(choice, piece, first=False)
+        size = self._size(choice, piece, first=first)
+        return await off_loop_if_long(self._server.encoding, size, partial(self._encoded, choice, piece, first=first))
 
     def _encoded(self, choice: Choice, piece: Piece, *, first: bool) -> bytes:
         shape = self._choice(choice, piece, first=first)
@@ -183,6 +192,7 @@ class CompletionAnswer:
             if self._request.return_token_ids:
                 shape.prompt_token_ids = choice.prompt
             shape.prompt_logprobs = self._report(choice).prompt_logprobs
+            self._report(choice).note_told()
         return shape
 
     def _logprobs(self, choice: Choice, piece: Piece, *, echo: bool) -> CompletionLogprobs:

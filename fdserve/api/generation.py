@@ -9,18 +9,25 @@ from typing import TypeVar, cast
 
 import anyio
 import msgspec
-from anyio import to_thread
+from anyio import CapacityLimiter, to_thread
 
 from fdserve import __version__
 from fdserve.api.choice import Choice, Piece, join
+from fdserve.api.params import check_logprobs_told, stop_table
+from fdserve.api.token_rules import TokenRules, token_rules
 from fdserve.http.request import Request
 from fdserve.http.response import Reply, encode
 from fdserve.protocol.generation import GenerationRequest
 from fdserve.server import Server
+from fdserve.text.stop import StopTable
 
 T = TypeVar("T")
 
 LONG_TEXT = 16_384  # characters from which tokenizing or encoding would hold up the other requests noticeably
+MAX_GATHERED = 1024
+"""Tokens of a choice that are gathered at most before they are sent."""
+JOINED_PIECES = 256
+"""The pieces of a whole answer take several times the memory of one that is made of so many."""
 SYSTEM_FINGERPRINT = f"fdserve-{__version__}"
 
 
@@ -75,12 +82,23 @@ async def for_each(choices: Sequence[Choice], consume: Callable[[Choice], Awaita
         raise errors[0]
 
 
+async def _nothing_first(choice: Choice, piece: Piece) -> None:
+    pass
+
+
 async def forward_in_turn(
-    choices: Sequence[Choice], reply: Reply, tokens: int, events: Callable[[Choice, Piece], Awaitable[bytes]]
+    choices: Sequence[Choice],
+    reply: Reply,
+    tokens: int,
+    events: Callable[[Choice, Piece], Awaitable[bytes]],
+    *,
+    first: Callable[[Choice, Piece], Awaitable[None]] = _nothing_first,
 ) -> None:
     """Send what `events` makes of all that comes, as it comes: choices in turn, each in order, `tokens` at a time.
 
-    Raises like `for_each`. Cancellation loses what was not sent.
+    Events are made one after the other, when they can be sent: for a client that reads slowly they would take much more
+    memory than what they are made of. `first` comes before the turn, and may wait for another choice. Raises like
+    `for_each`. Cancellation loses what was not sent.
     """
     lock = anyio.Lock(fast_acquire=True)
 
@@ -89,40 +107,65 @@ async def forward_in_turn(
         while not finished:
             piece = await choice.next_piece(tokens)
             finished = piece.finish_reason is not None
-            if data := await events(choice, piece):
-                async with lock:
+            await first(choice, piece)
+            async with lock:
+                if data := await events(choice, piece):
                     await reply.events(data)
 
     await for_each(choices, forward)
 
 
-async def collect(choice: Choice) -> Piece:
-    """Wait for the whole choice, as one piece with one delta a call.
-
-    Raises like `Choice.next_piece`; cancellation loses it.
-    """
-    pieces = [await choice.next_piece()]
-    while pieces[-1].finish_reason is None:
-        pieces.append(await choice.next_piece())
-    return join(pieces)
+def gathered(request: GenerationRequest) -> int:
+    """How many tokens of a choice to gather before they are sent."""
+    return min(request.max_streaming_response_tokens or 1, MAX_GATHERED)
 
 
 async def collect_all(choices: Sequence[Choice]) -> list[Piece]:
-    """`collect` for all choices at the same time, in their order."""
+    """Wait for all choices at the same time; each as one piece, in their order.
+
+    Raises like `Choice.next_piece`, and InvalidRequest for more logprobs than the memory may hold. Cancellation loses
+    all.
+    """
     wholes: dict[int, Piece] = {}
+    logprobs = 0
 
-    async def one(choice: Choice) -> None:
-        wholes[choice.index] = await collect(choice)
+    async def collect(choice: Choice) -> None:
+        nonlocal logprobs
+        pieces = [await choice.next_piece()]
+        while pieces[-1].finish_reason is None:
+            logprobs += sum([1 + len(values.top_ids) for _, values in pieces[-1].logprobs])
+            check_logprobs_told(logprobs, "logprobs")
+            if len(pieces) >= JOINED_PIECES:
+                pieces = [join(pieces)]
+            pieces.append(await choice.next_piece())
+        wholes[choice.index] = join(pieces)
 
-    await for_each(choices, one)
+    await for_each(choices, collect)
     return [wholes[choice.index] for choice in choices]
 
 
-async def off_loop_if_long(server: Server, size: int, work: Callable[[], T], *, always: bool = False) -> T:
-    """Run `work`, in a thread where `size` characters make it long, or always. Cancellation waits for the thread."""
+async def off_loop_if_long(limiter: CapacityLimiter, size: int, work: Callable[[], T], *, always: bool = False) -> T:
+    """Run `work`, in a thread where `size` characters make it long, or always. Cancellation waits for the thread.
+
+    `limiter` bounds the threads: one of the server's.
+    """
     if size <= LONG_TEXT and not always:
         return work()
-    return await to_thread.run_sync(work, limiter=server.tokenizing)
+    return await to_thread.run_sync(work, limiter=limiter)
+
+
+ID_SIZE = 6
+"""About how many characters tell a token's id."""
+
+
+async def prepared_words(request: GenerationRequest, server: Server, http: Request) -> tuple[TokenRules, StopTable]:
+    """What the request says of tokens, and its stop strings: for all of its choices. Raises like `token_rules`.
+
+    Thousands of words take tens of milliseconds. Cancellation waits for a thread.
+    """
+    return await off_loop_if_long(
+        server.tokenizing, len(http.body), lambda: (token_rules(request, server), stop_table(request))
+    )
 
 
 def entry_size(top: int) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from fdserve.api.chat import check_chat, prepare_chat, rendered
 from fdserve.api.choice import Choice, Piece
 from fdserve.api.fields import read_request
-from fdserve.api.generation import response_id, running
+from fdserve.api.generation import gathered, response_id, running
 from fdserve.api.messages_input import chat_request, prompt_request
 from fdserve.api.messages_output import BlockWriter
 from fdserve.api.params import check_request
@@ -59,7 +59,7 @@ class _Answer:
         self._server = server
         self._http = http
         self._choice = choice
-        self._tokens = request.max_streaming_response_tokens or 1
+        self._tokens = gathered(request)
         hidden = request.thinking is not None and request.thinking.display == "omitted"
         self._writer = BlockWriter(hide_thoughts=hidden)
 

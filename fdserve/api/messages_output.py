@@ -45,14 +45,14 @@ class BlockWriter:
             if not self._hide_thoughts:
                 self._texts.append(piece.reasoning)
                 events.append(BlockDelta(index=self._index, delta=ThinkingDelta(piece.reasoning)))
-        if piece.content:
-            if self._open != "text":
-                events += self._begin("text", TextBlock(text=""))
-            self._texts.append(piece.content)
-            events.append(BlockDelta(index=self._index, delta=TextDelta(piece.content)))
-        for call in piece.tool_calls:
-            events += self._call(call)
+        for part in piece.parts:
+            events += self._text(part) if isinstance(part, str) else self._call(part)
         return events
+
+    def _text(self, text: str) -> list[MessageEvent]:
+        events: list[MessageEvent] = [] if self._open == "text" else self._begin("text", TextBlock(text=""))
+        self._texts.append(text)
+        return [*events, BlockDelta(index=self._index, delta=TextDelta(text))]
 
     def _call(self, call: ToolCallDelta) -> list[MessageEvent]:
         events: list[MessageEvent] = []

@@ -19,6 +19,8 @@ MIN_TEMPERATURE = 1e-5  # below it sampling is greedy, as in FastDeploy
 MAX_TEMPERATURE = 1e30  # all tokens are as likely long before; it and its inverse are float32s
 MIN_TOP_P = 1e-5
 MAX_WORDS_CHARACTERS = 16_384
+MAX_LOGPROBS = 1 << 22
+"""In one answer, or of the prompts of a stream: they take about a gigabyte while they are told."""
 
 _UNSUPPORTED = ("logits_processors_args", "suffix", "audio")
 
@@ -54,6 +56,15 @@ def check_logprobs(wanted: bool, server: Server, param: str = "logprobs") -> Non
     """Raise InvalidRequest if a request wants logprobs and the server was started without them."""
     if wanted and not server.config.enable_logprob:
         raise InvalidRequest("Logprobs is disabled, please enable it in startup config.", param=param)
+
+
+def check_logprobs_told(count: int, param: str) -> None:
+    """Raise InvalidRequest for more logprobs, those of the likeliest tokens among them, than the memory may hold."""
+    if count > MAX_LOGPROBS:
+        message = (
+            f"The answer has more than {MAX_LOGPROBS} logprobs: ask for those of fewer tokens, or for fewer of each."
+        )
+        raise InvalidRequest(message, param=param)
 
 
 def check_choices(count: int, server: Server, param: str) -> None:

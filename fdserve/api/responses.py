@@ -11,11 +11,12 @@ import msgspec
 from fdserve.api.chat import prepare_chat
 from fdserve.api.choice import Choice, Piece
 from fdserve.api.fields import read_request
-from fdserve.api.generation import running
+from fdserve.api.generation import gathered, running
 from fdserve.api.response_store import StoredResponse
 from fdserve.api.responses_input import as_own_fields, chat_request, input_items, wants_logprobs
 from fdserve.api.responses_output import OutputWriter
 from fdserve.api.responses_truncation import drop_oldest_turns
+from fdserve.api.text_logprobs import TextLogprobs
 from fdserve.api.usage import usage
 from fdserve.errors import InvalidRequest, NotFound, Overloaded, ServerError
 from fdserve.http.request import Request
@@ -134,11 +135,10 @@ class _Answer:
         self._http = http
         self._choice = choice
         self._conversation = conversation
+        logprobs = TextLogprobs(server, thinking=choice.thinking, continued=choice.continued)
         self._writer = OutputWriter(
-            server,
-            choice.prompt,
             summarize=request.reasoning is not None and request.reasoning.summary is not None,
-            logprobs=wants_logprobs(request),
+            logprobs=logprobs if wants_logprobs(request) else None,
         )
         self._sent = 0  # events
         self._response = _begun(id, request, server)
@@ -158,7 +158,7 @@ class _Answer:
         await reply.events(
             self._encoded([ResponseCreated(response=self._response), ResponseInProgress(response=self._response)])
         )
-        tokens = self._request.max_streaming_response_tokens or 1
+        tokens = gathered(self._request)
         try:
             piece = Piece()
             while piece.finish_reason is None:

@@ -35,17 +35,17 @@ from fdserve.protocol.responses import (
     ReasoningText,
     SummaryText,
 )
-from fdserve.server import Server
+from fdserve.text.tools import ToolCallDelta
 
 
 class OutputWriter:
     """Builds the output of one response from the pieces of its choice. `items` are those that have begun."""
 
-    def __init__(self, server: Server, prompt: list[int], *, summarize: bool, logprobs: bool) -> None:
-        """`summarize` puts the thoughts where clients look for a summary of them."""
+    def __init__(self, *, summarize: bool, logprobs: TextLogprobs | None) -> None:
+        """`summarize` puts the thoughts where clients look for a summary of them; `logprobs` finds those of texts."""
         self.items: list[OutputItem] = []
         self._summarize = summarize
-        self._logprobs = TextLogprobs(server, prompt) if logprobs else None
+        self._logprobs = logprobs
         self._open: _Part | None = None
         self._open_call: int | None = None
 
@@ -59,19 +59,24 @@ class OutputWriter:
                 part = _SummaryPart if self._summarize else _ThoughtPart
                 events += self._begin(part(_new_id("rs"), len(self.items)))
             events += self._add(piece.reasoning)
-        if piece.content:
-            if not isinstance(self._open, _TextPart):
-                events += self._begin(_TextPart(_new_id("msg"), len(self.items), self._logprobs))
-            events += self._add(piece.content)
-        for call in piece.tool_calls:
-            if call.index != self._open_call or not isinstance(self._open, _CallPart):
-                assert call.id is not None, "the first delta of a call names it"
-                assert call.name is not None, "the first delta of a call names it"
-                events += self._begin(_CallPart(_new_id("fc"), len(self.items), call.id, call.name))
-                self._open_call = call.index
-            if call.arguments:
-                events += self._add(call.arguments)
+        for each in piece.parts:
+            events += self._text(each) if isinstance(each, str) else self._call(each)
         return events
+
+    def _text(self, text: str) -> list[ResponseEvent]:
+        events: list[ResponseEvent] = []
+        if not isinstance(self._open, _TextPart):
+            events += self._begin(_TextPart(_new_id("msg"), len(self.items), self._logprobs))
+        return events + self._add(text)
+
+    def _call(self, call: ToolCallDelta) -> list[ResponseEvent]:
+        events: list[ResponseEvent] = []
+        if call.index != self._open_call or not isinstance(self._open, _CallPart):
+            assert call.id is not None, "the first delta of a call names it"
+            assert call.name is not None, "the first delta of a call names it"
+            events += self._begin(_CallPart(_new_id("fc"), len(self.items), call.id, call.name))
+            self._open_call = call.index
+        return events + self._add(call.arguments) if call.arguments else events
 
     def finish(self, *, complete: bool) -> list[ResponseEvent]:
         """End the item that is open; where the response is not `complete`, it was cut short in it."""

@@ -5,17 +5,20 @@ from __future__ import annotations
 from fdserve.api.logprobs import Entries, chat_logprobs
 from fdserve.protocol.chat import TokenLogprob
 from fdserve.server import Server
-from fdserve.text.reasoning import starts_in_thinking
+from fdserve.text.detokenizer import token_text
 
 
 class TextLogprobs:
-    """Finds the tokens that a text is made of among all tokens of its choice."""
+    """Finds the tokens that a text is made of among all tokens of its choice.
 
-    def __init__(self, server: Server, prompt: list[int]) -> None:
+    `thinking` and `continued` are those of the choice: see `TextStream`.
+    """
+
+    def __init__(self, server: Server, *, thinking: bool, continued: bool) -> None:
         self._tokenizer = server.tokenizer
         self._format = server.reasoning
-        self._thinking = self._format is not None and starts_in_thinking(self._format, prompt)
-        self._begun = False
+        self._thinking = thinking
+        self._begun = continued  # there was more than white space
         self._waiting: list[TokenLogprob] = []
         self._rest = b""  # of the last token taken: its text comes later
 
@@ -34,7 +37,7 @@ class TextLogprobs:
         if token_id == format.think_start and not self._begun:
             self._thinking = self._begun = True
             return False
-        self._begun = True
+        self._begun = self._begun or not token_text(self._tokenizer, token_id)[0].isspace()
         return token_id not in (format.response_start, format.response_end)
 
     def take(self, text: str) -> list[TokenLogprob]:

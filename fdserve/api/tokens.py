@@ -138,4 +138,6 @@ async def _answer(
         return msgspec.json.encode(result)
 
     slow = chat is not None and chat.chat_template is not None  # whoever wrote it may have written a slow one
-    await reply.text(await off_loop_if_long(server, len(http.body), encoded, always=slow), "application/json")
+    await reply.text(
+        await off_loop_if_long(server.tokenizing, len(http.body), encoded, always=slow), "application/json"
+    )

@@ -104,7 +104,7 @@ class Engine:
         if len(self._generations) >= self._max_requests:
             raise Overloaded(f"{self._max_requests} requests are already queued or running: try again later.")
         sequence = self._scheduler.add(request)
-        generation = Generation(lambda: self._cancel(sequence))
+        generation = Generation(lambda: self._cancel(sequence), request.group)
         self._generations[sequence] = generation
         self._work.set()
         return generation

@@ -53,8 +53,7 @@ class Turn:
     @property
     def group(self) -> Hashable:
         """What fails together."""
-        request = self.sequence.request
-        return self.sequence if request.group is None else request.group
+        return self.sequence.request.group
 
     def run(self, constraint: Constraint) -> None:
         """Do the work; never raises."""

@@ -8,10 +8,12 @@ from types import TracebackType
 
 import anyio
 
-from fdserve.engine.request import TokenDelta
+from fdserve.engine.request import Group, TokenDelta
 from fdserve.errors import SlowReader, Unavailable
 
 MAX_PENDING_TOKENS = 4096
+MAX_PENDING_OF_GROUP = 65_536
+"""In all choices of a client's request together: about 16 MB."""
 LOGPROBS_WEIGHT = 2
 """How many tokens the logprobs of one count for: they take 300 to 450 bytes, and a token alone takes 200."""
 
@@ -20,15 +22,18 @@ class Generation:
     """The tokens of one request, as they come.
 
     A context manager: leaving it cancels the request unless it has ended, which frees its row and blocks at once.
-    The engine never waits for the reader; a reader that falls `MAX_PENDING_TOKENS` behind loses its request.
+    The engine never waits for the reader. One that falls `MAX_PENDING_TOKENS` behind loses its request, and so does
+    one that falls `MAX_PENDING_OF_GROUP` behind in all requests of the `group`.
     """
 
-    def __init__(self, on_cancel: Callable[[], None]) -> None:
+    def __init__(self, on_cancel: Callable[[], None], group: Group) -> None:
         self.started = 0.0
         """`time.monotonic()` when the first step of the request was planned; 0 while it waits."""
         self._on_cancel = on_cancel
         self._send, self._receive = anyio.create_memory_object_stream[TokenDelta](math.inf)
+        self._group = group
         self._pending = 0  # tokens that wait for the reader, logprobs with their weight
+        self._held = 0  # of the group's, those that the reader took last and is at work on
         self._arrived: anyio.Event | None = None  # what the reader waits for
         self._last: TokenDelta | None = None  # an end from outside, which follows all deltas
 
@@ -40,7 +45,7 @@ class Generation:
         """
         deltas: list[TokenDelta] = []
         while True:
-            self._pending = 0
+            self._settle()
             try:
                 while True:
                     deltas.append(self._receive.receive_nowait())
@@ -48,6 +53,7 @@ class Generation:
                 if deltas:
                     return deltas
             except anyio.EndOfStream:
+                self._settle()
                 if not deltas or deltas[-1].finish_reason is None:
                     deltas.append(self._end())
                 return deltas
@@ -63,10 +69,13 @@ class Generation:
     def deliver(self, delta: TokenDelta) -> bool:
         """The engine's side: hand over a delta. False if the reader is too far behind, and the request is to end."""
         delta.started = self.started
-        self._pending += max(1, len(delta.token_ids)) + LOGPROBS_WEIGHT * len(delta.logprobs or ())
-        if self._pending > MAX_PENDING_TOKENS:
+        weight = max(1, len(delta.token_ids)) + LOGPROBS_WEIGHT * len(delta.logprobs or ())
+        self._pending += weight
+        self._group.pending += weight
+        if self._pending > MAX_PENDING_TOKENS or self._group.pending > MAX_PENDING_OF_GROUP:
             error = SlowReader(
-                f"The client fell too far behind: by {MAX_PENDING_TOKENS} tokens, or a third as many with logprobs."
+                f"The client fell too far behind: by {MAX_PENDING_TOKENS} tokens of a choice or {MAX_PENDING_OF_GROUP} "
+                "of all, or a third as many with logprobs."
             )
             self.end(TokenDelta([], finish_reason="error", error=error))
             return False
@@ -84,6 +93,11 @@ class Generation:
         self._last = self._last or last
         self._send.close()
         self._wake()
+
+    def _settle(self) -> None:
+        """The reader has done with what it took last, and is about to take what waits."""
+        self._group.pending -= self._held
+        self._held, self._pending = self._pending, 0
 
     def _wake(self) -> None:
         if self._arrived is not None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from typing import Literal, Protocol
 
 import msgspec
 
 from fdserve.executor.wire import SamplingParams
 
-__all__ = ["Constraint", "FinishReason", "Request", "SamplingParams", "TokenDelta", "TokenLogprobs"]
+__all__ = ["Constraint", "FinishReason", "Group", "Request", "SamplingParams", "TokenDelta", "TokenLogprobs"]
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
@@ -33,6 +33,14 @@ class Constraint(Protocol):
         whole uint32 words, eos ids included where the output may end; None where anything may come."""
 
 
+class Group:
+    """The choices of one client's request: when a constraint of theirs fails, they fail together."""
+
+    def __init__(self) -> None:
+        self.pending = 0
+        """Tokens that wait for the client, as `engine.output` weighs them."""
+
+
 class Request(msgspec.Struct, kw_only=True):
     """One sequence to generate. A client's request with n choices is n of these."""
 
@@ -45,8 +53,8 @@ class Request(msgspec.Struct, kw_only=True):
     """Prefix blocks are shared only between requests with the same salt."""
     constraint: Constraint | None = None
     """Of this request alone; it has seen no token yet."""
-    group: Hashable = None
-    """The choices of a client's request have the same one: when a constraint of theirs fails, they fail together."""
+    group: Group = msgspec.field(default_factory=Group)
+    """The choices of a client's request have the same one."""
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True):

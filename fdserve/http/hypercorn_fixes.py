@@ -1,4 +1,4 @@
-"""Mendings of hypercorn 0.18 as `python -m fdserve` uses it, each with a test that shows the fault.
+"""Mendings of hypercorn 0.18 on trio, each with a test that shows the fault.
 
 The dependency is pinned to 0.18 because of this module.
 """

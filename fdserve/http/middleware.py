@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import anyio
 
-from fdserve.errors import InternalError, InvalidRequest, Overloaded, ServerError, Unauthorized
+from fdserve.errors import InternalError, InvalidRequest, Overloaded, ServerError, Unauthorized, Unavailable
 from fdserve.http.asgi import Receive, Scope, Send
 from fdserve.http.body_values import check_values
 from fdserve.http.error_forms import ErrorForm
@@ -27,6 +27,8 @@ log = logging.getLogger("fdserve.http")
 _INVISIBLE = re.compile(r"[^!-~]")
 LONG_BODY_BYTES = 65_536
 """About a millisecond's work to decode."""
+GOODBYE_SECONDS = 1.0
+"""For a client to take the last words of a server that stops."""
 CLIENT_CLOSED = 499  # nginx's status for a client that left; it is only logged and counted
 
 
@@ -62,7 +64,10 @@ class Dispatcher:
             request.stop_reading()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request. Cancelling it abandons the request and frees what its handler held."""
+        """Answer one request.
+
+        Cancelling it abandons the request, frees what its handler held, and tells the client that the server stops.
+        """
         request = Request(scope, receive)
         reply = Reply(send, request.id, request.http_version)
         form = self._router.error_form(request.path)
@@ -91,6 +96,11 @@ class Dispatcher:
                 await _refuse(form, request, reply, error)
         except ClientDisconnected:
             pass
+        except anyio.get_cancelled_exc_class():
+            # Servers that give no other sign cut what still runs off at their stop.
+            with anyio.move_on_after(GOODBYE_SECONDS, shield=True):
+                await _send_error(form, request, reply, Unavailable("The server is shutting down."))
+            raise
         finally:
             status = CLIENT_CLOSED if request.disconnected or reply.status is None else reply.status
             self._observe(endpoint, status)

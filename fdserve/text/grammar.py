@@ -6,11 +6,14 @@ import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from functools import partial
 from typing import TypeVar
 
+import anyio
+import anyio.from_thread
+import anyio.lowlevel
 import llguidance
-from anyio import CapacityLimiter, to_thread
 
 from fdserve.errors import InvalidRequest, Overloaded
 from fdserve.text.grammar_constraint import GrammarConstraint, Layout, clean_message
@@ -25,7 +28,8 @@ T = TypeVar("T")
 
 COMPILE_SECONDS = 10.0
 COMPILE_THREADS = 2
-WAITING_THREADS = 8
+PATIENCE = 6
+"""How many times the time limit a grammar waits for its turn: many that take little each may come together."""
 CACHED_GRAMMARS = 64
 # The compiler recurses as deep as a grammar is nested, references followed; only pages that are touched are used.
 COMPILE_STACK = 1 << 30
@@ -115,8 +119,7 @@ class GrammarCompiler:
         self._time_limit = time_limit
         self._cache: OrderedDict[str, llguidance.LLMatcher] = OrderedDict()
         self._cache_lock = threading.Lock()
-        self._slots = threading.Semaphore(COMPILE_THREADS)
-        self._limiter = CapacityLimiter(WAITING_THREADS)
+        self._places = anyio.Semaphore(COMPILE_THREADS)
 
     async def compile(self, spec: Spec) -> Grammar:
         """Compile off the event loop.
@@ -126,38 +129,46 @@ class GrammarCompiler:
         has begun ends on its own.
         """
         try:
-            return await to_thread.run_sync(self._compile, spec, abandon_on_cancel=True, limiter=self._limiter)
+            matcher, vocabulary = await self._bounded(lambda: self._matcher(spec))
         except InvalidRequest as error:
             if error.param is not None:
                 raise
             raise invalid(error, spec.param) from None
-
-    def _compile(self, spec: Spec) -> Grammar:
-        matcher, vocabulary = self._bounded(lambda: self._matcher(spec))
         return Grammar(matcher, vocabulary, self._reasoning, spec)
 
-    def _bounded(self, work: Callable[[], T]) -> T:
-        """Run it in a thread of its own, with a large stack, and stop waiting when the time is over."""
-        if not self._slots.acquire(timeout=self._time_limit):
+    async def _bounded(self, work: Callable[[], T]) -> T:
+        """Run it in a thread of its own, with a large stack, and stop waiting when the time is over.
+
+        The thread's place is its own until it ends, also where nobody waits for it any more.
+        """
+        with anyio.move_on_after(PATIENCE * self._time_limit) as waiting:
+            await self._places.acquire()
+        if waiting.cancelled_caught:
             raise Overloaded("Too many grammars are being compiled.", retry_after=int(self._time_limit) + 1)
         results: list[T | BaseException] = []
-        done = threading.Event()
+        done = anyio.Event()
+        loop = anyio.lowlevel.current_token()
+
+        def end() -> None:
+            self._places.release()
+            done.set()
 
         def run() -> None:
             try:
                 results.append(work())
             except BaseException as error:  # a panic of native code is no Exception
                 results.append(error)
-            finally:
-                self._slots.release()
-                done.set()
+            with suppress(RuntimeError):  # the event loop has ended
+                anyio.from_thread.run_sync(end, token=loop)
 
         try:
             _start_thread(run)
         except (RuntimeError, MemoryError):
-            self._slots.release()
+            self._places.release()
             raise Overloaded("There is no thread to compile a grammar in.") from None
-        if not done.wait(self._time_limit):
+        with anyio.move_on_after(self._time_limit):
+            await done.wait()
+        if not results:
             raise InvalidRequest(f"it took more than {self._time_limit:g} seconds to compile")
         (result,) = results
         if isinstance(result, InvalidRequest):
@@ -228,13 +239,9 @@ def _explained(message: str) -> str:
     return clean_message(message)
 
 
-_stack_lock = threading.Lock()
-
-
 def _start_thread(run: Callable[[], None]) -> None:
-    with _stack_lock:
-        before = threading.stack_size(COMPILE_STACK)
-        try:
-            threading.Thread(target=run, name="fdserve-grammar", daemon=True).start()
-        finally:
-            threading.stack_size(before)
+    before = threading.stack_size(COMPILE_STACK)
+    try:
+        threading.Thread(target=run, name="fdserve-grammar", daemon=True).start()
+    finally:
+        threading.stack_size(before)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
+from itertools import groupby
 from typing import NamedTuple
 
 from fdserve.text.detokenizer import Detokenizer
@@ -14,19 +16,50 @@ from fdserve.text.tools_parser import ToolCallParser
 
 NO_STOPS = StopTable()
 
+Part = str | ToolCallDelta
+"""Of an answer: a text, or what is new of a call."""
+
+
+def joined(parts: Sequence[Part]) -> list[Part]:
+    """The parts in their order, those that go on with the one before them as one with it; none is empty."""
+    if len(parts) < 2:  # nearly always
+        return [part for part in parts if part]
+    result: list[Part] = []
+    for _, group in groupby(parts, _call_of):
+        own = list(group)
+        text = "".join([part if isinstance(part, str) else part.arguments for part in own])
+        if not isinstance(own[0], str):
+            result.append(replace(own[0], arguments=text))
+        elif text:
+            result.append(text)
+    return result
+
+
+def content_of(parts: Iterable[Part]) -> str:
+    """All text among the parts."""
+    return "".join([part for part in parts if isinstance(part, str)])
+
+
+def calls_of(parts: Iterable[Part]) -> list[ToolCallDelta]:
+    """All that the parts tell of calls."""
+    return [part for part in parts if not isinstance(part, str)]
+
+
+def _call_of(part: Part) -> int:
+    return -1 if isinstance(part, str) else part.index
+
 
 class TextDelta(NamedTuple):
-    """What is new of one choice.
+    """What is new of one choice: thoughts, then the `parts` of the answer in their order.
 
     `stop_matched` is the stop string that ended the content with this delta; `tokens_used` is how many of the
     pushed ids count: those after the one that completed a stop string do not.
     """
 
     reasoning: str
-    content: str
+    parts: Sequence[Part]
     stop_matched: str | None
     tokens_used: int
-    tool_calls: tuple[ToolCallDelta, ...] = ()
 
 
 class TextStream:
@@ -77,8 +110,7 @@ class TextStream:
     def push(self, token_ids: Sequence[int]) -> TextDelta:
         """Take the next ids. After a stop string has matched, none counts any more."""
         reasonings: list[str] = []
-        contents: list[str] = []
-        calls: list[ToolCallDelta] = []
+        parts: list[Part] = []
         used = 0
         for token_id in token_ids:
             if self._stop.matched is not None:
@@ -97,31 +129,21 @@ class TextStream:
                 if reasoning:
                     reasonings.append(reasoning)
             if content:
-                self._add(content, not free, contents, calls)
+                self._add([content] if self._tools is None else self._tools.push(content), not free, parts)
         matched = self._stop.matched if used else None
-        return TextDelta("".join(reasonings), "".join(contents), matched, used, tuple(calls))
+        return TextDelta("".join(reasonings), joined(parts), matched, used)
 
-    def _add(self, text: str, armed: bool, contents: list[str], calls: list[ToolCallDelta]) -> None:
-        """Add text of the answer to the content and the calls that it is."""
-        if self._tools is None:
-            contents.append(self._stop.push(text, armed)[0])
-        else:
-            self._add_events(self._tools.push(text), armed, contents, calls)
-
-    def _add_events(
-        self, events: list[str | ToolCallDelta], armed: bool, contents: list[str], calls: list[ToolCallDelta]
-    ) -> None:
+    def _add(self, events: Iterable[Part], armed: bool, parts: list[Part]) -> None:
+        """Add what is new of the answer to the parts: the text as far as no stop string may yet come of it."""
         for event in events:
             if isinstance(event, str):
-                contents.append(self._stop.push(event, armed)[0])
+                parts.append(self._stop.push(event, armed)[0])
                 if self._stop.matched is not None:
                     break
-            elif event.id is None and calls and calls[-1].id is None and calls[-1].index == event.index:
-                calls[-1] = ToolCallDelta(event.index, None, None, calls[-1].arguments + event.arguments)
             else:
                 if event.id is not None:
-                    contents.append(self._stop.flush())
-                calls.append(event)
+                    parts.append(self._stop.flush())
+                parts.append(event)
 
     def finish(self) -> TextDelta:
         """What was held back, once there are no more ids; it may complete a stop string.
@@ -129,12 +151,11 @@ class TextStream:
         After a match there is nothing left.
         """
         if self._stop.matched is not None:
-            return TextDelta("", "", None, 0)
+            return TextDelta("", [], None, 0)
         reasoning, rest = self._splitter.flush() if self._splitter else ("", self._detokenizer.flush())
-        contents: list[str] = []
-        calls: list[ToolCallDelta] = []
+        parts: list[Part] = []
         if rest:
-            self._add(rest, True, contents, calls)
+            self._add([rest] if self._tools is None else self._tools.push(rest), True, parts)
         if self._tools is not None and self._stop.matched is None:
-            self._add_events(self._tools.flush(), True, contents, calls)
-        return TextDelta(reasoning, "".join(contents) + self._stop.flush(), self._stop.matched, 0, tuple(calls))
+            self._add(self._tools.flush(), True, parts)
+        return TextDelta(reasoning, joined([*parts, self._stop.flush()]), self._stop.matched, 0)

@@ -35,8 +35,8 @@ class ToolFormat:
 class ToolCallDelta:
     """New text of the call number `index` of a choice, counted from 0.
 
-    The first delta of a call has its id, its name and no arguments; the later ones have only a fragment of the
-    arguments. Joined, the fragments are the text of a JSON object.
+    The first delta of a call has its id and its name; the later ones have only a fragment of the arguments. Joined, the
+    fragments of all are the text of a JSON object.
     """
 
     index: int

@@ -8,8 +8,12 @@ from typing import Any
 
 import anyio
 import pytest
+from msgspec import UNSET
 
+from fdserve.api.chat_answer import ChatAnswer
+from fdserve.api.completion_answer import CompletionAnswer, PromptReport
 from fdserve.api.logprobs import prompt_logprobs
+from fdserve.config import Config
 from fdserve.engine.request import Request, TokenDelta, TokenLogprobs
 from tests.api.completions import choices
 from tests.http.client import serving
@@ -145,3 +149,103 @@ async def test_large_answers_are_made_off_the_event_loop(monkeypatch: pytest.Mon
             assert {name: calls.copy() for name, calls in threads.items()} == {name: [at_once] for name in threads}
             for calls in threads.values():
                 calls.clear()
+
+
+@pytest.mark.parametrize("kind", [ChatAnswer, CompletionAnswer])
+@pytest.mark.parametrize("stream", [False, True])
+async def test_the_ids_of_a_long_prompt_are_encoded_off_the_event_loop(
+    monkeypatch: pytest.MonkeyPatch, kind: type[Any], stream: bool
+) -> None:
+    monkeypatch.setattr("fdserve.api.generation.LONG_TEXT", 5000)
+    name = "_opening" if kind is ChatAnswer and stream else "_choice"
+    make, on_loop = getattr(kind, name), []
+
+    def spied(self: Any, *given: Any, **options: Any) -> Any:
+        on_loop.append(threading.current_thread() is threading.main_thread())
+        return make(self, *given, **options)
+
+    monkeypatch.setattr(kind, name, spied)
+    async with serving(FakeEngine(say("a", batch=2))) as client:
+        call = client.chat if kind is ChatAnswer else client.complete
+        for size, at_once in ((10, True), (900, False)):
+            on_loop.clear()
+            assert (await call("x" * size, n=2, return_token_ids=True, stream=stream)).status == 200
+            assert on_loop == [at_once] * 2
+
+
+async def test_more_logprobs_than_the_memory_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fdserve.api.params.MAX_LOGPROBS", 120)
+    async with serving(FakeEngine(say("Hello, world!", delay=0.001))) as client:
+
+        async def answer(stream: bool, **fields: Any) -> tuple[int, str | None]:
+            response = await client.complete(max_tokens=1, stream=stream, **fields)
+            return response.status, response.error["param"] if response.status != 200 else None
+
+        for stream in (False, True):
+            assert await answer(stream, prompt="a" * 60, prompt_logprobs=1) == (200, None)
+            assert await answer(stream, prompt="a" * 61, prompt_logprobs=1) == (400, "prompt_logprobs")
+            assert await answer(stream, prompt=["a" * 30] * 2, prompt_logprobs=2) == (400, "prompt_logprobs")
+            # Each choice tells them, and both kinds.
+            assert await answer(stream, prompt="a" * 30, echo=True, logprobs=1, n=3) == (400, "echo")
+            assert await answer(stream, prompt="a" * 30, echo=True, logprobs=1, prompt_logprobs=2) == (
+                400,
+                "prompt_logprobs",
+            )
+            assert await answer(stream, prompt="a" * 121, echo=True, n=3) == (200, None)
+        # Those of generated tokens count where the answer is kept whole.
+        many = {"logprobs": 4, "n": 2}
+        response = await client.complete(**many)
+        assert (response.status, response.error["param"]) == (400, "logprobs")
+        assert not client.engine.active
+        assert (await client.complete(**many, stream=True)).events[-1]["choices"][0]["finish_reason"] == "stop"
+        response = await client.chat(prompt_logprobs=20)
+        assert (response.status, response.error["param"]) == (400, "prompt_logprobs")
+
+
+async def test_what_is_told_of_a_prompt_is_let_go_with_its_last_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    reports: list[PromptReport] = []
+    take = PromptReport.take
+
+    def taken(self: PromptReport, values: Any) -> None:
+        assert all(report.echo is None and report.prompt_logprobs is UNSET for report in reports)
+        take(self, values)
+        reports.append(self)
+
+    monkeypatch.setattr(PromptReport, "take", taken)
+    fields = {
+        "prompt": ["one", "two", "three"],
+        "n": 2,
+        "best_of": 3,
+        "echo": True,
+        "logprobs": 1,
+        "prompt_logprobs": 1,
+    }
+    async with serving() as client:
+        told = (await client.complete(**fields)).json()["choices"]
+    assert [choice["text"] for choice in told[::2]] == [f"{text}Hello, world!" for text in fields["prompt"]]
+    assert all(choice["prompt_logprobs"] for choice in told)
+    assert len(reports) == 3
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_large_answers_do_not_wait_for_long_prompts(monkeypatch: pytest.MonkeyPatch, stream: bool) -> None:
+    monkeypatch.setattr("fdserve.api.generation.LONG_TEXT", 1000)
+    go = threading.Event()
+
+    def slow(text: str, *given: Any) -> list[int]:
+        go.wait(5)
+        return [1]
+
+    async with serving(FakeEngine(say("Hello, world!", batch=13)), Config(enable_logprob=True)) as client:
+        monkeypatch.setattr("fdserve.api.tokens.tokenized", slow)
+        async with anyio.create_task_group() as tasks:
+            for _ in range(4):
+                tasks.start_soon(client.post, "/tokenize", {"prompt": "x" * 2000})
+            await anyio.sleep(0.05)
+            began = anyio.current_time()
+            for call in (client.chat, client.complete):
+                fields = {"logprobs": True, "top_logprobs": 5} if call == client.chat else {"logprobs": 5}
+                assert (await call(**fields, n=3, stream=stream)).status == 200
+            waited = anyio.current_time() - began
+            go.set()
+    assert waited < 3

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import anyio
 import pytest
 
-from fdserve.api import completion as completion_module
+from fdserve.api import generation as generation_module
 from fdserve.api import params as params_module
 from fdserve.api.choice import Choice
 from fdserve.api.token_rules import token_rules
@@ -79,7 +80,7 @@ async def test_words_are_prepared_once_for_all_choices(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(params_module, "StopTable", table)
     rules = []
-    monkeypatch.setattr(completion_module, "token_rules", lambda *given: rules.append(token_rules(*given)) or rules[-1])
+    monkeypatch.setattr(generation_module, "token_rules", lambda *given: rules.append(token_rules(*given)) or rules[-1])
     async with serving() as client:
         assert (await client.complete(["a", "b", "c"], n=2, stop=["x" * 1000], bad_words=["y"])).status == 200
         assert len(client.engine.requests) == 6
@@ -148,6 +149,29 @@ async def test_tokens_can_be_gathered() -> None:
             events = (await call(stream=True, max_streaming_response_tokens=5)).events
             shown = [e["choices"][0]["delta"]["content"] if path == "chat" else e["choices"][0]["text"] for e in events]
             assert [text for text in shown[count:] if text] == ["Hello", ", wor", "ld!"]
+
+
+async def test_many_words_are_prepared_off_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_loop: list[bool] = []
+
+    def spied(*given: Any) -> Any:
+        on_loop.append(threading.current_thread() is threading.main_thread())
+        return token_rules(*given)
+
+    monkeypatch.setattr(generation_module, "token_rules", spied)
+    async with serving() as client:
+        for words, at_once in ((1, True), (1000, False)):
+            on_loop.clear()
+            for call in (client.chat, client.complete):
+                assert (await call(bad_words=["x" * 16] * words, stop=["y" * 16] * words)).status == 200
+            assert on_loop == [at_once] * 2
+
+
+async def test_no_more_are_gathered_than_fit_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fdserve.api.generation.MAX_GATHERED", 5)
+    async with serving(FakeEngine(say("Hello, world!", delay=0.001))) as client:
+        events = (await client.complete(stream=True, max_streaming_response_tokens=1 << 40)).events
+        assert [e["choices"][0]["text"] for e in events if e["choices"][0]["text"]] == ["Hello", ", wor", "ld!"]
 
 
 async def test_usage_in_every_event() -> None:

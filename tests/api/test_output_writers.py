@@ -12,14 +12,11 @@ from hypothesis import strategies as st
 from openai.types.responses import ResponseStreamEvent
 from pydantic import TypeAdapter
 
-from fdserve.api.choice import Piece
+from fdserve.api.choice import Piece, join
 from fdserve.api.messages_output import BlockWriter
 from fdserve.api.responses_output import OutputWriter
-from fdserve.config import Config
 from fdserve.text.tools import ToolCallDelta
-from tests.http.fake_engine import FakeEngine, make_server
 
-SERVER = make_server(FakeEngine(), Config())
 RESPONSE_EVENT: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
 MESSAGE_EVENT: TypeAdapter[Any] = TypeAdapter(RawMessageStreamEvent)
 
@@ -28,25 +25,29 @@ objects = st.dictionaries(st.sampled_from("abc"), st.integers(), max_size=3)
 
 
 @st.composite
-def answers(draw: st.DrawFn) -> tuple[str, str, list[dict[str, int]], list[Piece]]:
-    """A thought, a text, calls, and the pieces that they come in: one delta each, or several joined."""
-    thought, text = draw(texts | st.just("")), draw(texts | st.just(""))
-    calls = draw(st.lists(objects, max_size=3))
+def answers(draw: st.DrawFn) -> tuple[str, list[str | dict[str, int]], list[Piece]]:
+    """A thought, texts and calls in any order, and the pieces that they come in: one delta each, or several joined."""
+    thought = draw(texts | st.just(""))
+    answer: list[str | dict[str, int]] = []
+    for each in draw(st.lists(texts | objects, max_size=5)):
+        if not (isinstance(each, str) and answer and isinstance(answer[-1], str)):
+            answer.append(each)
     deltas: list[Piece] = [Piece(reasoning=part) for part in _cut(draw, thought)]
-    deltas += [Piece(content=part) for part in _cut(draw, text)]
-    for index, call in enumerate(calls):
-        deltas.append(Piece(tool_calls=[ToolCallDelta(index, f"call_{index}", "add", "")]))
-        for part in _cut(draw, json.dumps(call)):
-            deltas.append(Piece(tool_calls=[ToolCallDelta(index, None, None, part)]))
+    calls = 0
+    for each in answer:
+        if isinstance(each, str):
+            deltas += [Piece(parts=[part]) for part in _cut(draw, each)]
+            continue
+        deltas.append(Piece(parts=[ToolCallDelta(calls, f"call_{calls}", "add", "")]))
+        deltas += [Piece(parts=[ToolCallDelta(calls, None, None, part)]) for part in _cut(draw, json.dumps(each))]
+        calls += 1
     pieces: list[Piece] = []
     for delta in deltas:
         if pieces and draw(st.booleans()):
-            pieces[-1].reasoning += delta.reasoning
-            pieces[-1].content += delta.content
-            pieces[-1].tool_calls += delta.tool_calls
+            pieces[-1] = join([pieces[-1], delta])
         else:
             pieces.append(delta)
-    return thought, text, calls, pieces
+    return thought, answer, pieces
 
 
 def _cut(draw: st.DrawFn, text: str) -> list[str]:
@@ -62,10 +63,10 @@ def builtins(value: Any) -> Any:
 @settings(max_examples=60, deadline=None)
 @given(answers(), st.booleans())
 def test_events_of_a_response_lead_to_its_items(
-    answer: tuple[str, str, list[dict[str, int]], list[Piece]], summarize: bool
+    answer: tuple[str, list[str | dict[str, int]], list[Piece]], summarize: bool
 ) -> None:
-    thought, text, calls, pieces = answer
-    writer = OutputWriter(SERVER, [], summarize=summarize, logprobs=False)
+    thought, texts_and_calls, pieces = answer
+    writer = OutputWriter(summarize=summarize, logprobs=None)
     events = [event for piece in pieces for event in writer.push(piece)] + writer.finish(complete=True)
     told = [builtins(event) for event in events]
     for event in told:
@@ -82,16 +83,20 @@ def test_events_of_a_response_lead_to_its_items(
         assert "".join(event["delta"] for event in own if "delta" in event) == parts[0]["text"]
         ends = [event for event in own if event["type"].endswith((".done", ".added")) and "item" not in event]
         assert len(ends) == (1 if item["type"] == "function_call" else 3)
-    assert [item["content"][0]["text"] for item in items if item["type"] == "message"] == [text] * bool(text)
-    assert [json.loads(item["arguments"]) for item in items if item["type"] == "function_call"] == calls
+    got = [item for item in items if item["type"] != "reasoning"]
+    assert texts_and_calls == [
+        item["content"][0]["text"] if item["type"] == "message" else json.loads(item["arguments"]) for item in got
+    ]
     field = "summary" if summarize else "content"
     assert [item[field][0]["text"] for item in items if item["type"] == "reasoning"] == [thought] * bool(thought)
 
 
 @settings(max_examples=60, deadline=None)
 @given(answers())
-def test_events_of_a_message_lead_to_its_blocks(answer: tuple[str, str, list[dict[str, int]], list[Piece]]) -> None:
-    thought, text, calls, pieces = answer
+def test_events_of_a_message_lead_to_its_blocks(
+    answer: tuple[str, list[str | dict[str, int]], list[Piece]],
+) -> None:
+    thought, texts_and_calls, pieces = answer
     writer = BlockWriter(hide_thoughts=False)
     events = [event for piece in pieces for event in writer.push(piece)] + writer.finish()
     told = [builtins(event) for event in events]
@@ -109,5 +114,5 @@ def test_events_of_a_message_lead_to_its_blocks(answer: tuple[str, str, list[dic
         whole = {"input": json.loads(joined)} if kind == "tool_use" else {field: joined}
         assert block == {**first["content_block"], **whole}
     assert [block["thinking"] for block in blocks if block["type"] == "thinking"] == [thought] * bool(thought)
-    assert [block["text"] for block in blocks if block["type"] == "text"] == [text] * bool(text)
-    assert [block["input"] for block in blocks if block["type"] == "tool_use"] == calls
+    got = [block for block in blocks if block["type"] != "thinking"]
+    assert texts_and_calls == [block["text"] if block["type"] == "text" else block["input"] for block in got]

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import AsyncIterator
 from typing import Any
 
 import anyio
 import pytest
 
+from fdserve.config import Config
+from fdserve.engine.request import Request, TokenDelta, TokenLogprobs
 from fdserve.errors import Unavailable
 from tests.api.responses import ADD, CALLS, THINKS, config, events, respond, short, whole, without_ids
 from tests.http.client import Response, serving
@@ -115,6 +118,17 @@ async def test_a_stream_of_calls() -> None:
         assert [item["arguments"] for item in again[2:]] == [item["arguments"] for item in output[2:]]
 
 
+@pytest.mark.parametrize("batch", [1, 22, 46, 500])
+async def test_texts_and_calls_keep_their_order_however_many_tokens_come_at_once(batch: int) -> None:
+    call = '<tool_call>\n{"name": "add", "arguments": {"a": %d}}\n</tool_call>\n'
+    script = say("x</think>\n\n" + call % 1 + "And the second.\n" + call % 2 + "Done.", batch=batch, delay=0.001)
+    async with serving(FakeEngine(script), config()) as client:
+        output = whole(await respond(client, tools=[ADD]))["output"][1:]
+        assert [item["arguments"] if "arguments" in item else item["content"][0]["text"] for item in output] == [
+            '{"a": 1}', "And the second.", '{"a": 2}', "Done.",
+        ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("script", "last"), [(say("ab</think>\n\n<response>\nHello"), "message"), (say("abcdefghij"), "reasoning")]
 )
@@ -147,6 +161,38 @@ async def test_logprobs_are_those_of_the_text(delay: float) -> None:
         done = next(e for e in got if e["type"] == "response.output_text.done")
         assert [entry["bytes"] for entry in done["logprobs"]] == streamed
         assert done["logprobs"][0]["top_logprobs"] == []
+
+
+def numbered(text: str) -> Script:
+    """A script that says the text, and in place of each token's logprob how many tokens came before."""
+
+    async def script(request: Request) -> AsyncIterator[TokenDelta]:
+        number = 0
+        async for delta in say(text)(request):
+            delta.logprobs = [TokenLogprobs(-float(number + i), (), ()) for i in range(len(delta.token_ids))]
+            number += len(delta.token_ids)
+            yield delta
+
+    return script
+
+
+@pytest.mark.parametrize(
+    ("parser", "text", "fields", "first", "last"),
+    [
+        ("ernie_x1", "Hello", {"disable_chat_template": True}, 0, 4),
+        ("ernie_x1", "Hello", {"continue_final_message": True}, 0, 4),
+        ("think", "\n<think>He</think>Hello", {}, 5, 9),
+        ("think", "<think>Hello", {"continue_final_message": True}, 0, 5),
+    ],
+)
+async def test_logprobs_are_those_of_the_text_wherever_it_begins(
+    parser: str, text: str, fields: dict[str, bool], first: int, last: int
+) -> None:
+    settings = Config(enable_logprob=True, reasoning_parser=parser)
+    async with serving(FakeEngine(numbered(text)), settings) as client:
+        output = whole(await respond(client, include=["message.output_text.logprobs"], **fields))["output"]
+    numbers = [-entry["logprob"] for entry in output[-1]["content"][0]["logprobs"]]
+    assert numbers == list(range(first, last + 1))
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import anyio
 import pytest
 
 from fdserve.engine.output import MAX_PENDING_TOKENS, Generation
-from fdserve.engine.request import TokenDelta
+from fdserve.engine.request import Group, TokenDelta
 from fdserve.errors import Overloaded, SlowReader, Unavailable
 from fdserve.executor.wire import Plan
 from tests.engine.fake_ranks import FakeRanks, drain, serving, wait_until
@@ -121,7 +121,7 @@ async def test_a_full_queue_refuses() -> None:
 
 async def test_a_reader_too_far_behind_loses_its_own_request_only() -> None:
     cancelled = []
-    generation = Generation(lambda: cancelled.append(True))
+    generation = Generation(lambda: cancelled.append(True), Group())
     for index in range(MAX_PENDING_TOKENS):
         assert generation.deliver(TokenDelta([index]))
     assert not generation.deliver(TokenDelta([7]))

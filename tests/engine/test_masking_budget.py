@@ -76,10 +76,12 @@ class Costing(Script):
 
 
 def turns_of(group: object, *scripts: Script) -> list[Turn]:
+    """Of requests of one group, or of one each where it is None."""
     turns = []
     for script in scripts:
         request = make_request([1], constraint=script)
-        request.group = group
+        if group is not None:
+            request.group = group  # type: ignore[assignment]
         turns.append(Turn(Sequence(request, 0), wants_mask=True))
     return turns
 

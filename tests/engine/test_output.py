@@ -5,8 +5,8 @@ from __future__ import annotations
 import anyio
 import pytest
 
-from fdserve.engine.output import MAX_PENDING_TOKENS, Generation
-from fdserve.engine.request import TokenDelta, TokenLogprobs
+from fdserve.engine.output import MAX_PENDING_OF_GROUP, MAX_PENDING_TOKENS, Generation
+from fdserve.engine.request import Group, TokenDelta, TokenLogprobs
 from fdserve.errors import SlowReader
 
 pytestmark = pytest.mark.anyio
@@ -19,9 +19,9 @@ def ids(deltas: list[TokenDelta]) -> list[int]:
 class Fixture:
     """A generation, and how often it was cancelled."""
 
-    def __init__(self) -> None:
+    def __init__(self, group: Group | None = None) -> None:
         self.cancels = 0
-        self.generation = Generation(self._cancel)
+        self.generation = Generation(self._cancel, group or Group())
 
     def _cancel(self) -> None:
         self.cancels += 1
@@ -127,6 +127,31 @@ async def test_the_bound_counts_what_is_held() -> None:
     for _ in range(MAX_PENDING_TOKENS):
         assert generation.deliver(TokenDelta([]))
     assert not generation.deliver(TokenDelta([]))
+
+
+async def test_the_choices_of_a_request_have_a_bound_together() -> None:
+    group = Group()
+    generations = [Fixture(group).generation for _ in range(MAX_PENDING_OF_GROUP // 1024)]
+    for generation in generations:
+        assert all(generation.deliver(TokenDelta([token])) for token in range(1024))
+    first, second, *others = generations
+    await first.receive()
+    assert not second.deliver(TokenDelta([1]))  # what the first one's reader has is not sent yet
+    assert not others[0].deliver(TokenDelta([1]))
+    assert Fixture().generation.deliver(TokenDelta([1]))  # of another request
+
+
+async def test_what_a_reader_has_done_with_counts_no_more() -> None:
+    group = Group()
+    going, ending = Fixture(group).generation, Fixture(group).generation
+    for _ in range(3):
+        assert going.deliver(TokenDelta([1]))
+        await going.receive()
+    assert group.pending == 1
+    assert ending.deliver(TokenDelta([1, 2], finish_reason="stop"))
+    assert group.pending == 3
+    await ending.receive()  # for the last time
+    assert group.pending == 1
 
 
 async def test_leaving_cancels() -> None:

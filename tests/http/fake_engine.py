@@ -192,7 +192,7 @@ class FakeEngine:
             raise Unavailable(self.reason)
         if len(self.active) >= self.max_requests:
             raise Overloaded("the queue is full", retry_after=7)
-        generation = Generation(lambda: self._cancel(request.id))
+        generation = Generation(lambda: self._cancel(request.id), request.group)
         self.requests.append(request)
         self.active[request.id] = generation
         self._new.append((request, generation))

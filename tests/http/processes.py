@@ -119,7 +119,14 @@ class ServerProcess:
 
     def running(self) -> int:
         """How many sequences the engine holds."""
-        match = re.search(rb"^fdserve_requests_running (\d+)", self.get("/metrics")[1], re.MULTILINE)
+        return self._metric(b"fdserve_requests_running")
+
+    def prompt_tokens(self) -> int:
+        """Of all sequences that the engine ever held."""
+        return self._metric(b"fdserve_prompt_tokens_total")
+
+    def _metric(self, name: bytes) -> int:
+        match = re.search(rb"^%s (\d+)" % name, self.get("/metrics")[1], re.MULTILINE)
         assert match
         return int(match[1])
 

@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from fdserve.errors import PayloadTooLarge
-from fdserve.http.body_values import MAX_VALUES, check_values
+from fdserve.http.body_values import MAX_NUMBERS, MAX_VALUES, check_values
 from tests.http.client import serving
 
 MANY = MAX_VALUES + 1
@@ -22,6 +22,8 @@ MANY = MAX_VALUES + 1
         ["[\\"] * MAX_VALUES,
         {str(key): 0 for key in range(MAX_VALUES)},
         [["[" * MAX_VALUES]] + [[]] * (MAX_VALUES - 1),
+        [1] * (MAX_NUMBERS + 1),
+        [[1.5] * MAX_NUMBERS, '\\",'],
     ],
 )
 def test_too_many_values(value: object) -> None:
@@ -33,7 +35,9 @@ def test_too_many_values(value: object) -> None:
     "value",
     [
         [[]] * (MAX_VALUES - 1),
-        [1] * (2 * MANY),
+        [1] * MAX_NUMBERS,
+        "," * MAX_NUMBERS,
+        ['\\",' * MAX_NUMBERS, [1] * MANY],
         "[" * MANY,
         '"' * (2 * MANY),
         '\\"' * MANY,
@@ -41,7 +45,7 @@ def test_too_many_values(value: object) -> None:
         {"a\n": "[" * MANY, "b\\": '"[' * MANY},
     ],
 )
-def test_brackets_and_quotes_of_texts_are_no_values(value: object) -> None:
+def test_marks_in_texts_are_no_values(value: object) -> None:
     check_values(msgspec.json.encode(value))
 
 
@@ -51,3 +55,6 @@ async def test_a_request_of_too_many_values() -> None:
         response = await client.chat(metadata={"a": [[]] * MANY})
         assert (response.status, response.error["code"]) == (413, "request_too_large")
         assert (await client.chat(metadata={"a": "[" * MANY})).status == 200
+        response = await client.post("/v1/completions", {"prompt": [1] * (MAX_NUMBERS + 1)})
+        assert response.status == 413
+        assert response.error["message"] == "The request body has more than 1048576 values."

@@ -86,10 +86,10 @@ def leave(sock: socket.socket, reset: bool) -> None:
 
 def test_a_client_that_does_not_read(server: ServerProcess) -> None:
     """It holds up nobody, its memory is bounded, and its request ends; what was sent before, it can still read."""
-    before = server.memory()
+    before, tokens = server.memory(), server.prompt_tokens()
     sock = server.open("flood", stream=True, small_buffers=True, return_token_ids=True)  # for more bytes a token
     try:
-        until(lambda: server.running() == 1)
+        until(lambda: server.prompt_tokens() > tokens)
         while server.running():
             began = time.monotonic()
             assert server.post("Hi")[0] == 200
@@ -102,8 +102,9 @@ def test_a_client_that_does_not_read(server: ServerProcess) -> None:
 
 
 def test_a_client_that_never_reads_and_leaves(server: ServerProcess) -> None:
+    tokens = server.prompt_tokens()
     sock = server.open("flood", stream=True, small_buffers=True, return_token_ids=True)  # for more bytes a token
-    until(lambda: server.running() == 1)
+    until(lambda: server.prompt_tokens() > tokens)
     time.sleep(0.2)
     sock.close()
     assert until(lambda: server.running() == 0) < 2.0
@@ -178,3 +179,26 @@ def test_many_streams(server: ServerProcess) -> None:
         assert read_until(sock, b"[DONE]\n\n").count(b'"finish_reason":"stop"') == 2
         sock.close()
     assert server.running() == 0
+
+
+@pytest.mark.parametrize("worker", ["asyncio", "trio"])
+def test_what_a_stop_cuts_off_is_told(worker: str) -> None:
+    command = ["-m", "hypercorn", "tests.http.fake_main:app", "-w", "1", "-b", "127.0.0.1:0", "-k", worker]
+    with ServerProcess(*command, "--graceful-timeout", "1") as server:
+        server.listening()
+        until(lambda: server.get("/health")[0] == 200)
+        stream, whole = server.open("endless", stream=True), server.open("silent")
+        read_until(stream, b'"text":"x')
+        until(lambda: server.running() == 2)
+        with socket.create_connection(("127.0.0.1", server.port), 10) as upload:
+            upload.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+            time.sleep(0.2)
+            server.stop()
+            for sock in (upload, whole):
+                answer = read_until(sock, b"}}")
+                assert answer.startswith(b"HTTP/1.1 503 ")
+                assert b"The server is shutting down." in answer
+            assert b"The server is shutting down." in read_until(stream, b"data: [DONE]\n\n")
+        stream.close()
+        whole.close()
+        server.wait()

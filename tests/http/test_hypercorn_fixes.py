@@ -23,9 +23,12 @@ from tests.http.processes import ServerProcess, read_until, until
 CLOSE_WAIT = "08"
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[ServerProcess]:
-    with ServerProcess("-m", "tests.http.fake_main", "--port", "0") as process:
+HYPERCORN = ("-m", "hypercorn", "tests.http.fake_main:app", "-b", "127.0.0.1:0", "-k", "trio", "-w", "0")
+
+
+@pytest.fixture(scope="module", params=[("-m", "tests.http.fake_main", "--port", "0"), HYPERCORN], ids=["own", "plain"])
+def server(request: pytest.FixtureRequest) -> Iterator[ServerProcess]:
+    with ServerProcess(*request.param) as process:
         yield process.listening()
 
 

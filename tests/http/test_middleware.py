@@ -5,6 +5,7 @@ from typing import Any
 
 import anyio
 import anyio.lowlevel
+import msgspec
 import pytest
 
 from fdserve.api.fields import read_request
@@ -202,6 +203,38 @@ async def test_cancelling_the_server_cancels_the_requests() -> None:
         await until(lambda: engine.active)
         tasks.cancel_scope.cancel()
     assert len(engine.cancelled) == 1
+
+
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("kind", ["upload", "whole", "stream"])
+async def test_a_server_that_cuts_its_requests_off_tells_the_clients(kind: str, n: int) -> None:
+    engine = FakeEngine(endless())
+    body = msgspec.json.encode({"prompt": "Hi", "n": n, "stream": kind == "stream"})
+    inbox = [{"type": "http.request", "body": body, "more_body": kind == "upload"}]
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        if not inbox:
+            await anyio.sleep_forever()
+        return inbox.pop()
+
+    async def send(message: Any) -> None:
+        await anyio.lowlevel.checkpoint()
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": []}
+    async with serving(engine) as client:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(client.app, scope, receive, send)
+            await until(lambda: len(sent) > 3 if kind == "stream" else not inbox)
+            await anyio.wait_all_tasks_blocked()
+            tasks.cancel_scope.cancel()
+        assert not engine.active
+        assert b'endpoint="/v1/completions",status="%d"' % sent[0]["status"] in (await client.get("/metrics")).body
+    assert sent[0]["status"] == (200 if kind == "stream" else 503)
+    assert b"The server is shutting down." in sent[-1]["body"]
+    assert sent[-1]["body"].endswith(b"[DONE]\n\n" if kind == "stream" else b"}}")
+    assert not sent[-1]["more_body"]
 
 
 async def test_a_slow_reader_is_sent_what_waits_at_once() -> None:

@@ -12,7 +12,7 @@ import pytest
 from fdserve.errors import InvalidRequest
 from fdserve.text import grammar
 from fdserve.text.grammar_spec import Choice, JsonSchema, Lark, Regex
-from fdserve.text.stream import TextStream
+from fdserve.text.stream import TextStream, content_of
 from fdserve.text.tokenizer import Tokenizer
 from tests.text.decoding import allowed_ids, at_random, decode, text_of
 from tests.text.grammar_model import PERSON, Model
@@ -186,7 +186,7 @@ def stream(model: Model, thinking: bool, ids: list[int]) -> tuple[str, str]:
     """(reasoning, content) as a client gets them."""
     stream = TextStream(model.tokenizer, format=model.format, thinking=thinking, hidden=model.eos)
     delta, rest = stream.push(ids), stream.finish()
-    return delta.reasoning + rest.reasoning, delta.content + rest.content
+    return delta.reasoning + rest.reasoning, content_of([*delta.parts, *rest.parts])
 
 
 @pytest.mark.anyio

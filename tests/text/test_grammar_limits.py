@@ -225,6 +225,19 @@ async def test_a_cancelled_compile_returns_at_once(ernie: Tokenizer, gate: threa
 
 
 @pytest.mark.anyio
+async def test_clients_that_leave_leave_no_threads_behind(ernie: Tokenizer, gate: threading.Event) -> None:
+    compiler = GrammarCompiler(ernie, [2], None, ernie.vocab_size)
+    before = threading.active_count()
+    for _ in range(20):
+        with anyio.move_on_after(0.01):
+            await compiler.compile(Choice(["slow"], "x"))
+    assert threading.active_count() - before <= grammar.COMPILE_THREADS
+    gate.set()
+    with anyio.fail_after(5):
+        await compiler.compile(Choice(["slow"], "x"))
+
+
+@pytest.mark.anyio
 async def test_a_defect_in_compiling_is_no_500(ernie: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     class Panic(BaseException):
         pass

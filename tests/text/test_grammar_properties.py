@@ -16,7 +16,7 @@ from fdserve.text.grammar_source import write_grammar
 from fdserve.text.grammar_spec import JsonSchema, Spec, ToolCalls
 from fdserve.text.grammar_vocabulary import GrammarVocabulary
 from fdserve.text.reasoning import ReasoningFormat, resolve_reasoning
-from fdserve.text.stream import TextStream
+from fdserve.text.stream import TextStream, calls_of, content_of
 from fdserve.text.tokenizer import load_tokenizer
 from fdserve.text.tools import resolve_tools
 from tests.text.decoding import allowed_ids, at_random, decode, text_of
@@ -107,7 +107,7 @@ def generate(spec: Spec, seed: int, thinking: bool | None) -> tuple[str, str, st
         return "", text_of(TOKENIZER, out.ids).decode(), out.ended
     stream = TextStream(TOKENIZER, format=reasoning(), thinking=thinking, hidden=EOS)
     delta, rest = stream.push(thought + out.ids), stream.finish()
-    return delta.reasoning + rest.reasoning, delta.content + rest.content, out.ended
+    return delta.reasoning + rest.reasoning, content_of([*delta.parts, *rest.parts]), out.ended
 
 
 def check(schema: object, text: str) -> None:
@@ -162,8 +162,9 @@ def test_what_is_generated_as_calls_is_read_as_calls(
     assert out.ended == "eos"
     stream = TextStream(TOKENIZER, format=format, thinking=thinking, hidden=EOS, tools=tools)
     deltas = [stream.push([token_id]) for token_id in thought + out.ids] + [stream.finish()]
-    assert "".join(delta.content for delta in deltas).strip() == ""
-    pieces = [piece for delta in deltas for piece in delta.tool_calls]
+    parts = [part for delta in deltas for part in delta.parts]
+    assert content_of(parts).strip() == ""
+    pieces = calls_of(parts)
     names = [piece.name for piece in pieces if piece.name is not None]
     assert stream.complete_calls == len(names) >= 1
     for index, name in enumerate(names):

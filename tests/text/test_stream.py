@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from fdserve.text.detokenizer import decode
 from fdserve.text.reasoning import ReasoningFormat, resolve_reasoning
 from fdserve.text.stop import StopTable
-from fdserve.text.stream import TextDelta, TextStream
+from fdserve.text.stream import TextDelta, TextStream, content_of
 from fdserve.text.tokenizer import Tokenizer
-from fdserve.text.tools import ToolFormat
+from fdserve.text.tools import ToolCallDelta, ToolFormat
 
 from .conftest import TAGS
 from .vocabulary import ListTokenizer
@@ -60,7 +60,7 @@ def run(stream: TextStream, pushes: list[list[int]]) -> Seen:
     assert len(stops) <= 1
     return Seen(
         "".join(delta.reasoning for delta in deltas),
-        "".join(delta.content for delta in deltas),
+        content_of([part for delta in deltas for part in delta.parts]),
         stops[0] if stops else None,
         sum(delta.tokens_used for delta in deltas),
         stream.reasoning_tokens,
@@ -72,10 +72,12 @@ def run(stream: TextStream, pushes: list[list[int]]) -> Seen:
 def calls_of(deltas: list[TextDelta]) -> tuple[tuple[str, str], ...]:
     calls: list[tuple[str, str]] = []
     for delta in deltas:
-        for call in delta.tool_calls:
+        for call in delta.parts:
+            if isinstance(call, str):
+                continue
             if call.id is not None:
-                assert (call.index, call.arguments) == (len(calls), "")
-                calls.append((call.name or "", ""))
+                assert call.index == len(calls)
+                calls.append((call.name or "", call.arguments))
             else:
                 assert call.index == len(calls) - 1
                 calls[-1] = (calls[-1][0], calls[-1][1] + call.arguments)
@@ -130,43 +132,43 @@ def test_the_split_over_pushes_makes_no_difference(
 
 def test_stop_string_over_several_tokens_counts_the_tokens_up_to_it() -> None:
     stream = TextStream(TOY, stop=StopTable(["ba"]))
-    assert stream.push(TOY.encode("a")) == TextDelta("", "a", None, 1)
-    assert stream.push(TOY.encode("b")) == TextDelta("", "", None, 1)
+    assert stream.push(TOY.encode("a")) == TextDelta("", ["a"], None, 1)
+    assert stream.push(TOY.encode("b")) == TextDelta("", [], None, 1)
     ids = TOY.encode("a\nb")
-    assert stream.push(ids) == TextDelta("", "", "ba", 1)
-    assert stream.push(ids) == TextDelta("", "", None, 0)
-    assert stream.finish() == TextDelta("", "", None, 0)
+    assert stream.push(ids) == TextDelta("", [], "ba", 1)
+    assert stream.push(ids) == TextDelta("", [], None, 0)
+    assert stream.finish() == TextDelta("", [], None, 0)
 
 
 def test_stop_string_included() -> None:
     stream = TextStream(TOY, stop=StopTable(["b\n"]), include_stop_str_in_output=True)
-    assert stream.push(TOY.encode("ab\na")) == TextDelta("", "ab\n", "b\n", 2)
+    assert stream.push(TOY.encode("ab\na")) == TextDelta("", ["ab\n"], "b\n", 2)
 
 
 def test_held_back_text_comes_at_the_end() -> None:
     stream = TextStream(TOY, stop=StopTable(["ab\n\na"]))
-    assert stream.push([TOKENS.index(b"ab"), TOKENS.index(EMOJI[:2])]).content == ""
-    assert stream.finish() == TextDelta("", "ab\ufffd", None, 0)
+    assert stream.push([TOKENS.index(b"ab"), TOKENS.index(EMOJI[:2])]).parts == []
+    assert stream.finish() == TextDelta("", ["ab\ufffd"], None, 0)
 
 
 def test_stop_strings_are_looked_for_in_the_content_only() -> None:
     stream = TextStream(TOY, format=ERNIE_X1, thinking=True, stop=StopTable(["b"]))
     ids = TOY.encode("ab</think>\n<response>\nab\n</response>")
-    assert stream.push(ids) == TextDelta("ab", "a", "b", 6)
+    assert stream.push(ids) == TextDelta("ab", ["a"], "b", 6)
     assert stream.reasoning_tokens == 1
 
 
 def test_a_stop_string_can_be_completed_by_the_last_newline() -> None:
     stream = TextStream(TOY, format=ERNIE_X1, thinking=True, stop=StopTable(["a\n"]))
-    assert stream.push(TOY.encode("</think><response>a\n")).content == ""
-    assert stream.finish() == TextDelta("", "", "a\n", 0)
+    assert stream.push(TOY.encode("</think><response>a\n")).parts == []
+    assert stream.finish() == TextDelta("", [], "a\n", 0)
 
 
 def test_hidden_ids_never_show_and_are_no_reasoning() -> None:
     stream = TextStream(TOY, format=ERNIE_X1, thinking=True, skip_special_tokens=False, hidden=[EOS])
-    assert stream.push([*TOY.encode("a"), EOS]) == TextDelta("a", "", None, 2)
+    assert stream.push([*TOY.encode("a"), EOS]) == TextDelta("a", [], None, 2)
     assert stream.reasoning_tokens == 1
-    assert TextStream(TOY, skip_special_tokens=False).push([EOS]).content == "</s>"
+    assert TextStream(TOY, skip_special_tokens=False).push([EOS]).parts == ["</s>"]
 
 
 def test_thinking_model_end_to_end(ernie: Tokenizer) -> None:
@@ -255,8 +257,8 @@ def test_stop_strings_are_not_looked_for_in_calls() -> None:
     # What could have become one comes out before the call does.
     stream = TextStream(TOY, tools=HERMES, stop=StopTable(["ab"]))
     deltas = [stream.push([token]) for token in ids]
-    begun = next(at for at, delta in enumerate(deltas) if delta.tool_calls)
-    assert deltas[begun].content == "a"
+    begun = next(at for at, delta in enumerate(deltas) if calls_of([delta]))
+    assert deltas[begun].parts[0] == "a"
     # What is no call is content like any other.
     bad = TOY.encode("<tool_call>\nab")
     seen = run(TextStream(TOY, tools=HERMES, stop=StopTable(["l>\na"])), [bad])
@@ -269,10 +271,16 @@ def test_nothing_comes_after_a_stop_string() -> None:
     assert run(stream, [ids]) == Seen("", "", "a", 1, 0)
 
 
-def test_fragments_of_one_push_come_as_one() -> None:
-    name, arguments = TextStream(TOY, tools=HERMES).push(in_tags(CALL_IDS)).tool_calls
-    assert (name.index, name.name, name.arguments) == (0, "b", "")
-    assert (arguments.index, arguments.id, arguments.arguments) == (0, None, '{"a":"😀\\n"}')
+def test_what_one_push_tells_of_a_call_comes_as_one() -> None:
+    (call,) = TextStream(TOY, tools=HERMES).push(in_tags(CALL_IDS)).parts
+    assert isinstance(call, ToolCallDelta)
+    assert (call.index, call.name, call.arguments) == (0, "b", '{"a":"😀\\n"}')
+
+
+def test_texts_and_calls_keep_their_order() -> None:
+    ids = [*TOY.encode("a"), *in_tags(CALL_IDS), *TOY.encode("b"), *in_tags(CALL_IDS), *TOY.encode("ab")]
+    parts = TextStream(TOY, tools=HERMES).push(ids).parts
+    assert [part if isinstance(part, str) else part.index for part in parts] == ["a", 0, "b", 1, "ab"]
 
 
 def test_calls_of_a_thinking_model_end_to_end(ernie: Tokenizer) -> None:
