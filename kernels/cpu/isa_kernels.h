@@ -10,7 +10,7 @@ constexpr RowKernels make_row_kernels() {
 #else
   return {GEMM_ROWS, nullptr, gemm<E>, gemm_groups<E>, to_digits, gemm_bytes, scale_sums, to_bytes<E>,
 #endif
-          rms_norm_row<E>, swiglu_row<E>, put_rows<E>,  add_row<E>,   rotate<E>,      store_key<E>,
+          rms_norm_row<E>, swiglu_rows<E>, put_rows<E>,  add_row<E>,   rotate<E>,      store_key<E>,
           store_value<E>,  store_bytes_of<E, false>, store_bytes_of<E, true>,
 #ifdef FD_AMX
           tile_attend};

@@ -41,20 +41,21 @@ void rms_norm_row(const void* x_, const void* residual_, const void* weight_, fl
 }
 
 FD_INLINE vf silu_times(vf gate, vf up) {
-  // silu(g) = g / (1 + e^-g) = g e^g / (1 + e^g): whichever has no positive exponent.
-  const vf e = exp(gate < vf{} ? gate : -gate);
-  return gate * (gate < vf{} ? e : splat(1.0f)) * inverse(splat(1.0f) + e) * up;
+  // silu(g) = g / (1 + e^-g), which is 0 for all purposes long before the exponential is too large.
+  const vf least = gate > splat(-80.0f) ? gate : splat(-80.0f);
+  return gate * inverse(splat(1.0f) + exp(-least)) * up;
 }
 
 template <class E>
-void swiglu_row(const void* x_, int64_t size, void* out_) {
-  const E* gate = static_cast<const E*>(x_);
-  const E* up = gate + size;
-  E* out = static_cast<E*>(out_);
+void swiglu_rows(const void* x, int64_t rows, int64_t size, void* out_, int64_t stride) {
   const int64_t whole = size / VL * VL;
   const int tail = static_cast<int>(size - whole);
-  for (int64_t i = 0; i < whole; i += VL) store(out + i, silu_times(load(gate + i), load(up + i)));
-  if (tail != 0) store_some(out + whole, silu_times(load_some(gate + whole, tail), load_some(up + whole, tail)), tail);
+  for (int64_t r = 0; r < rows; ++r) {
+    const E *gate = static_cast<const E*>(x) + r * 2 * size, *up = gate + size;
+    E* out = reinterpret_cast<E*>(static_cast<char*>(out_) + r * stride);
+    for (int64_t i = 0; i < whole; i += VL) store(out + i, silu_times(load(gate + i), load(up + i)));
+    if (tail != 0) store_some(out + whole, silu_times(load_some(gate + whole, tail), load_some(up + whole, tail)), tail);
+  }
 }
 
 // total += weight * x
