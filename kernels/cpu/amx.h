@@ -279,7 +279,7 @@ void tile_passes(const RowTiles& tiles, const char* panel, const void* next, int
     const Tile rows[2] = {tiles.tile(t), tiles.tile(last)};
     typename Math::Sum* sums[2] = {acc, acc + (tiles.start(last) - first) * PANEL};
     tile_pass<Math>(rows, count, tiles.height(), panel, depth, sums, fetch);
-    sink.take(sink.with, acc, first, (end < tiles.rows ? end : tiles.rows) - first);
+    sink.take(sink.with, {acc}, first, (end < tiles.rows ? end : tiles.rows) - first);
   }
 }
 
@@ -292,7 +292,7 @@ void tile_gemm(Rows a, int64_t rows, const void* panel_, const void* next, int64
   Streaming fetch(panel);
   const Tile only = tiles.tile(0);
   tile_pass<Math>(&only, 1, tiles.height(), panel, depth, &acc, fetch);
-  sink.take(sink.with, acc, 0, rows);
+  sink.take(sink.with, {acc}, 0, rows);
 }
 
 }  // namespace FD_ISA

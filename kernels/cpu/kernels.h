@@ -108,10 +108,18 @@ struct Rows {
   }
 };
 
-// Takes the sums of a panel product, [rows][64] of the rows from `first` on, as soon as they are whole and while they are
-// in the cache; rows may come twice, with the same sums. It may overwrite them.
+// Sums of rows by a panel, [rows][64]: floats, or where there are scales integers, which become
+// (sum - offsets[64]) * (row_scales[rows] * scales[64]).
+struct Sums {
+  const void* at;
+  const int32_t* offsets = nullptr;
+  const float *scales = nullptr, *row_scales = nullptr;
+};
+
+// Takes the sums of the rows from `first` on as soon as they are whole and while they are in the cache; rows may come twice,
+// with the same sums.
 struct Sink {
-  void (*take)(const void* with, void* sums, int64_t first, int64_t rows);
+  void (*take)(const void* with, Sums sums, int64_t first, int64_t rows);
   const void* with;
 };
 
@@ -132,17 +140,14 @@ struct RowKernels {
   void (*to_digits)(const void* x, int64_t size, Format format, char* digits, SumScale* scales);
   // The same of a[rows][4 depth], bytes that are 128 too large times signed ones.
   void (*gemm_bytes)(Rows a, int64_t rows, const void* panel, const void* next, int64_t depth, int32_t* acc, Sink sink);
-  // acc[rows][64] = (sums - offsets[64]) * (row_scales[rows] * scales[64]); acc and sums may be the same memory.
-  void (*scale_sums)(const int32_t* sums, int64_t rows, const int32_t* offsets, const float* scales,
-                     const float* row_scales, float* acc);
   // x[size] / scale + 128 rounded into bytes; returns the scale, which makes the largest magnitude 127.
   float (*to_bytes)(const void* x, int64_t size, uint8_t* out);
   void (*rms_norm)(const void* x, const void* residual, const void* weight, float eps, int64_t size, void* out,
                    void* total);
   // x[rows][2 size] into rows of `size`, `stride` bytes apart.
   void (*swiglu)(const void* x, int64_t rows, int64_t size, void* out, int64_t stride);
-  // acc[rows][64], its first `width` columns, into rows `stride` bytes apart.
-  void (*put)(const float* acc, int64_t rows, int64_t width, void* out, int64_t stride);
+  // The first `width` columns into rows `stride` bytes apart.
+  void (*put)(Sums sums, int64_t rows, int64_t width, void* out, int64_t stride);
   void (*add)(const float* total, const void* shared, int64_t size, void* out);
   // x[heads][head_dim] rotated by rope[head_dim] into out.
   void (*rotate)(const void* x, int64_t heads, int64_t head_dim, const float* rope, void* out);

@@ -116,12 +116,11 @@ void byte_product(const RowKernels& kernels, Rows x, int64_t rows, int64_t k, co
                   Sink sink) {
   const float* scales = reinterpret_cast<const float*>(panel);
   const int32_t* offsets = reinterpret_cast<const int32_t*>(panel) + PANEL;
-  const auto scale = [&](float* sums, int64_t first, int64_t some) {
-    kernels.scale_sums(reinterpret_cast<int32_t*>(sums), some, offsets, scales, x.scales + first, sums);
-    sink.take(sink.with, sums, first, some);
+  const auto with_scales = [&](Sums sums, int64_t first, int64_t some) {
+    sink.take(sink.with, {sums.at, offsets, scales, x.scales + first}, first, some);
   };
   kernels.gemm_bytes(x, rows, panel + W8A8_HEAD_BYTES, next, padded_inputs(Format::kW8a8, k) / 4,
-                     reinterpret_cast<int32_t*>(acc), sink_of(scale));
+                     reinterpret_cast<int32_t*>(acc), sink_of(with_scales));
 }
 
 // Calls work(first row, rows, task) for `tasks` of each block of rows.
@@ -148,7 +147,7 @@ void panel_product(const RowKernels& kernels, Format format, Rows x, int64_t row
   if (!is_weight_only(format))
     return kernels.gemm(x, rows, panel, next, format == Format::kBfloat16 ? inputs / 2 : inputs, acc, sink);
   kernels.gemm_groups(x, rows, panel, next, format, inputs, acc);
-  sink.take(sink.with, acc, 0, rows);
+  sink.take(sink.with, {acc}, 0, rows);
 }
 
 void linear(const void* x, int64_t tokens, Dtype dtype, const Matrix& weight, void* out, Dtype out_dtype) {
@@ -159,7 +158,7 @@ void linear(const void* x, int64_t tokens, Dtype dtype, const Matrix& weight, vo
   each_block(tokens, rows.stride, kernels.pass_rows, (n + PANEL - 1) / PANEL, [&](int64_t first, int64_t count, int64_t p) {
     float* acc = scratch<float>(kScratchTile, (count + SPARE_ROWS) * PANEL);
     const char* panel = static_cast<const char*>(weight.panels) + p * bytes;
-    const auto put = [&](const float* sums, int64_t from, int64_t some) {
+    const auto put = [&](Sums sums, int64_t from, int64_t some) {
       char* to = static_cast<char*>(out) + ((first + from) * n + p * PANEL) * out_size;
       out_kernels.put(sums, some, std::min(PANEL, n - p * PANEL), to, n * out_size);
     };
@@ -181,10 +180,10 @@ void linear_swiglu(const void* x, int64_t tokens, Dtype dtype, const Matrix& wei
     float* acc = scratch<float>(kScratchTile, (count + SPARE_ROWS) * PANEL + count * 2 * width / 4);
     char* pair = reinterpret_cast<char*>(acc + (count + SPARE_ROWS) * PANEL);
     const char *gate = static_cast<const char*>(weight.panels) + p * bytes, *up = gate + panels * bytes;
-    const auto put_gate = [&](const float* sums, int64_t from, int64_t some) {
+    const auto put_gate = [&](Sums sums, int64_t from, int64_t some) {
       kernels.put(sums, some, PANEL, pair + from * 2 * width, 2 * width);
     };
-    const auto put_both = [&](const float* sums, int64_t from, int64_t some) {
+    const auto put_both = [&](Sums sums, int64_t from, int64_t some) {
       char* to = static_cast<char*>(out) + ((first + from) * inner + p * PANEL) * element;
       kernels.put(sums, some, PANEL, pair + from * 2 * width + width, 2 * width);
       kernels.swiglu(pair + from * 2 * width, some, PANEL, to, inner * element);

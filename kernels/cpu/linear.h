@@ -16,8 +16,8 @@ void panel_product(const RowKernels& kernels, Format format, Rows x, int64_t row
 // Has `take(sums, first row, rows)` called; lives no longer than it.
 template <class Take>
 Sink sink_of(const Take& take) {
-  return {[](const void* with, void* sums, int64_t first, int64_t rows) {
-            (*static_cast<const Take*>(with))(static_cast<float*>(sums), first, rows);
+  return {[](const void* with, Sums sums, int64_t first, int64_t rows) {
+            (*static_cast<const Take*>(with))(sums, first, rows);
           },
           &take};
 }

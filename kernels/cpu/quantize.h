@@ -72,16 +72,6 @@ inline void quantize(const float* w, Format format, int64_t inputs, void* group_
   }
 }
 
-inline void scale_sums(const int32_t* sums, int64_t rows, const int32_t* offsets, const float* scales,
-                       const float* row_scales, float* acc) {
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t column = 0; column < PANEL; column += VL) {
-      const vi exact = load(sums + r * PANEL + column) - load(offsets + column);
-      store(acc + r * PANEL + column,
-            __builtin_convertvector(exact, vf) * (splat(row_scales[r]) * load(scales + column)));
-    }
-}
-
 // x rounded to the nearest integer in [-127, 127], ties to even, plus 128.
 FD_INLINE void store_bytes(uint8_t* out, vf x, vf inverse, int n) {
   const vi integers = (vi)(x * inverse + splat(12582912.0f + 128));  // in the last bits

@@ -67,15 +67,29 @@ inline void axpy_row(const float* x, float weight, int64_t size, float* total) {
     store_some(total + whole, fma(load_some(x + whole, tail), splat(weight), load_some(total + whole, tail)), tail);
 }
 
-template <class E>
-void put_rows(const float* acc, int64_t rows, int64_t width, void* out_, int64_t stride) {
+// sums_at(row, column) is VL of the sums.
+template <class E, class SumsAt>
+FD_INLINE void put_each(int64_t rows, int64_t width, void* out_, int64_t stride, const SumsAt& sums_at) {
   char* out = static_cast<char*>(out_);
-  for (int64_t r = 0; r < rows; ++r, acc += PANEL, out += stride) {
+  for (int64_t r = 0; r < rows; ++r, out += stride) {
     E* to = reinterpret_cast<E*>(out);
     int64_t i = 0;
-    for (; i + VL <= width; i += VL) store(to + i, load(acc + i));
-    if (i < width) store_some(to + i, load(acc + i), static_cast<int>(width - i));
+    for (; i + VL <= width; i += VL) store(to + i, sums_at(r, i));
+    if (i < width) store_some(to + i, sums_at(r, i), static_cast<int>(width - i));
   }
+}
+
+template <class E>
+void put_rows(Sums sums, int64_t rows, int64_t width, void* out, int64_t stride) {
+  if (sums.scales == nullptr) {
+    const float* acc = static_cast<const float*>(sums.at);
+    return put_each<E>(rows, width, out, stride, [&](int64_t r, int64_t i) { return load(acc + r * PANEL + i); });
+  }
+  const int32_t* acc = static_cast<const int32_t*>(sums.at);
+  put_each<E>(rows, width, out, stride, [&](int64_t r, int64_t i) {
+    const vi exact = load(acc + r * PANEL + i) - load(sums.offsets + i);
+    return __builtin_convertvector(exact, vf) * (splat(sums.row_scales[r]) * load(sums.scales + i));
+  });
 }
 
 // total (float32) + shared (when there is one), rounded to E.
