@@ -1,7 +1,8 @@
 // Rows times a packed matrix, and the other operators that work a row at a time.
 //
 // Work is cut into (block of rows, panel) tasks, of which a thread takes consecutive ones: a long stream for the hardware
-// to fetch ahead. Every output element is one chain over k whatever the cut; which thread does what changes nothing.
+// to fetch ahead. Sums go on out of the first-level cache, a pass of the product at a time. Every output element is one
+// chain over k whatever the cut; which thread does what changes nothing.
 #include <unistd.h>
 
 #include <algorithm>

@@ -1,4 +1,5 @@
-// Norms and activation: one row a call, so a row's arithmetic never depends on the others. Floor: memory.
+// Norms, activation and the way out of a product: every row for itself, so its arithmetic never depends on the others.
+// Floor: memory.
 
 namespace fdserve {
 namespace FD_ISA {
