@@ -2,33 +2,27 @@
 //
 // Layout: 16 keys of a head are already tiles of weights, [head_dim/32] of 16 pairs of dimensions by 16 keys; two groups
 // of 16 values are, too, 16 pairs of keys by 16 dimensions each, where they lie one after the other, as in a block of 32
-// keys or more; others, keys that no row sees, and bytes are copied first. Tiling: all scores of up to 48 rows, 16 rows by
-// 64 keys at a time; then the softmax, once; then 16 rows by 64 dimensions over all keys, whose sums stay in the tiles. Rows
-// past the last are computed and thrown away, so that tiles keep their shape. A row's arithmetic is the same in any company:
-// scores and values are chains of steps as in amx.h, and a key that a row does not see weighs exactly 0. While scores are
-// computed, their values and the keys that follow are fetched. Floor: memory for a decode; for a prefill the exponentials,
-// one for each score, which take longer than the products around it.
+// keys or more; others, keys that no row sees, and bytes are copied first. Tiling: all scores of up to 64 rows, 32 rows by
+// 32 keys at a time, or 16 by 64 where there are no more rows; then the softmax, once; then 32 rows by 32 dimensions, or 16
+// by 64, over all keys, whose sums stay in the tiles. Rows past the last are computed and thrown away, so that tiles keep
+// their shape. A row's arithmetic is the same in any company: scores and values are chains of steps as in amx.h, and a key
+// that a row does not see weighs exactly 0. While scores are computed, their values and the keys that follow are fetched.
+// Floor: memory for a decode; for a prefill the products, whose tiles take longer to load than to multiply, and half as long
+// again the exponentials, one for each score.
 
 namespace fdserve {
 namespace FD_ISA {
 
 constexpr int64_t VALUE_STEP = 32;  // keys in a tile of values
 constexpr int64_t VALUE_STEPS = KEY_PART / VALUE_STEP, PART_GROUPS = KEY_PART / KEY_GROUP, TILE_GROUPS = KEY_TILE / KEY_GROUP;
-constexpr int64_t STRIP_ROWS = 3 * TILE_ROWS;  // whose scores and weights share the second-level cache with the part
+// Of a row of scores and of weights, a line longer: rows a power of two apart take each other's place in the cache.
+constexpr int64_t SCORES = KEY_PART + LINE / 4, WEIGHTS = KEY_PART + LINE / 2;
+constexpr int64_t STRIP_ROWS = 4 * TILE_ROWS;  // whose scores and weights share the second-level cache with the part
 
-// e^x for x <= 0 within 4e-6, which disappears when weights are rounded to bf16: 2^x by a Taylor polynomial of degree 5 on
-// [-1/2, 1/2]. 0 where that is under 2^-126, NaN for NaN.
-FD_INLINE vf exp_of_score(vf x) {
-  const __m512 y = (__m512)(x * splat(1.44269504f));
-  const __m512 n = _mm512_roundscale_ps(y, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  const vf r = (vf)_mm512_sub_ps(y, n);
-  vf p = splat(1.33335581e-3f);
-  p = fma(p, r, splat(9.61812911e-3f));
-  p = fma(p, r, splat(5.55041087e-2f));
-  p = fma(p, r, splat(2.40226507e-1f));
-  p = fma(p, r, splat(6.93147181e-1f));
-  p = fma(p, r, splat(1.0f));
-  return (vf)_mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(y, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ), (__m512)p, n);
+// Nothing else is to be done between tiles that are in the cache, and these take 5 % longer with a single gap.
+FD_INLINE void gap() {
+  tile_gap();
+  tile_gap();
 }
 
 // Fetches 8 groups of a cache, a line of each by turns as in amx.h: `rounds` lines between tiles.
@@ -45,6 +39,7 @@ struct Groups {
     }
   }
   FD_MEMBER void fetch(int64_t rounds) {
+    if (at >= end) return gap();
     for (int64_t round = 0; round < rounds && at < end; ++round, at += LINE)
       for (int g = 0; g < 2 * TILE_GROUPS; ++g) __builtin_prefetch(of[g] + at, 0, 3);
   }
@@ -57,6 +52,7 @@ struct Following {
   FD_MEMBER Following(const KeyPart& whole, int64_t bytes) : part(whole), end(bytes / LINE * LINE) {}
   FD_MEMBER int64_t rounds() const { return PART_GROUPS / 8 * end / LINE; }
   FD_MEMBER void fetch(int64_t count) {
+    if (group >= PART_GROUPS) return gap();
     for (int64_t round = 0; round < count && group < PART_GROUPS; ++round) {
       for (int g = 0; g < 8; ++g) __builtin_prefetch(static_cast<const char*>(part.following[group + g]) + at, 0, 2);
       at += LINE;
@@ -65,34 +61,82 @@ struct Following {
   }
 };
 
-// scores[16][KEY_PART] of 16 rows and a tile of keys.
-FD_INLINE void tile_scores(const bf16* q, int64_t head_dim, const char* const* keys, float* scores, Groups& next,
-                           int64_t rounds) {
-  zero_sums();
-  for (int64_t step = 0; step < head_dim / 32; ++step) {
-    _tile_loadd(4, q + step * 32, head_dim * 2);
-    tile_gap();
-    _tile_loadd(5, keys[0] + step * TILE_BYTES, TILE_LINE);
-    tile_gap();
-    _tile_dpbf16ps(0, 4, 5);
-    next.fetch(rounds);
-    _tile_loadd(6, keys[1] + step * TILE_BYTES, TILE_LINE);
-    tile_gap();
-    _tile_dpbf16ps(1, 4, 6);
-    next.fetch(rounds);
-    _tile_loadd(7, keys[2] + step * TILE_BYTES, TILE_LINE);
-    tile_gap();
-    _tile_dpbf16ps(2, 4, 7);
-    next.fetch(rounds);
-    _tile_loadd(5, keys[3] + step * TILE_BYTES, TILE_LINE);
-    tile_gap();
-    _tile_dpbf16ps(3, 4, 5);
-    next.fetch(rounds);
+// One tile of rows by four of columns, into sums 0 to 3.
+template <class Fetch>
+FD_INLINE void attend_one(const bf16* rows, int64_t row_bytes, const char* const* columns, int64_t stride, const Fetch& fetch) {
+  _tile_loadd(4, rows, row_bytes);
+  gap();
+  _tile_loadd(5, columns[0], stride);
+  gap();
+  _tile_dpbf16ps(0, 4, 5);
+  fetch();
+  _tile_loadd(6, columns[1], stride);
+  gap();
+  _tile_dpbf16ps(1, 4, 6);
+  fetch();
+  _tile_loadd(7, columns[2], stride);
+  gap();
+  _tile_dpbf16ps(2, 4, 7);
+  fetch();
+  _tile_loadd(5, columns[3], stride);
+  gap();
+  _tile_dpbf16ps(3, 4, 5);
+  fetch();
+}
+
+// Two tiles of rows, `next` elements apart, by two of columns; sums 0 and 1 are the first rows'.
+template <class Fetch>
+FD_INLINE void attend_two(const bf16* rows, int64_t next, int64_t row_bytes, const char* const* columns, int64_t stride,
+                          const Fetch& fetch) {
+  _tile_loadd(4, rows, row_bytes);
+  gap();
+  _tile_loadd(6, columns[0], stride);
+  gap();
+  _tile_dpbf16ps(0, 4, 6);
+  fetch();
+  _tile_loadd(5, rows + next, row_bytes);
+  gap();
+  _tile_dpbf16ps(2, 5, 6);
+  fetch();
+  _tile_loadd(7, columns[1], stride);
+  gap();
+  _tile_dpbf16ps(1, 4, 7);
+  fetch();
+  _tile_dpbf16ps(3, 5, 7);
+  fetch();
+}
+
+// scores[16][SCORES] of a tile of rows and a tile of keys, or of two tiles of rows.
+FD_INLINE void tile_scores(const bf16* q, int64_t tiles, int64_t head_dim, const char* const* keys, float* scores,
+                           Groups& next, int64_t rounds) {
+  const auto fetch = [&] { next.fetch(rounds); };
+  const int64_t steps = head_dim / 32, row_bytes = head_dim * 2;
+  if (tiles == 1) {
+    zero_sums();
+    for (int64_t s = 0; s < steps; ++s) {
+      const int64_t at = s * TILE_BYTES;
+      const char* columns[4] = {keys[0] + at, keys[1] + at, keys[2] + at, keys[3] + at};
+      attend_one(q + s * 32, row_bytes, columns, TILE_LINE, fetch);
+    }
+    return store_two(scores, scores + 32, SCORES * 4);
   }
-  _tile_stored(0, scores, KEY_PART * 4);
-  _tile_stored(1, scores + 16, KEY_PART * 4);
-  _tile_stored(2, scores + 32, KEY_PART * 4);
-  _tile_stored(3, scores + 48, KEY_PART * 4);
+  for (int64_t half = 0; half < 4; half += 2) {
+    zero_sums();
+    for (int64_t s = 0; s < steps; ++s) {
+      const char* columns[2] = {keys[half] + s * TILE_BYTES, keys[half + 1] + s * TILE_BYTES};
+      attend_two(q + s * 32, TILE_ROWS * head_dim, row_bytes, columns, TILE_LINE, fetch);
+    }
+    store_two(scores + half * 16, scores + half * 16 + TILE_ROWS * SCORES, SCORES * 4);
+  }
+}
+
+// Calls work(first row, tiles, keys that one of them sees) for each two tiles of rows, or one that is left.
+template <class Work>
+FD_INLINE void each_pair(int64_t rows, const int* seen, const Work& work) {
+  for (int64_t r = 0; r < rows; r += 2 * TILE_ROWS) {
+    const int64_t last = r + 2 * TILE_ROWS < rows ? r + 2 * TILE_ROWS : rows;
+    work(r, last - r > TILE_ROWS ? 2 : 1, static_cast<int64_t>(seen[last - 1]));
+  }
 }
 
 // Scores of a strip of rows over the first `keys` keys, tile after tile.
@@ -111,39 +155,11 @@ inline void strip_scores(const bf16* q, int64_t rows, int64_t head_dim, const Ke
     }
     Groups next(part, first / KEY_GROUP, bytes);
     tile_fence();
-    for (int64_t r = 0; r < rows; r += TILE_ROWS) {
-      const int64_t last = r + TILE_ROWS < rows ? r + TILE_ROWS : rows;
-      if (seen[last - 1] > first) tile_scores(q + r * head_dim, head_dim, groups, scores + r * KEY_PART + first, next, rounds);
-    }
+    each_pair(rows, seen, [&](int64_t r, int64_t tiles, int64_t most) {
+      if (most > first) tile_scores(q + r * head_dim, tiles, head_dim, groups, scores + r * SCORES + first, next, rounds);
+    });
     tile_fence();
   }
-}
-
-// One row's scores to weights, zeros from the keys that it sees up to `end`; its peak and mass.
-FD_INLINE void row_weights(float* scores, const KeyPart& part, int64_t head_dim, int64_t seen, int64_t end, float scale,
-                           float* peak, float* mass, bf16* weights) {
-  vf highest = splat(-__builtin_inff()), total = {};
-  for (int64_t key = 0; key < seen; key += VL) {
-    vf x = load(scores + key) * splat(scale);
-    if (part.bytes) x = x * load(scales_of_bytes(part.keys[key / KEY_GROUP], head_dim));
-    x = before(static_cast<int>(key), static_cast<int>(seen), x, splat(-__builtin_inff()));
-    store(scores + key, x);
-    highest = max(x, highest);
-  }
-  const float top = max_lane(highest);
-  int64_t key = 0;
-  for (; key < seen; key += VL) {
-    vf w = exp_of_score(load(scores + key) - splat(top));
-    total = total + w;
-    // A stale block's scales may be NaNs.
-    if (part.bytes)
-      w = before(static_cast<int>(key), static_cast<int>(seen),
-                 w * load(scales_of_bytes(part.values[key / KEY_GROUP], head_dim)), vf{});
-    store(weights + key, w);
-  }
-  for (; key < end; key += VL) store(weights + key, vf{});
-  *peak = top;
-  *mass = seen > 0 ? sum(total) : 0.0f;
 }
 
 // The values of the first `keys` keys as matrices of 16 pairs of keys by head_dim. What is not so in the cache is copied.
@@ -184,59 +200,42 @@ struct ValueSteps {
   }
 };
 
-// values[16][stride] = weights[16][KEY_PART] times the values of `steps` steps.
-inline void tile_values(const bf16* weights, int64_t head_dim, const ValueSteps& rows, int64_t steps, float* values,
-                        int64_t stride, Following& following) {
-  for (int64_t column = 0; column < head_dim; column += 64, values += 64) {
+// values[16][stride] = weights[16][WEIGHTS] times the values of `steps` steps, of one or two tiles of rows.
+inline void tile_values(const bf16* weights, int64_t tiles, int64_t head_dim, const ValueSteps& rows, int64_t steps,
+                        float* values, int64_t stride, Following& following) {
+  const auto fetch = [&] { following.fetch(1); };
+  const int64_t row_bytes = WEIGHTS * 2, value_bytes = head_dim * 4;
+  for (int64_t column = 0; column < head_dim; column += tiles == 1 ? 64 : 32) {
     zero_sums();
     for (int64_t s = 0; s < steps; ++s) {
       const char* at = rows.at[s] + column * 4;
-      _tile_loadd(4, weights + s * VALUE_STEP, KEY_PART * 2);
-      tile_gap();
-      _tile_loadd(5, at, head_dim * 4);
-      tile_gap();
-      _tile_dpbf16ps(0, 4, 5);
-      following.fetch(1);
-      _tile_loadd(6, at + 64, head_dim * 4);
-      tile_gap();
-      _tile_dpbf16ps(1, 4, 6);
-      following.fetch(1);
-      _tile_loadd(7, at + 128, head_dim * 4);
-      tile_gap();
-      _tile_dpbf16ps(2, 4, 7);
-      following.fetch(1);
-      _tile_loadd(5, at + 192, head_dim * 4);
-      tile_gap();
-      _tile_dpbf16ps(3, 4, 5);
-      following.fetch(1);
+      const char* columns[4] = {at, at + 64, at + 128, at + 192};
+      if (tiles == 1) attend_one(weights + s * VALUE_STEP, row_bytes, columns, value_bytes, fetch);
+      else attend_two(weights + s * VALUE_STEP, TILE_ROWS * WEIGHTS, row_bytes, columns, value_bytes, fetch);
     }
-    _tile_stored(0, values, stride * 4);
-    _tile_stored(1, values + 16, stride * 4);
-    _tile_stored(2, values + 32, stride * 4);
-    _tile_stored(3, values + 48, stride * 4);
+    store_two(values + column, values + column + (tiles == 1 ? 32 : TILE_ROWS * stride), stride * 4);
   }
 }
 
 inline void attend_strip(const bf16* q, int64_t rows, int64_t head_dim, const KeyPart& part, const int* seen, float scale,
                          AttendState state, int64_t stride) {
-  alignas(64) float scores[STRIP_ROWS * KEY_PART];
-  alignas(64) bf16 weights[STRIP_ROWS * KEY_PART];
+  alignas(64) float scores[STRIP_ROWS * SCORES];
+  alignas(64) bf16 weights[STRIP_ROWS * WEIGHTS];
   const int64_t keys = seen[rows - 1];
   strip_scores(q, rows, head_dim, part, seen, keys, scores);
   const int64_t end = (keys + VALUE_STEP - 1) / VALUE_STEP * VALUE_STEP;
   Following following(part, part.bytes ? byte_group(head_dim) : KEY_GROUP * head_dim * 2);
   for (int64_t r = 0; r < rows; ++r) {
-    row_weights(scores + r * KEY_PART, part, head_dim, seen[r], end, scale, state.peak + r, state.mass + r,
-                weights + r * KEY_PART);
+    const auto weigh = part.bytes ? row_weights<true> : row_weights<false>;
+    weigh(scores + r * SCORES, part, head_dim, seen[r], end, scale, state.peak + r, state.mass + r, weights + r * WEIGHTS);
     following.fetch(following.rounds() / 2 / rows + 1);
   }
   const ValueSteps values(part, head_dim, keys);
   tile_fence();
-  for (int64_t r = 0; r < rows; r += TILE_ROWS) {
-    const int64_t last = r + TILE_ROWS < rows ? r + TILE_ROWS : rows;
-    const int64_t steps = (seen[last - 1] + VALUE_STEP - 1) / VALUE_STEP;
-    tile_values(weights + r * KEY_PART, head_dim, values, steps, state.values + r * stride, stride, following);
-  }
+  each_pair(rows, seen, [&](int64_t r, int64_t tiles, int64_t most) {
+    const int64_t steps = (most + VALUE_STEP - 1) / VALUE_STEP;
+    tile_values(weights + r * WEIGHTS, tiles, head_dim, values, steps, state.values + r * stride, stride, following);
+  });
   tile_fence();
 }
 

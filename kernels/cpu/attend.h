@@ -26,14 +26,15 @@ void rotate(const void* x_, int64_t heads, int64_t head_dim, const float* rope, 
   const E* x = static_cast<const E*>(x_);
   E* out = static_cast<E*>(out_);
   const int64_t half = head_dim / 2;
-  float cosine[MAX_HEAD_DIM], sine[MAX_HEAD_DIM];  // each pair's cosine twice, and its sine with both signs
-  for (int64_t i = 0; i < half; ++i) {
-    cosine[2 * i] = cosine[2 * i + 1] = rope[i];
-    sine[2 * i] = -rope[half + i];
-    sine[2 * i + 1] = rope[half + i];
+  vi swap, twice;
+  vf sign;
+  for (int i = 0; i < VL; ++i) swap[i] = i ^ 1, twice[i] = i / 2, sign[i] = i % 2 == 0 ? -1.0f : 1.0f;
+  float cosine[MAX_HEAD_DIM + VL], sine[MAX_HEAD_DIM + VL];  // each pair's cosine twice, and its sine with both signs
+  for (int64_t i = 0; i < half; i += VL / 2) {
+    const int n = static_cast<int>(half - i < VL / 2 ? half - i : VL / 2);
+    store(cosine + 2 * i, __builtin_shuffle(load_some(rope + i, n), twice));
+    store(sine + 2 * i, __builtin_shuffle(load_some(rope + half + i, n), twice) * sign);
   }
-  vi swap;
-  for (int i = 0; i < VL; ++i) swap[i] = i ^ 1;
   for (int64_t h = 0; h < heads; ++h, x += head_dim, out += head_dim)
     for (int64_t i = 0; i < head_dim; i += VL) {
       const int n = static_cast<int>(head_dim - i < VL ? head_dim - i : VL);

@@ -15,7 +15,7 @@
 namespace fdserve {
 namespace {
 
-constexpr int64_t ITEM_ROWS = 48;    // their queries, states and one tile of keys and values fit the L1/L2 caches
+constexpr int64_t ITEM_ROWS = 64;    // their queries, states and one tile of keys and values fit the L1/L2 caches
 constexpr int64_t STORE_TOKENS = 16;
 
 struct Item {

@@ -138,12 +138,14 @@ void gemm_slices(Rows x, int64_t rows, const void* panel_, const void* next, int
 }
 
 template <class E>
-void gemm(Rows a, int64_t rows, const void* panel, const void* next, int64_t depth, float* acc) {
+void gemm(Rows a, int64_t rows, const void* panel, const void* next, int64_t depth, float* acc, Sink sink) {
   gemm_slices<typename MathOf<E>::type>(a, rows, panel, next, depth, acc);
+  sink.take(sink.with, {acc}, 0, rows);
 }
 
-inline void gemm_bytes(Rows a, int64_t rows, const void* panel, const void* next, int64_t depth, int32_t* acc) {
+inline void gemm_bytes(Rows a, int64_t rows, const void* panel, const void* next, int64_t depth, int32_t* acc, Sink sink) {
   gemm_slices<Bytes>(a, rows, panel, next, depth, acc);
+  sink.take(sink.with, {acc}, 0, rows);
 }
 
 }  // namespace FD_ISA

@@ -21,5 +21,6 @@
 #include "cache_bytes.h"
 #include "attend.h"
 #include "attend_part.h"
+#include "amx_softmax.h"
 #include "amx_attend.h"
 #include "isa_kernels.h"

@@ -112,6 +112,21 @@ struct Rows {
   }
 };
 
+// Sums of rows by a panel, [rows][64]: floats, or where there are scales integers, which become
+// (sum - offsets[64]) * (row_scales[rows] * scales[64]).
+struct Sums {
+  const void* at;
+  const int32_t* offsets = nullptr;
+  const float *scales = nullptr, *row_scales = nullptr;
+};
+
+// Takes the sums of the rows from `first` on as soon as they are whole and while they are in the cache; rows may come twice,
+// with the same sums.
+struct Sink {
+  void (*take)(const void* with, Sums sums, int64_t first, int64_t rows);
+  const void* with;
+};
+
 // The functions of one instruction set for one element type.
 struct RowKernels {
   // Rows that one pass of a product takes: cut work at multiples of it.
@@ -119,26 +134,24 @@ struct RowKernels {
   // The next 16 rows of x, or `rows` and zeros, as tiles; `bytes` of each, a multiple of 64. Null where rows are best left
   // as they are.
   void (*to_tiles)(const char* x, int64_t stride, int64_t rows, int64_t bytes, char* out);
-  // acc[rows][64] = a[rows][depth] x panel, in order of depth; depth counts K (bf16: pairs, zero-padded). Where `a` is
-  // tiled, acc has room for whole tiles. `next` is the panel that will be wanted after this one.
-  void (*gemm)(Rows a, int64_t rows, const void* panel, const void* next, int64_t depth, float* acc);
+  // a[rows][depth] x panel, in order of depth, into the sink; depth counts K (bf16: pairs, zero-padded). `acc` has room for
+  // the rows, and for whole tiles where `a` is tiled. `next` is the panel that will be wanted after this one.
+  void (*gemm)(Rows a, int64_t rows, const void* panel, const void* next, int64_t depth, float* acc, Sink sink);
   // acc[rows][64] = a[rows][inputs] x panel, of a weight-only format. After digits there may be read SPARE_ROWS more.
   void (*gemm_groups)(Rows a, int64_t rows, const void* panel, const void* next, Format format, int64_t inputs, float* acc);
   // x[size] as two rows of digits for the above, the larger ones first, each of `size` rounded up to CHUNKs; and
   // sum_scales_of scales. Null where it takes activations as they are.
   void (*to_digits)(const void* x, int64_t size, Format format, char* digits, SumScale* scales);
-  // acc[rows][64] = a[rows][4 depth] x panel, bytes that are 128 too large times signed ones.
-  void (*gemm_bytes)(Rows a, int64_t rows, const void* panel, const void* next, int64_t depth, int32_t* acc);
-  // acc[rows][64] = (sums - offsets[64]) * (row_scales[rows] * scales[64]); acc and sums may be the same memory.
-  void (*scale_sums)(const int32_t* sums, int64_t rows, const int32_t* offsets, const float* scales,
-                     const float* row_scales, float* acc);
+  // The same of a[rows][4 depth], bytes that are 128 too large times signed ones.
+  void (*gemm_bytes)(Rows a, int64_t rows, const void* panel, const void* next, int64_t depth, int32_t* acc, Sink sink);
   // x[size] / scale + 128 rounded into bytes; returns the scale, which makes the largest magnitude 127.
   float (*to_bytes)(const void* x, int64_t size, uint8_t* out);
   void (*rms_norm)(const void* x, const void* residual, const void* weight, float eps, int64_t size, void* out,
                    void* total);
-  void (*swiglu)(const void* x, int64_t size, void* out);
-  // acc[rows][64], its first `width` columns, into rows `stride` bytes apart.
-  void (*put)(const float* acc, int64_t rows, int64_t width, void* out, int64_t stride);
+  // x[rows][2 size] into rows of `size`, `stride` bytes apart.
+  void (*swiglu)(const void* x, int64_t rows, int64_t size, void* out, int64_t stride);
+  // The first `width` columns into rows `stride` bytes apart.
+  void (*put)(Sums sums, int64_t rows, int64_t width, void* out, int64_t stride);
   void (*add)(const float* total, const void* shared, int64_t size, void* out);
   // x[heads][head_dim] rotated by rope[head_dim] into out.
   void (*rotate)(const void* x, int64_t heads, int64_t head_dim, const float* rope, void* out);

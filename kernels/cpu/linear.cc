@@ -1,7 +1,8 @@
 // Rows times a packed matrix, and the other operators that work a row at a time.
 //
 // Work is cut into (block of rows, panel) tasks, of which a thread takes consecutive ones: a long stream for the hardware
-// to fetch ahead. Every output element is one chain over k whatever the cut; which thread does what changes nothing.
+// to fetch ahead. Sums go on out of the first-level cache, a pass of the product at a time. Every output element is one
+// chain over k whatever the cut; which thread does what changes nothing.
 #include <unistd.h>
 
 #include <algorithm>
@@ -16,6 +17,7 @@ namespace {
 
 constexpr int64_t ROW_BLOCK = 192;         // rows whose sums and inputs share the second-level cache with a slice
 constexpr int64_t TILED_ROWS = 32;         // up to which a copy costs more than it gains
+constexpr int64_t TILE_ROWS = 16, TILE_LINE = 64;
 constexpr int64_t TASK_BYTES = 16 << 10;   // of rows a task works at one by one
 
 // Calls work(row) for each, some on each thread.
@@ -36,6 +38,23 @@ Rows rows_of_bytes(const RowKernels& kernels, const char* x, int64_t rows, int64
     scales[r] = kernels.to_bytes(x + r * row, k, bytes + r * padded);
   });
   return {reinterpret_cast<char*>(bytes), padded, scales};
+}
+
+// The same as tiles, a few rows at a time, which stay in the first-level cache.
+Rows tiles_of_bytes(const RowKernels& kernels, const char* x, int64_t rows, int64_t row, int64_t k) {
+  const int64_t padded = padded_inputs(Format::kW8a8, k), strips = (rows + TILE_ROWS - 1) / TILE_ROWS;
+  float* scales = scratch<float>(kScratchCall, rows);
+  char* tiles = scratch<char>(kScratchTiled, strips * TILE_ROWS * padded);
+  parallel(strips, [&](int64_t s) {
+    const int64_t first = s * TILE_ROWS, count = std::min(TILE_ROWS, rows - first);
+    char* bytes = scratch<char>(kScratchTile, TILE_ROWS * padded);
+    for (int64_t r = 0; r < count; ++r)
+      scales[first + r] = kernels.to_bytes(x + (first + r) * row, k, reinterpret_cast<uint8_t*>(bytes) + r * padded);
+    kernels.to_tiles(bytes, padded, count, padded, tiles + first * padded);
+  });
+  Rows tiled = {tiles, padded, scales};
+  tiled.tiled = true;
+  return tiled;
 }
 
 Rows rows_of_digits(const RowKernels& kernels, const char* x, int64_t rows, int64_t row, int64_t k, Format format) {
@@ -68,15 +87,20 @@ Rows prepared_rows(const void* x_, int64_t rows, int64_t k, Dtype dtype, Format 
 
 namespace {
 
-// Many rows as tiles, where there is such a thing: then loads are one stream, and rows a power of two apart do not take
-// each other's place in the first-level cache.
-Rows tiled_rows(const RowKernels& kernels, Rows x, int64_t rows) {
+// Prepared rows; many as tiles, where there is such a thing: then loads are one stream, and rows a power of two apart do not
+// take each other's place in the first-level cache.
+Rows tiled_rows(const RowKernels& kernels, const void* x_, int64_t rows, int64_t k, Dtype dtype, Format format) {
+  const bool many = kernels.to_tiles != nullptr && rows > TILED_ROWS;
+  if (many && format == Format::kW8a8 && k % TILE_LINE == 0)
+    return tiles_of_bytes(kernels, static_cast<const char*>(x_), rows, k * size_of(dtype), k);
+  Rows x = prepared_rows(x_, rows, k, dtype, format);
   const int64_t bytes = x.stride;
-  if (kernels.to_tiles == nullptr || rows <= TILED_ROWS || bytes % 64 != 0) return x;
-  const int64_t strips = (rows + 15) / 16;
-  char* tiles = scratch<char>(kScratchTiled, strips * 16 * bytes);
+  if (!many || bytes % TILE_LINE != 0) return x;
+  const int64_t strips = (rows + TILE_ROWS - 1) / TILE_ROWS;
+  char* tiles = scratch<char>(kScratchTiled, strips * TILE_ROWS * bytes);
   parallel(strips, [&](int64_t s) {
-    kernels.to_tiles(x.data + s * 16 * x.stride, x.stride, std::min<int64_t>(16, rows - s * 16), bytes, tiles + s * 16 * bytes);
+    const int64_t first = s * TILE_ROWS;
+    kernels.to_tiles(x.data + first * bytes, bytes, std::min(TILE_ROWS, rows - first), bytes, tiles + first * bytes);
   });
   x.data = tiles, x.tiled = true;
   return x;
@@ -89,12 +113,15 @@ int64_t row_block_of(int64_t row_bytes) {
 }
 
 // Bytes times bytes: exact, then scaled once.
-void byte_product(const RowKernels& kernels, Rows x, int64_t rows, int64_t k, const char* panel, const void* next, float* acc) {
+void byte_product(const RowKernels& kernels, Rows x, int64_t rows, int64_t k, const char* panel, const void* next, float* acc,
+                  Sink sink) {
   const float* scales = reinterpret_cast<const float*>(panel);
   const int32_t* offsets = reinterpret_cast<const int32_t*>(panel) + PANEL;
-  int32_t* sums = reinterpret_cast<int32_t*>(acc);
-  kernels.gemm_bytes(x, rows, panel + W8A8_HEAD_BYTES, next, padded_inputs(Format::kW8a8, k) / 4, sums);
-  kernels.scale_sums(sums, rows, offsets, scales, x.scales, acc);
+  const auto with_scales = [&](Sums sums, int64_t first, int64_t some) {
+    sink.take(sink.with, {sums.at, offsets, scales, x.scales + first}, first, some);
+  };
+  kernels.gemm_bytes(x, rows, panel + W8A8_HEAD_BYTES, next, padded_inputs(Format::kW8a8, k) / 4,
+                     reinterpret_cast<int32_t*>(acc), sink_of(with_scales));
 }
 
 // Calls work(first row, rows, task) for `tasks` of each block of rows.
@@ -114,25 +141,29 @@ void each_block(int64_t tokens, int64_t row_bytes, int64_t pass_rows, int64_t ta
 }  // namespace
 
 void panel_product(const RowKernels& kernels, Format format, Rows x, int64_t rows, int64_t k, const void* panel_,
-                   const void* next, float* acc) {
+                   const void* next, float* acc, Sink sink) {
   const char* panel = static_cast<const char*>(panel_);
-  if (format == Format::kW8a8) return byte_product(kernels, x, rows, k, panel, next, acc);
+  if (format == Format::kW8a8) return byte_product(kernels, x, rows, k, panel, next, acc, sink);
   const int64_t inputs = padded_inputs(format, k);
-  if (is_weight_only(format)) return kernels.gemm_groups(x, rows, panel, next, format, inputs, acc);
-  kernels.gemm(x, rows, panel, next, format == Format::kBfloat16 ? inputs / 2 : inputs, acc);
+  if (!is_weight_only(format))
+    return kernels.gemm(x, rows, panel, next, format == Format::kBfloat16 ? inputs / 2 : inputs, acc, sink);
+  kernels.gemm_groups(x, rows, panel, next, format, inputs, acc);
+  sink.take(sink.with, {acc}, 0, rows);
 }
 
 void linear(const void* x, int64_t tokens, Dtype dtype, const Matrix& weight, void* out, Dtype out_dtype) {
   const RowKernels &kernels = row_kernels(dtype), &out_kernels = row_kernels(out_dtype);
   const int64_t n = weight.n, k = weight.k, out_size = size_of(out_dtype);
-  const Rows rows = tiled_rows(kernels, prepared_rows(x, tokens, k, dtype, weight.format), tokens);
+  const Rows rows = tiled_rows(kernels, x, tokens, k, dtype, weight.format);
   const int64_t bytes = panel_bytes(weight.format, k);
   each_block(tokens, rows.stride, kernels.pass_rows, (n + PANEL - 1) / PANEL, [&](int64_t first, int64_t count, int64_t p) {
     float* acc = scratch<float>(kScratchTile, (count + SPARE_ROWS) * PANEL);
     const char* panel = static_cast<const char*>(weight.panels) + p * bytes;
-    panel_product(kernels, weight.format, rows.from(first), count, k, panel, panel + bytes, acc);
-    char* to = static_cast<char*>(out) + (first * n + p * PANEL) * out_size;
-    out_kernels.put(acc, count, std::min(PANEL, n - p * PANEL), to, n * out_size);
+    const auto put = [&](Sums sums, int64_t from, int64_t some) {
+      char* to = static_cast<char*>(out) + ((first + from) * n + p * PANEL) * out_size;
+      out_kernels.put(sums, some, std::min(PANEL, n - p * PANEL), to, n * out_size);
+    };
+    panel_product(kernels, weight.format, rows.from(first), count, k, panel, panel + bytes, acc, sink_of(put));
   });
 }
 
@@ -144,18 +175,22 @@ void linear_swiglu(const void* x, int64_t tokens, Dtype dtype, const Matrix& wei
     linear(x, tokens, dtype, weight, both, dtype);
     return swiglu(both, tokens, inner, dtype, out);
   }
-  const Rows rows = tiled_rows(kernels, prepared_rows(x, tokens, k, dtype, weight.format), tokens);
+  const Rows rows = tiled_rows(kernels, x, tokens, k, dtype, weight.format);
   const int64_t bytes = panel_bytes(weight.format, k), panels = inner / PANEL, width = PANEL * element;
   each_block(tokens, rows.stride, kernels.pass_rows, panels, [&](int64_t first, int64_t count, int64_t p) {
     float* acc = scratch<float>(kScratchTile, (count + SPARE_ROWS) * PANEL + count * 2 * width / 4);
     char* pair = reinterpret_cast<char*>(acc + (count + SPARE_ROWS) * PANEL);
     const char *gate = static_cast<const char*>(weight.panels) + p * bytes, *up = gate + panels * bytes;
-    panel_product(kernels, weight.format, rows.from(first), count, k, gate, up, acc);
-    kernels.put(acc, count, PANEL, pair, 2 * width);
-    panel_product(kernels, weight.format, rows.from(first), count, k, up, gate + bytes, acc);
-    kernels.put(acc, count, PANEL, pair + width, 2 * width);
-    char* to = static_cast<char*>(out) + (first * inner + p * PANEL) * element;
-    for (int64_t r = 0; r < count; ++r) kernels.swiglu(pair + r * 2 * width, PANEL, to + r * inner * element);
+    const auto put_gate = [&](Sums sums, int64_t from, int64_t some) {
+      kernels.put(sums, some, PANEL, pair + from * 2 * width, 2 * width);
+    };
+    const auto put_both = [&](Sums sums, int64_t from, int64_t some) {
+      char* to = static_cast<char*>(out) + ((first + from) * inner + p * PANEL) * element;
+      kernels.put(sums, some, PANEL, pair + from * 2 * width + width, 2 * width);
+      kernels.swiglu(pair + from * 2 * width, some, PANEL, to, inner * element);
+    };
+    panel_product(kernels, weight.format, rows.from(first), count, k, gate, up, acc, sink_of(put_gate));
+    panel_product(kernels, weight.format, rows.from(first), count, k, up, gate + bytes, acc, sink_of(put_both));
   });
 }
 
@@ -175,7 +210,7 @@ void swiglu(const void* x, int64_t tokens, int64_t size, Dtype dtype, void* out)
   const RowKernels& kernels = row_kernels(dtype);
   const int64_t row = size * size_of(dtype);
   each_row(tokens, row, [&](int64_t t) {
-    kernels.swiglu(static_cast<const char*>(x) + 2 * t * row, size, static_cast<char*>(out) + t * row);
+    kernels.swiglu(static_cast<const char*>(x) + 2 * t * row, 1, size, static_cast<char*>(out) + t * row, row);
   });
 }
 

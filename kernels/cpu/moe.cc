@@ -125,10 +125,11 @@ class Moe {
       float* acc = scratch<float>(kScratchTile, count * PANEL);
       for (int64_t p = task % runs * RUN_PANELS; p < std::min(panels, (task % runs + 1) * RUN_PANELS); ++p) {
         const char* panel = static_cast<const char*>(experts.panels) + (expert * panels + p) * bytes;
-        panel_product(kernels, experts.format, rows.from(first), count, k, panel, panel + bytes, acc);
-        const int64_t width = std::min(PANEL, n - p * PANEL);
-        char* to = static_cast<char*>(out) + (first * n + p * PANEL) * out_size;
-        out_kernels.put(acc, count, width, to, n * out_size);
+        const auto put = [&](Sums sums, int64_t from, int64_t some) {
+          char* to = static_cast<char*>(out) + ((first + from) * n + p * PANEL) * out_size;
+          out_kernels.put(sums, some, std::min(PANEL, n - p * PANEL), to, n * out_size);
+        };
+        panel_product(kernels, experts.format, rows.from(first), count, k, panel, panel + bytes, acc, sink_of(put));
       }
     });
   }

@@ -72,18 +72,9 @@ inline void quantize(const float* w, Format format, int64_t inputs, void* group_
   }
 }
 
-inline void scale_sums(const int32_t* sums, int64_t rows, const int32_t* offsets, const float* scales,
-                       const float* row_scales, float* acc) {
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t column = 0; column < PANEL; column += VL) {
-      const vi exact = load(sums + r * PANEL + column) - load(offsets + column);
-      store(acc + r * PANEL + column,
-            __builtin_convertvector(exact, vf) * (splat(row_scales[r]) * load(scales + column)));
-    }
-}
-
-FD_INLINE void store_bytes(uint8_t* out, vf whole, int n) {
-  const vi integers = (vi)(whole + splat(12582912.0f + 128));  // in the last bits
+// x rounded to the nearest integer in [-127, 127], ties to even, plus 128.
+FD_INLINE void store_bytes(uint8_t* out, vf x, vf inverse, int n) {
+  const vi integers = (vi)(x * inverse + splat(12582912.0f + 128));  // in the last bits
 #if VL == 16
   if (n == VL) return _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_cvtepi32_epi8((__m512i)integers));
 #endif
@@ -95,18 +86,17 @@ float to_bytes(const void* x_, int64_t size, uint8_t* out) {
   const E* x = static_cast<const E*>(x_);
   const int64_t whole = size / VL * VL;
   const int tail = static_cast<int>(size - whole);
-  vf largest = {}, broken = {};  // a NaN or an infinity must show in the product
-  const auto look = [&](vf v) {
-    largest = max(magnitude(v), largest);
-    broken = fma(v, vf{}, broken);
-  };
+  vi largest = {};  // magnitudes are in the same order as their bits, infinity and NaN above all others
+  const auto look = [&](vf v) { largest = max(largest, (vi)v & 0x7fffffff); };
   for (int64_t i = 0; i < whole; i += VL) look(load(x + i));
   if (tail != 0) look(load_some(x + whole, tail));
-  const float top = max_lane(largest);
-  const vf inverse = splat(top > 0 ? 127.0f / top : 0.0f);
-  for (int64_t i = 0; i < whole; i += VL) store_bytes(out + i, nearest(load(x + i) * inverse, -127, 127), VL);
-  if (tail != 0) store_bytes(out + whole, nearest(load_some(x + whole, tail) * inverse, -127, 127), tail);
-  return top / 127.0f + sum(broken);
+  const int32_t bits = max_lane(largest);
+  float top;
+  __builtin_memcpy(&top, &bits, 4);
+  const vf inverse = splat(top > 1e-36f ? 127.0f / top : 0.0f);
+  for (int64_t i = 0; i < whole; i += VL) store_bytes(out + i, load(x + i), inverse, VL);
+  if (tail != 0) store_bytes(out + whole, load_some(x + whole, tail), inverse, tail);
+  return top / 127.0f + (top - top);  // a NaN or an infinity must show in the product
 }
 
 }  // namespace FD_ISA

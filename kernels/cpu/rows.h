@@ -1,4 +1,5 @@
-// Norms and activation: one row a call, so a row's arithmetic never depends on the others. Floor: memory.
+// Norms, activation and the way out of a product: every row for itself, so its arithmetic never depends on the others.
+// Floor: memory.
 
 namespace fdserve {
 namespace FD_ISA {
@@ -41,20 +42,27 @@ void rms_norm_row(const void* x_, const void* residual_, const void* weight_, fl
 }
 
 FD_INLINE vf silu_times(vf gate, vf up) {
-  // silu(g) = g / (1 + e^-g) = g e^g / (1 + e^g): whichever has no positive exponent.
-  const vf e = exp(gate < vf{} ? gate : -gate);
-  return gate * (gate < vf{} ? e : splat(1.0f)) * inverse(splat(1.0f) + e) * up;
+  // silu(g) = g / (1 + e^-g), which is 0 for all purposes long before the exponential is too large.
+  const vf least = gate > splat(-80.0f) ? gate : splat(-80.0f);
+  return gate * inverse(splat(1.0f) + exp(-least)) * up;
+}
+
+// Where the next rows go is fetched long before they are stored: a store to memory holds up those behind it.
+FD_INLINE void fetch_place(const char* next, int64_t bytes) {
+  for (int64_t at = 0; at < bytes; at += LINE) __builtin_prefetch(next + at, 1);
 }
 
 template <class E>
-void swiglu_row(const void* x_, int64_t size, void* out_) {
-  const E* gate = static_cast<const E*>(x_);
-  const E* up = gate + size;
-  E* out = static_cast<E*>(out_);
+void swiglu_rows(const void* x, int64_t rows, int64_t size, void* out_, int64_t stride) {
   const int64_t whole = size / VL * VL;
   const int tail = static_cast<int>(size - whole);
-  for (int64_t i = 0; i < whole; i += VL) store(out + i, silu_times(load(gate + i), load(up + i)));
-  if (tail != 0) store_some(out + whole, silu_times(load_some(gate + whole, tail), load_some(up + whole, tail)), tail);
+  for (int64_t r = 0; r < rows; ++r) {
+    const E *gate = static_cast<const E*>(x) + r * 2 * size, *up = gate + size;
+    E* out = reinterpret_cast<E*>(static_cast<char*>(out_) + r * stride);
+    fetch_place(reinterpret_cast<char*>(out) + rows * stride, size * static_cast<int64_t>(sizeof(E)));
+    for (int64_t i = 0; i < whole; i += VL) store(out + i, silu_times(load(gate + i), load(up + i)));
+    if (tail != 0) store_some(out + whole, silu_times(load_some(gate + whole, tail), load_some(up + whole, tail)), tail);
+  }
 }
 
 // total += weight * x
@@ -66,15 +74,30 @@ inline void axpy_row(const float* x, float weight, int64_t size, float* total) {
     store_some(total + whole, fma(load_some(x + whole, tail), splat(weight), load_some(total + whole, tail)), tail);
 }
 
-template <class E>
-void put_rows(const float* acc, int64_t rows, int64_t width, void* out_, int64_t stride) {
+// sums_at(row, column) is VL of the sums.
+template <class E, class SumsAt>
+FD_INLINE void put_each(int64_t rows, int64_t width, void* out_, int64_t stride, const SumsAt& sums_at) {
   char* out = static_cast<char*>(out_);
-  for (int64_t r = 0; r < rows; ++r, acc += PANEL, out += stride) {
+  for (int64_t r = 0; r < rows; ++r, out += stride) {
     E* to = reinterpret_cast<E*>(out);
+    fetch_place(out + rows * stride, width * static_cast<int64_t>(sizeof(E)));
     int64_t i = 0;
-    for (; i + VL <= width; i += VL) store(to + i, load(acc + i));
-    if (i < width) store_some(to + i, load(acc + i), static_cast<int>(width - i));
+    for (; i + VL <= width; i += VL) store(to + i, sums_at(r, i));
+    if (i < width) store_some(to + i, sums_at(r, i), static_cast<int>(width - i));
   }
+}
+
+template <class E>
+void put_rows(Sums sums, int64_t rows, int64_t width, void* out, int64_t stride) {
+  if (sums.scales == nullptr) {
+    const float* acc = static_cast<const float*>(sums.at);
+    return put_each<E>(rows, width, out, stride, [&](int64_t r, int64_t i) { return load(acc + r * PANEL + i); });
+  }
+  const int32_t* acc = static_cast<const int32_t*>(sums.at);
+  put_each<E>(rows, width, out, stride, [&](int64_t r, int64_t i) {
+    const vi exact = load(acc + r * PANEL + i) - load(sums.offsets + i);
+    return __builtin_convertvector(exact, vf) * (splat(sums.row_scales[r]) * load(sums.scales + i));
+  });
 }
 
 // total (float32) + shared (when there is one), rounded to E.

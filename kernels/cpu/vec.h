@@ -21,11 +21,17 @@ FD_INLINE void store(int32_t* p, vi x) { *reinterpret_cast<viu*>(p) = x; }
 
 // The first n lanes (n < VL); the others are zero, or left alone in memory.
 FD_INLINE vf load_some(const float* p, int n) {
+#if VL == 16
+  return (vf)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p);
+#endif
   vf x = {};
   for (int i = 0; i < n; ++i) x[i] = p[i];
   return x;
 }
 FD_INLINE void store_some(float* p, vf x, int n) {
+#if VL == 16
+  return _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), (__m512)x);
+#endif
   for (int i = 0; i < n; ++i) p[i] = x[i];
 }
 
@@ -41,6 +47,7 @@ FD_INLINE vf fma(vf a, vf b, vf c) {
 }
 
 FD_INLINE vf max(vf a, vf b) { return a > b ? a : b; }
+FD_INLINE vi max(vi a, vi b) { return a > b ? a : b; }
 
 // bf16 on any instruction set.
 FD_INLINE vf widened(const bf16* p) {
@@ -97,10 +104,24 @@ FD_INLINE float max_lane(vf x) {
   return lane[0];
 }
 
+FD_INLINE int32_t max_lane(vi x) {
+#if VL == 16
+  return _mm512_reduce_max_epi32((__m512i)x);
+#endif
+  int32_t lane[VL];
+  store(lane, x);
+  for (int i = 1; i < VL; ++i) lane[0] = lane[i] > lane[0] ? lane[i] : lane[0];
+  return lane[0];
+}
+
 // e^x for x <= 88, within 2 units in the last place; 0 below -87.3 (so for -inf), NaN for NaN. A Taylor polynomial of
 // degree 7 on [-ln2/2, ln2/2] after splitting off the power of two.
 FD_INLINE vf exp(vf x) {
-  vf clamped = x < splat(-87.3f) ? splat(-87.3f) : x;
+#if VL == 16
+  const vf clamped = x;  // what is too low counts for nothing
+#else
+  const vf clamped = x < splat(-87.3f) ? splat(-87.3f) : x;
+#endif
   vf shifted = fma(clamped, splat(1.44269504f), splat(12582912.0f));
   vf n = shifted - splat(12582912.0f);
   vf r = fma(n, splat(-0.693145752f), clamped);
@@ -113,6 +134,10 @@ FD_INLINE vf exp(vf x) {
   y = fma(y, r, splat(0.5f));
   y = fma(y, r, splat(1.0f));
   y = fma(y, r, splat(1.0f));
+#if VL == 16
+  const __mmask16 counts = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-87.3f), _CMP_NLT_UQ);
+  return (vf)_mm512_maskz_scalef_ps(counts, (__m512)y, (__m512)n);
+#endif
   vi power = ((vi)shifted << 23) + (127 << 23);
   return x < splat(-87.3f) ? vf{} : y * (vf)power;
 }
@@ -120,9 +145,8 @@ FD_INLINE vf exp(vf x) {
 // 1 / x for x far from 0 and infinity, within 2 units in the last place.
 FD_INLINE vf inverse(vf x) {
 #if VL == 16
-  vf y = (vf)_mm512_rcp14_ps((__m512)x);
-  y = fma(y, fma(-x, y, splat(1.0f)), y);
-  return fma(y, fma(-x, y, splat(1.0f)), y);
+  const vf y = (vf)_mm512_rcp14_ps((__m512)x);
+  return fma(y, (vf)_mm512_fnmadd_ps((__m512)x, (__m512)y, _mm512_set1_ps(1.0f)), y);
 #else
   return splat(1.0f) / x;
 #endif
