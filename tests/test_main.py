@@ -65,7 +65,7 @@ def test_a_client_that_does_not_read_holds_up_no_stop() -> None:
     with ServerProcess(*FAKE, "--graceful-timeout", "0.2", FAKE_FORCE_AFTER="1") as server:
         server.listening().wait_line("ready")
         sock = server.open("flood", stream=True, small_buffers=True)
-        until(lambda: server.running() == 1)
+        until(lambda: server.prompt_tokens() > 0)
         time.sleep(0.5)
         server.stop()
         began = time.monotonic()

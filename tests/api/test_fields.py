@@ -169,7 +169,7 @@ async def test_many_words_are_prepared_off_the_event_loop(monkeypatch: pytest.Mo
 
 async def test_no_more_are_gathered_than_fit_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fdserve.api.generation.MAX_GATHERED", 5)
-    async with serving(FakeEngine(say("Hello, world!", delay=0.001))) as client:
+    async with serving(FakeEngine(say("Hello, world!", batch=5, delay=0.1))) as client:
         events = (await client.complete(stream=True, max_streaming_response_tokens=1 << 40)).events
         assert [e["choices"][0]["text"] for e in events if e["choices"][0]["text"]] == ["Hello", ", wor", "ld!"]
 
