@@ -40,21 +40,35 @@ Rows rows_of_bytes(const RowKernels& kernels, const char* x, int64_t rows, int64
   return {reinterpret_cast<char*>(bytes), padded, scales};
 }
 
-// The same as tiles, a few rows at a time, which stay in the first-level cache.
-Rows tiles_of_bytes(const RowKernels& kernels, const char* x, int64_t rows, int64_t row, int64_t k) {
-  const int64_t padded = padded_inputs(Format::kW8a8, k), strips = (rows + TILE_ROWS - 1) / TILE_ROWS;
-  float* scales = scratch<float>(kScratchCall, rows);
-  char* tiles = scratch<char>(kScratchTiled, strips * TILE_ROWS * padded);
+// Rows of `bytes` as tiles, a few at a time, which stay in the first-level cache: make(row, bytes) writes one.
+template <class Make>
+char* made_tiles(const RowKernels& kernels, int64_t rows, int64_t bytes, Make&& make) {
+  const int64_t strips = (rows + TILE_ROWS - 1) / TILE_ROWS;
+  char* tiles = scratch<char>(kScratchTiled, strips * TILE_ROWS * bytes);
   parallel(strips, [&](int64_t s) {
     const int64_t first = s * TILE_ROWS, count = std::min(TILE_ROWS, rows - first);
-    char* bytes = scratch<char>(kScratchTile, TILE_ROWS * padded);
-    for (int64_t r = 0; r < count; ++r)
-      scales[first + r] = kernels.to_bytes(x + (first + r) * row, k, reinterpret_cast<uint8_t*>(bytes) + r * padded);
-    kernels.to_tiles(bytes, padded, count, padded, tiles + first * padded);
+    char* some = scratch<char>(kScratchTile, TILE_ROWS * bytes);
+    for (int64_t r = 0; r < count; ++r) make(first + r, some + r * bytes);
+    kernels.to_tiles(some, bytes, count, bytes, tiles + first * bytes);
   });
-  Rows tiled = {tiles, padded, scales};
-  tiled.tiled = true;
-  return tiled;
+  return tiles;
+}
+
+Rows tiles_of_bytes(const RowKernels& kernels, const char* x, int64_t rows, int64_t row, int64_t k) {
+  float* scales = scratch<float>(kScratchCall, rows);
+  const char* tiles = made_tiles(kernels, rows, padded_inputs(Format::kW8a8, k), [&](int64_t r, char* bytes) {
+    scales[r] = kernels.to_bytes(x + r * row, k, reinterpret_cast<uint8_t*>(bytes));
+  });
+  return {tiles, padded_inputs(Format::kW8a8, k), scales, nullptr, 0, true};
+}
+
+Rows tiles_of_digits(const RowKernels& kernels, const char* x, int64_t rows, int64_t row, int64_t k, Format format) {
+  const int64_t stride = 2 * padded_inputs(format, k), groups = sum_scales_of(format, k);
+  SumScale* scales = scratch<SumScale>(kScratchCall, rows * groups);
+  const char* tiles = made_tiles(kernels, rows, stride, [&](int64_t r, char* digits) {
+    kernels.to_digits(x + r * row, k, format, digits, scales + r * groups);
+  });
+  return {tiles, stride, nullptr, scales, groups, true};
 }
 
 Rows rows_of_digits(const RowKernels& kernels, const char* x, int64_t rows, int64_t row, int64_t k, Format format) {
@@ -90,13 +104,14 @@ namespace {
 // Prepared rows; many as tiles, where there is such a thing: then loads are one stream, and rows a power of two apart do not
 // take each other's place in the first-level cache.
 Rows tiled_rows(const RowKernels& kernels, const void* x_, int64_t rows, int64_t k, Dtype dtype, Format format) {
-  const bool many = kernels.to_tiles != nullptr && rows > TILED_ROWS;
-  if (many && format == Format::kW8a8 && k % TILE_LINE == 0)
-    return tiles_of_bytes(kernels, static_cast<const char*>(x_), rows, k * size_of(dtype), k);
+  if (kernels.to_tiles == nullptr || rows <= TILED_ROWS) return prepared_rows(x_, rows, k, dtype, format);
+  const char* from = static_cast<const char*>(x_);
+  const int64_t row = k * size_of(dtype);
+  if (is_weight_only(format)) return tiles_of_digits(kernels, from, rows, row, k, format);
+  if (format == Format::kW8a8 && k % TILE_LINE == 0) return tiles_of_bytes(kernels, from, rows, row, k);
   Rows x = prepared_rows(x_, rows, k, dtype, format);
-  const int64_t bytes = x.stride;
-  if (!many || bytes % TILE_LINE != 0) return x;
-  const int64_t strips = (rows + TILE_ROWS - 1) / TILE_ROWS;
+  const int64_t bytes = x.stride, strips = (rows + TILE_ROWS - 1) / TILE_ROWS;
+  if (bytes % TILE_LINE != 0) return x;
   char* tiles = scratch<char>(kScratchTiled, strips * TILE_ROWS * bytes);
   parallel(strips, [&](int64_t s) {
     const int64_t first = s * TILE_ROWS;
