@@ -34,7 +34,7 @@ class Constraint(Protocol):
 
 
 class Group:
-    """The choices of one client's request: when a constraint of theirs fails, they fail together."""
+    """The choices of one client's request: they share a bound on what waits, and fail together with a constraint."""
 
     def __init__(self) -> None:
         self.pending = 0

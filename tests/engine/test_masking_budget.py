@@ -10,6 +10,7 @@ from collections.abc import Callable
 import pytest
 
 from fdserve.engine.masking import Turn, run_turns
+from fdserve.engine.request import Group
 from fdserve.engine.sequence import Sequence
 from fdserve.errors import InvalidRequest
 from tests.engine.fake_ranks import FakeRanks, drain, serving, wait_until
@@ -75,13 +76,13 @@ class Costing(Script):
         burn(seconds, lambda: self.given_up)
 
 
-def turns_of(group: object, *scripts: Script) -> list[Turn]:
-    """Of requests of one group, or of one each where it is None."""
-    turns = []
+def turns_of(name: str | None, *scripts: Script) -> list[Turn]:
+    """Of requests of one group with that name, or of one each where it is None."""
+    group, turns = Group(), []
     for script in scripts:
         request = make_request([1], constraint=script)
-        if group is not None:
-            request.group = group  # type: ignore[assignment]
+        if name is not None:
+            request.group = group
         turns.append(Turn(Sequence(request, 0), wants_mask=True))
     return turns
 
