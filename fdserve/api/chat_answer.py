@@ -54,6 +54,9 @@ class ChatAnswer:
         # About how many characters tell the ids of the prompt, which each choice does.
         self._ids_size = ID_SIZE * len(choices) * len(choices[0].prompt) if request.return_token_ids else 0
         self._legacy = bool(request.functions)
+        options = request.stream_options
+        self._usage_in_each = options is not None and bool(options.continuous_usage_stats)
+        self._usage_at_end = wants_usage(request)
         self._service_tier: str | UnsetType = "default" if request.service_tier is not None else UNSET
 
     async def send(self, reply: Reply) -> None:
@@ -143,7 +146,7 @@ class ChatAnswer:
             service_tier=self._service_tier,
             system_fingerprint=SYSTEM_FINGERPRINT,
         )
-        await reply.end_events(event(last) if wants_usage(self._request) else b"")
+        await reply.end_events(event(last) if self._usage_at_end else b"")
 
     async def _encoded(self, choice: Choice, piece: Piece) -> bytes:
         if not piece.logprobs and piece.prompt_logprobs is None:  # nearly all of them
@@ -158,7 +161,8 @@ class ChatAnswer:
 
     def _events(self, choice: Choice, piece: Piece) -> bytes:
         """The piece as chunks: reasoning, content, calls, then the end; nothing where there is nothing to tell."""
-        self._running_usage.count(choice)
+        if self._usage_in_each:
+            self._running_usage.count(choice)
         deltas = self._deltas(piece)
         chunks = [
             self._chunk(ChatChunkChoice(index=choice.index, delta=delta, arrival_time=choice.arrival_time))
@@ -203,10 +207,9 @@ class ChatAnswer:
             service_tier=self._service_tier,
             system_fingerprint=SYSTEM_FINGERPRINT,
         )
-        options = self._request.stream_options
-        if options is not None and options.continuous_usage_stats:
+        if self._usage_in_each:
             chunk.usage = self._running_usage.so_far()
-        elif wants_usage(self._request):
+        elif self._usage_at_end:
             chunk.usage = None
         return chunk
 

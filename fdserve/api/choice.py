@@ -140,7 +140,8 @@ class Choice:
             self._take(delta, piece)
             if piece.finish_reason is not None:
                 break
-        piece.parts = joined(piece.parts)
+        if len(piece.parts) > 1:
+            piece.parts = joined(piece.parts)
         self._observe(len(piece.token_ids), piece.finish_reason)
         return piece
 
@@ -159,7 +160,8 @@ class Choice:
         used = len(delta.token_ids) if text.stop_matched is None else text.tokens_used
         piece.token_ids += delta.token_ids[:used]
         self.generated += used
-        self._take_logprobs(delta, len(shown), used, piece)
+        if delta.logprobs is not None:
+            self._take_logprobs(list(zip(delta.token_ids[:used], delta.logprobs, strict=False)), len(shown), piece)
         if text.stop_matched is not None:
             assert self._generation is not None
             self._generation.cancel()
@@ -169,9 +171,8 @@ class Choice:
             eos = delta.stop_token_id in self._request.params.eos_token_ids
             self._finish(piece, reason, None if eos else delta.stop_token_id)
 
-    def _take_logprobs(self, delta: TokenDelta, shown: int, used: int, piece: Piece) -> None:
-        """Keep the entries of the `used` tokens, of which the first `shown` are text."""
-        entries = list(zip(delta.token_ids[:used], delta.logprobs or (), strict=False))
+    def _take_logprobs(self, entries: list[tuple[int, TokenLogprobs]], shown: int, piece: Piece) -> None:
+        """Keep the entries of the tokens that count, of which the first `shown` are text."""
         piece.logprobs += entries[:shown]
         if len(entries) > shown:
             piece.ending = entries[shown]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import TypeVar, cast
 
 import anyio
@@ -82,17 +82,13 @@ async def for_each(choices: Sequence[Choice], consume: Callable[[Choice], Awaita
         raise errors[0]
 
 
-async def _nothing_first(choice: Choice, piece: Piece) -> None:
-    pass
-
-
 async def forward_in_turn(
     choices: Sequence[Choice],
     reply: Reply,
     tokens: int,
     events: Callable[[Choice, Piece], Awaitable[bytes]],
     *,
-    first: Callable[[Choice, Piece], Awaitable[None]] = _nothing_first,
+    first: Callable[[Choice, Piece], Awaitable[None]] | None = None,
 ) -> None:
     """Send what `events` makes of all that comes, as it comes: choices in turn, each in order, `tokens` at a time.
 
@@ -100,15 +96,16 @@ async def forward_in_turn(
     memory than what they are made of. `first` comes before the turn, and may wait for another choice. Raises like
     `for_each`. Cancellation loses what was not sent.
     """
-    lock = anyio.Lock(fast_acquire=True)
+    turn = anyio.Lock(fast_acquire=True) if len(choices) > 1 else nullcontext()
 
     async def forward(choice: Choice) -> None:
         finished = False
         while not finished:
             piece = await choice.next_piece(tokens)
             finished = piece.finish_reason is not None
-            await first(choice, piece)
-            async with lock:
+            if first is not None:
+                await first(choice, piece)
+            async with turn:
                 if data := await events(choice, piece):
                     await reply.events(data)
 

@@ -32,9 +32,11 @@ class Generation:
         self._on_cancel = on_cancel
         self._send, self._receive = anyio.create_memory_object_stream[TokenDelta](math.inf)
         self._group = group
+        self._waiting = 0  # deltas in the channel
         self._pending = 0  # tokens that wait for the reader, logprobs with their weight
         self._held = 0  # of the group's, those that the reader took last and is at work on
         self._arrived: anyio.Event | None = None  # what the reader waits for
+        self._ended = False
         self._last: TokenDelta | None = None  # an end from outside, which follows all deltas
 
     async def receive(self) -> list[TokenDelta]:
@@ -43,24 +45,20 @@ class Generation:
         For one reader. Cancellation loses nothing: what was not returned is there at the next call. Where something
         waits it returns at once, without letting other tasks run: what comes next can come from them only.
         """
-        deltas: list[TokenDelta] = []
-        while True:
+        # The stream's own `receive` gives all other tasks a turn before it waits, and to ask it for more than there is
+        # raises an exception: with many streams that is much of what a token costs.
+        while not self._waiting and not self._ended:
             self._settle()
-            try:
-                while True:
-                    deltas.append(self._receive.receive_nowait())
-            except anyio.WouldBlock:
-                if deltas:
-                    return deltas
-            except anyio.EndOfStream:
-                self._settle()
-                if not deltas or deltas[-1].finish_reason is None:
-                    deltas.append(self._end())
-                return deltas
-            # The stream's own `receive` gives all other tasks a turn before it waits: with many streams that is much of
-            # what a token costs.
             self._arrived = anyio.Event()
             await self._arrived.wait()
+        deltas = [self._receive.receive_nowait() for _ in range(self._waiting)]
+        self._waiting = 0
+        self._settle()
+        if self._ended:
+            self._settle()  # for the last time: nothing more is taken
+            if not deltas or deltas[-1].finish_reason is None:
+                deltas.append(self._end())
+        return deltas
 
     def cancel(self) -> None:
         """End the request. Idempotent; a reader that still waits gets a last delta."""
@@ -83,16 +81,21 @@ class Generation:
             self._send.send_nowait(delta)
         except (anyio.BrokenResourceError, anyio.ClosedResourceError):
             return True  # the reader left, and says so itself by `cancel`
+        self._waiting += 1
         if delta.finish_reason is not None:
-            self._send.close()
+            self._close()
         self._wake()
         return True
 
     def end(self, last: TokenDelta) -> None:
         """The engine's side: end it with `last`, also when the reader is far behind. The first end counts."""
         self._last = self._last or last
-        self._send.close()
+        self._close()
         self._wake()
+
+    def _close(self) -> None:
+        self._ended = True
+        self._send.close()
 
     def _settle(self) -> None:
         """The reader has done with what it took last, and is about to take what waits."""
