@@ -3,7 +3,8 @@
     python -m bench frontend --streams 64 256 --runs 3
 
 The servers run in processes of their own, and are loaded in turn: fdserve with ranks that compute nothing, and
-hypercorn sending the very bytes of one of fdserve's answers, an event a call. The ranks let every stream send a token
+hypercorn sending the very bytes of one of fdserve's answers, an event a call. What the application itself spends on a
+token is measured by calling it without a socket. The ranks let every stream send a token
 before they give it the next; with "free" ranks, which do not wait, slow streams send several tokens an event. Tokens a
 second are what clients see; processor time a token tells the same with less regard to what else the machine does.
 """
@@ -13,6 +14,8 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -27,7 +30,7 @@ from bench.datasets import Sample
 from bench.machine import describe
 from bench.options import add_load_options, encode_request
 from bench.response import parse_response
-from bench.server_process import ServerProcess, free_port
+from bench.server_process import ROOT, ServerProcess, free_port
 
 PROMPT = "Say something."
 
@@ -112,6 +115,16 @@ def summary(runs: Sequence[Measurement]) -> list[str]:
     return text
 
 
+def application_cost(streams: int, tokens: int, runs: int) -> list[float]:
+    """Microseconds a token of each run without sockets, in a process of its own. RuntimeError if that fails."""
+    command = [sys.executable, "-m", "bench.token_cost", str(streams), str(tokens), str(runs)]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    if process.returncode:
+        raise RuntimeError(process.stderr)
+    costs: list[float] = json.loads(process.stdout.splitlines()[-1])
+    return costs
+
+
 @contextmanager
 def servers(most: int, tokens: int, endpoint: str) -> Iterator[tuple[dict[str, ServerProcess], bytes]]:
     """The servers for up to `most` streams of `tokens` tokens, and the request for each of them."""
@@ -150,6 +163,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     print(describe(), f"answers of {options.tokens} tokens", HEADING, sep="\n", flush=True)
     measured: list[Measurement] = []
+    without_sockets: dict[int, list[float]] = {}
     with servers(max(options.streams), options.tokens, options.endpoint) as (started, request):
         for streams in options.streams:
             runs = [
@@ -159,6 +173,10 @@ def main(argv: list[str] | None = None) -> int:
             ]
             print(*summary(runs), sep="\n", flush=True)
             measured += runs
+    for streams in options.streams:
+        costs = without_sockets[streams] = application_cost(streams, options.tokens, 3 * options.runs)
+        print(f"{streams:7} without sockets, us/token: median {statistics.median(costs):.1f}, least {min(costs):.1f}")
     if options.json:
-        options.json.write_text(json.dumps({"machine": describe(), "runs": [asdict(run) for run in measured]}))
+        found = {"machine": describe(), "runs": [asdict(run) for run in measured], "without_sockets": without_sockets}
+        options.json.write_text(json.dumps(found))
     return 0

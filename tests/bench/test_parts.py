@@ -162,7 +162,9 @@ def test_the_frontend_command(capsys: pytest.CaptureFixture[str], tmp_path: Path
     arguments = ["--streams", "8", "--tokens", "16", "--rounds", "2", "--runs", "1", "--json", str(path)]
     assert main(["frontend", *arguments]) == 0
     assert "of hypercorn's speed" in capsys.readouterr().out
-    runs = {run["server"]: run for run in json.loads(path.read_text())["runs"]}
+    found = json.loads(path.read_text())
+    assert [0 < cost < 10_000 for cost in found["without_sockets"]["8"]] == [True] * 3
+    runs = {run["server"]: run for run in found["runs"]}
     assert set(runs) == {"fdserve", "fdserve, free", "hypercorn"}
     assert runs["fdserve"]["tokens_per_chunk"] == pytest.approx(runs["hypercorn"]["tokens_per_chunk"], rel=0.2)
 
