@@ -76,4 +76,5 @@ async def measure(streams: int, tokens: int, runs: int) -> list[float]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(trio.run(measure, *map(int, sys.argv[1:]))))
+    streams, tokens, runs = map(int, sys.argv[1:])
+    print(json.dumps(trio.run(measure, streams, tokens, runs)))
