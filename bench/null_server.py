@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import sys
 from array import array
+from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -37,7 +38,7 @@ class NullRanks:
         self.ready = Ready(load.num_blocks, "null", 0)
         self._missing = [0] * load.max_num_seqs
         """How many tokens of each row are not computed yet."""
-        self._result = StepResult(0, b"")
+        self._results: deque[StepResult] = deque()
 
     async def send(self, plan: Plan) -> None:
         """Take a step; its result is there at once."""
@@ -51,12 +52,12 @@ class NullRanks:
                 missing[row] = 1
                 sampled += 1
         token = WORDS[plan.step % len(WORDS)]
-        self._result = StepResult(plan.step, array("i", [token] * sampled).tobytes(), seconds=1e-6)
+        self._results.append(StepResult(plan.step, array("i", [token] * sampled).tobytes(), seconds=1e-6))
 
     async def receive(self) -> StepResult:
-        """The last plan's result."""
+        """The next plan's result."""
         await (wait_all_tasks_blocked() if PACE == "each" else checkpoint())
-        return self._result
+        return self._results.popleft()
 
     async def check(self) -> None:
         """It never ends."""

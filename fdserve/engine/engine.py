@@ -1,8 +1,9 @@
 """The engine: one loop that plans a step, has the ranks execute it, and hands the tokens out.
 
 The next plan is sent before the last result is fanned out, so the ranks compute while the API process is busy with
-its clients. A request that fails ends alone; a rank that is lost ends what was running, is started again, and what
-was waiting then runs.
+its clients. Where a step is like the one before it the next plan is sent even before it ends, and the ranks go on at
+once. A request that fails ends alone; a rank that is lost ends what was running, is started again, and what was waiting
+then runs.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import anyio
 
 from fdserve.engine.masking import Turn, run_turns
 from fdserve.engine.output import Generation
+from fdserve.engine.pace import Pace
 from fdserve.engine.request import Request, TokenDelta
 from fdserve.engine.results import Sampled
 from fdserve.engine.scheduler import Scheduler
@@ -77,6 +79,7 @@ class Engine:
         self._was_ready = anyio.Event()
         self._restarts = 0
         self._step_seconds = 0.0
+        self._pace = Pace()
 
     async def run(self) -> None:
         """Serve until cancelled; then everything in flight ends with an error and the ranks are stopped.
@@ -168,28 +171,44 @@ class Engine:
         """Step for ever; RankError ends it."""
         scheduler = self._scheduler
         assert scheduler is not None
+        ahead: Plan | None = None  # sent while the step before it ran
         while True:
             # Renewed before the scheduler looks, and never after: other tasks run wherever the loop waits below, and
             # what they bring must end the sleep at its end.
             if self._work.is_set():
                 self._work = anyio.Event()
-            plan = scheduler.schedule()
-            if plan is not None:
-                self._mark_started(scheduler)
-                if self._step_log is not None:
-                    self._step_log.begin()
-                with self._step_deadline():
-                    await ranks.send(plan)
+            plan = ahead or await self._sent(scheduler.schedule(), ranks)
             self._fan_out()
             if self._outputs or scheduler.masked:
                 await self._constrain(scheduler, ranks)
-            if plan is not None:
-                result = await self._result(ranks, plan)
-                if self._step_log is not None:
-                    self._step_log.end(plan, result.seconds, len(scheduler.running), scheduler.num_waiting)
-                self._outputs = scheduler.update(result)
-            else:
+            if plan is None:
                 await self._wait_for_work(scheduler, ranks)
+                continue
+            ahead = result = None
+            with anyio.move_on_after(self._pace.most_of(sum(plan.num_tokens))):
+                result = await self._result(ranks, plan)
+            if result is None:
+                ahead = await self._sent(scheduler.schedule_ahead(), ranks)
+                result = await self._result(ranks, plan)
+            self._note_step(plan, result, scheduler)
+            self._outputs = scheduler.update(result)
+
+    async def _sent(self, plan: Plan | None, ranks: Ranks) -> Plan | None:
+        """Send the scheduler's plan, if there is one, and return it."""
+        if plan is not None:
+            assert self._scheduler is not None
+            self._mark_started(self._scheduler)
+            if self._step_log is not None:
+                self._step_log.begin()
+            with self._step_deadline():
+                await ranks.send(plan)
+        return plan
+
+    def _note_step(self, plan: Plan, result: Sampled, scheduler: Scheduler) -> None:
+        self._step_seconds += result.seconds
+        self._pace.note(sum(plan.num_tokens), result.seconds)
+        if self._step_log is not None:
+            self._step_log.end(plan, result.seconds, len(scheduler.running), scheduler.num_waiting)
 
     async def _constrain(self, scheduler: Scheduler, ranks: Ranks) -> None:
         """Advance the constraints by their outputs' tokens, and give the ranks the masks that the last plan waits for.
@@ -232,7 +251,6 @@ class Engine:
             result = await ranks.receive()
         if result.step != plan.step:
             raise RankError(f"the ranks answered step {result.step} where {plan.step} was due")
-        self._step_seconds += result.seconds
         return Sampled(result)
 
     @contextmanager

@@ -58,7 +58,7 @@ class _Logprobs:
         )
 
 
-def take_tokens(sequence: Sequence, sampled: Sampled, first: int, count: int, max_model_len: int) -> TokenDelta:
+def take_tokens(sequence: Sequence, sampled: Sampled, first: int, count: int) -> TokenDelta:
     """Append a step's tokens to a sequence, `count` from entry `first` on, or as many as it takes to end it.
 
     Where `count` is 0 the sequence has nothing to generate, and is at its end. The delta says whether and why the
@@ -75,7 +75,7 @@ def take_tokens(sequence: Sequence, sampled: Sampled, first: int, count: int, ma
             delta.error = _no_token_error(token)
             break
         token_ids.append(token)
-        reason = sequence.ends_with(token, max_model_len)
+        reason = sequence.ends_with(token)
         if reason is not None:
             delta.finish_reason = reason
             delta.stop_token_id = token if reason == "stop" else None

@@ -15,15 +15,19 @@ computed again, mostly from the prefix cache.
 With speculation, decodes compute guesses at their next tokens, too, out of what the running sequences leave of budget
 and blocks; `update` then takes in as many tokens as the ranks found right, and one more.
 
+The next step can be planned while one is in flight, by `schedule_ahead`: then sequences compute tokens that are sampled
+but not known yet, and what is computed for one that has ended meanwhile is ignored.
+
 Full blocks are made findable when a plan computes them, before it is executed. That is sound because every plan is
 executed, in order, and within a step the ranks write all keys and values before they read any: even a sequence of the
-same step may share them. Blocks with guessed tokens get their names once those are known to be right.
+same step may share them. Blocks with tokens that are guessed, or not known yet, get their names once they are known.
 """
 
 from __future__ import annotations
 
 from array import array
 from bisect import insort
+from collections import deque
 from dataclasses import dataclass
 from itertools import repeat
 
@@ -95,8 +99,10 @@ class Scheduler:
         self._waiting = WaitingQueue()
         self._free_rows = list(range(max_num_seqs))
         self._arrivals = 0
-        # Of the last plan: the sequence, whether it samples, and how many logprobs of its prompt come back.
-        self._in_flight: list[tuple[Sequence, bool, int]] = []
+        # Of each plan in flight: the sequences, whether they have no more to compute, whether they sample, and how many
+        # logprobs of their prompts come back.
+        self._in_flight: deque[list[tuple[Sequence, bool, bool, int]]] = deque()
+        self._planned: list[tuple[Sequence, bool, bool, int]] = []  # the same of the last plan
         self.plan = Plan(0, [], [], [], [])
         """The last plan."""
 
@@ -105,7 +111,7 @@ class Scheduler:
         if not 0 < len(request.prompt) <= self.max_model_len - (request.params.max_tokens > 0):
             raise ValueError(f"a prompt of {len(request.prompt)} tokens does not fit {self.max_model_len}")
         self._arrivals += 1
-        sequence = Sequence(request, self._arrivals)
+        sequence = Sequence(request, self._arrivals, self.max_model_len)
         self._waiting.push(sequence)
         return sequence
 
@@ -133,7 +139,19 @@ class Scheduler:
 
         Call it only when the result of the last plan went through `update`.
         """
-        self._in_flight = []
+        return self._schedule()
+
+    def schedule_ahead(self) -> Plan | None:
+        """The plan of the step after the one in flight, whose result is not known yet; None where it must be.
+
+        Speculation must know the last token, and a preemption what the sequence has to compute again.
+        """
+        if self.speculation is not None or self.pool.num_free < len(self.running):
+            return None
+        return self._schedule()
+
+    def _schedule(self) -> Plan | None:
+        self._planned = []
         self.admitted = []
         self.masked = []
         self.plan = Plan(self.stats.steps + 1, [], [], [], [])
@@ -144,13 +162,14 @@ class Scheduler:
         budget = self._schedule_prefills(budget)
         if not preempted:
             self._admit_waiting(budget)
-        if not self._in_flight:
+        if not self._planned:
             return None
+        self._in_flight.append(self._planned)
         self.stats.steps += 1
         return self.plan
 
     def update(self, sampled: Sampled) -> list[tuple[Sequence, TokenDelta]]:
-        """Take in what the last plan sampled, of each sequence that sampled, in the plan's order.
+        """Take in what the first plan in flight sampled, of each sequence that sampled, in the plan's order.
 
         Returns a delta for each of them that still lives, for those that have nothing to generate and are done, and for
         those whose prompt's logprobs are no numbers; those that end with it are finished.
@@ -160,24 +179,26 @@ class Scheduler:
         counts = iter(sampled.counts or repeat(1))
         if self.speculation is not None:
             self.speculation.note_step(self.plan, sampled)
-        for sequence, samples, prompt_count in self._in_flight:
+        for sequence, complete, samples, prompt_count in self._in_flight.popleft():
+            sequence.expected -= samples
             count = next(counts) if samples else 0
             if prompt_count > 0:
                 if not take_prompt_logprobs(sequence, sampled, prompt_index, prompt_count):
                     self.finish(sequence, "error")
                     outputs.append((sequence, broken()))
                 prompt_index += prompt_count
-            if sequence.finish_reason is None and sequence.remaining == 0:
-                delta = take_tokens(sequence, sampled, index, count, self.max_model_len)
+            if sequence.finish_reason is None and complete:
+                delta = take_tokens(sequence, sampled, index, count)
                 generated += len(delta.token_ids)
                 if len(delta.token_ids) > 1:
                     self._note_accepted(sequence, len(delta.token_ids) - 1)
                 if delta.finish_reason is not None:
                     self.finish(sequence, delta.finish_reason)
+                elif len(sequence.tokens) % self.block_size == 0:
+                    sequence.name_blocks(self.pool, self.block_size)  # if it was computed before it was known
                 outputs.append((sequence, delta))
             index += count
         self.stats.generated_tokens += generated
-        self._in_flight = []
         return outputs
 
     def forget_cache(self, num_blocks: int | None = None) -> None:
@@ -189,7 +210,7 @@ class Scheduler:
             raise ValueError("sequences are running")
         num_blocks = self.pool.num_blocks if num_blocks is None else num_blocks
         check_capacity(num_blocks, self.block_size, self.max_model_len)
-        self._in_flight = []
+        self._in_flight.clear()
         self.pool = BlockPool(num_blocks, enable_caching=self.pool.enable_caching)
 
     def check_integrity(self) -> None:
@@ -205,12 +226,12 @@ class Scheduler:
     def _schedule_decodes(self, budget: int) -> tuple[int, bool]:
         """Returns the budget left, and whether a sequence was preempted."""
         preempted = False
-        for sequence in [sequence for sequence in self.running if sequence.remaining == 1]:
+        for sequence in [sequence for sequence in self.running if sequence.decodes]:
             if budget == 0:
                 break
             if sequence.row < 0:
                 continue  # preempted for a sequence before it
-            if len(sequence.tokens) > len(sequence.blocks) * self.block_size:
+            if sequence.num_computed == len(sequence.blocks) * self.block_size:
                 while (blocks := self.pool.allocate(1)) is None:
                     preempted = True
                     victim = self.running[-1]
@@ -227,16 +248,15 @@ class Scheduler:
 
     def _schedule_drafts(self, speculation: Speculation, budget: int) -> int:
         """Let the plan's decodes compute guesses, too, where they pay. Returns the budget left."""
-        if len(self._in_flight) > MAX_DRAFTED:
+        if len(self._planned) > MAX_DRAFTED:
             return budget  # guesses for a few of so many save nothing worth looking for them
         room = min(budget, MAX_DRAFTED)
-        for index, (sequence, _, _) in enumerate(self._in_flight):
-            params = sequence.request.params
+        for index, (sequence, *_) in enumerate(self._planned):
             # The last token of all is sampled from the last guess at most.
-            left = min(params.max_tokens - sequence.num_generated, self.max_model_len - len(sequence.tokens)) - 1
+            left = sequence.longest - len(sequence.tokens) - 1
             if sequence.constrained or min(left, room) <= 0:
                 continue
-            draft = speculation.draft(sequence, min(left, room), len(self._in_flight))
+            draft = speculation.draft(sequence, min(left, room), len(self._planned))
             del draft[self._room_for(sequence, len(draft)) :]
             if draft:
                 self.plan.drafts.append((sequence.row, draft))
@@ -323,19 +343,23 @@ class Scheduler:
 
     def _compute(self, sequence: Sequence, count: int) -> None:
         """Put `count` tokens of a sequence into the plan, and name the blocks that they fill."""
-        self.plan.rows.append(sequence.row)
-        self.plan.num_tokens.append(count)
+        plan = self.plan
+        plan.rows.append(sequence.row)
+        plan.num_tokens.append(count)
         prompt_count = 0
         if sequence.prompt_logprobs is not None:
             last = sequence.num_prompt - 1  # no prompt token follows it
             prompt_count = max(0, min(last, sequence.num_computed + count) - sequence.num_computed)
         sequence.num_computed += count
-        samples = sequence.remaining == 0 and sequence.request.params.max_tokens > 0
-        self._in_flight.append((sequence, samples, prompt_count))
+        complete = sequence.remaining == 0
+        samples = complete and sequence.generates
+        sequence.expected += samples
+        self._planned.append((sequence, complete, samples, prompt_count))
         if samples and sequence.constrained:
-            self.plan.masked_rows.append(sequence.row)
+            plan.masked_rows.append(sequence.row)
             self.masked.append(sequence)
-        sequence.name_blocks(self.pool, self.block_size)
+        if sequence.num_computed >= (sequence.num_registered + 1) * self.block_size:
+            sequence.name_blocks(self.pool, self.block_size)
 
     def _note_accepted(self, sequence: Sequence, count: int) -> None:
         """So many guesses at a sequence's tokens were right: they are computed, too."""

@@ -15,17 +15,21 @@ class Sequence:
     """
 
     __slots__ = (
-        "answer_start", "arrival", "blocks", "cached_tokens", "constrained", "ending_ids", "finish_reason", "hashes",
-        "ngrams", "num_advanced", "num_computed", "num_prompt", "num_registered", "prompt_logprobs", "request", "row",
-        "slowest_turn", "started", "tokens",
+        "answer_start", "arrival", "blocks", "cached_tokens", "constrained", "ending_ids", "expected", "finish_reason",
+        "generates", "hashes", "longest", "ngrams", "num_advanced", "num_computed", "num_prompt", "num_registered",
+        "prompt_logprobs", "request", "row", "slowest_turn", "started", "tokens",
     )  # fmt: skip
 
-    def __init__(self, request: Request, arrival: int) -> None:
+    def __init__(self, request: Request, arrival: int, max_model_len: int) -> None:
         self.request = request
         self.arrival = arrival
         self.tokens = list(request.prompt)
         self.num_prompt = len(request.prompt)
+        self.longest = min(self.num_prompt + request.params.max_tokens, max_model_len)
+        """The tokens, prompt and output, at which it ends."""
         self.num_computed = 0
+        self.expected = 0
+        """Tokens that steps in flight sample: they are computed like others before they are known."""
         self.blocks: list[int] = []
         self.hashes: list[BlockHash] = []
         self.num_registered = 0
@@ -34,6 +38,7 @@ class Sequence:
         self.finish_reason: FinishReason | None = None
         self.cached_tokens = 0
         self.started = False
+        self.generates = request.params.max_tokens > 0
         self.constrained = request.constraint is not None
         self.ngrams: Ngrams | None = None
         """What guesses at its next tokens, once something does."""
@@ -52,13 +57,19 @@ class Sequence:
 
     @property
     def remaining(self) -> int:
-        """Tokens known but not computed: 1 while decoding."""
-        return len(self.tokens) - self.num_computed
+        """Tokens known or expected, but not computed: 1 while decoding."""
+        return len(self.tokens) + self.expected - self.num_computed
 
     @property
     def num_generated(self) -> int:
         """Tokens sampled so far."""
         return len(self.tokens) - self.num_prompt
+
+    @property
+    def decodes(self) -> bool:
+        """Whether one token is left to compute, and it does not end with those that are expected."""
+        num_tokens = len(self.tokens) + self.expected
+        return num_tokens - self.num_computed == 1 and not (self.expected and num_tokens >= self.longest)
 
     def find_prefix(self, pool: BlockPool, block_size: int) -> list[int]:
         """The cached blocks that the sequence can start with: at least one token is left to compute.
@@ -70,10 +81,10 @@ class Sequence:
         return pool.match_prefix(self._block_hashes(block_size)[: (len(self.tokens) - 1) // block_size])
 
     def name_blocks(self, pool: BlockPool, block_size: int) -> None:
-        """Make the blocks findable that the computed tokens fill."""
+        """Make the blocks findable that computed tokens fill, as far as these are known."""
         if not pool.enable_caching:
             return
-        num_full = self.num_computed // block_size
+        num_full = min(self.num_computed, len(self.tokens)) // block_size
         if num_full > self.num_registered:
             hashes = self._block_hashes(block_size)
             for index in range(self.num_registered, num_full):
@@ -85,14 +96,14 @@ class Sequence:
         extend_hashes(self.hashes, self.tokens, block_size, self.request.cache_salt)
         return self.hashes
 
-    def ends_with(self, token: int, max_model_len: int) -> FinishReason | None:
+    def ends_with(self, token: int) -> FinishReason | None:
         """Append a sampled token; why the sequence ends with it, if it does."""
         self.tokens.append(token)
         if token in self.ending_ids:
             return "stop"
-        params = self.request.params
-        if self.num_generated >= params.max_tokens or len(self.tokens) >= max_model_len:
+        if len(self.tokens) >= self.longest:
             return "length"
+        params = self.request.params
         if params.answer_limit is None:
             return None
         if self.answer_start < 0 and token == params.think_end_id:

@@ -33,7 +33,8 @@ class StepRecord(msgspec.Struct, frozen=True):
 
     step: int
     began: float
-    """When its plan was sent, in seconds since 1970. Differences between times are those of a monotonic clock."""
+    """When its plan was sent, or the step before it ended if that was later, in seconds since 1970. Differences between
+    times are those of a monotonic clock."""
     ended: float
     """When its result had come."""
     computed: float
@@ -59,9 +60,8 @@ class StepLog:
         except OSError as error:
             raise StartupError(f"the step log {path} cannot be written: {error.strerror}.") from None
         self._since_1970 = time.time() - time.monotonic()
-        self._began = 0.0
+        self._sent: deque[float] = deque()  # when, of each plan in flight
         self._last_end: float | None = None
-        self._gap: float | None = None
         self._pending: deque[StepRecord] = deque()
         self._dropped = 0
         self._closing = threading.Event()
@@ -77,24 +77,26 @@ class StepLog:
 
     def begin(self) -> None:
         """A plan is about to be sent."""
-        self._began = time.monotonic()
-        self._gap = None if self._last_end is None else self._began - self._last_end
+        self._sent.append(time.monotonic())
 
     def end(self, plan: Plan, computed: float, running: int, waiting: int) -> None:
-        """The result of the plan has come; the ranks say that they computed for so many seconds."""
-        self._last_end = ended = time.monotonic()
+        """The result of the first plan in flight has come; the ranks say that they computed for so many seconds."""
+        before, self._last_end = self._last_end, time.monotonic()
+        began, ended = self._sent.popleft(), self._last_end
+        if before is not None:
+            began = max(began, before)
         if len(self._pending) >= MAX_PENDING:
             self._dropped += 1
             return
         decode = plan.num_tokens.count(1) + sum([1 + len(draft) for _, draft in plan.drafts])
         prefill = sum(plan.num_tokens) - decode
-        began, ended = self._began + self._since_1970, ended + self._since_1970
-        self._pending.append(
-            StepRecord(plan.step, began, ended, computed, self._gap, prefill, decode, running, waiting)
-        )
+        gap = None if before is None else began - before
+        began, ended = began + self._since_1970, ended + self._since_1970
+        self._pending.append(StepRecord(plan.step, began, ended, computed, gap, prefill, decode, running, waiting))
 
     def pause(self) -> None:
         """There is nothing to do, or the ranks are lost: what follows is no gap between steps."""
+        self._sent.clear()
         self._last_end = None
 
     def _write_until_closed(self) -> None:

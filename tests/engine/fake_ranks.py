@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 import anyio
+from msgspec.structs import replace
 
 from fdserve.engine.engine import Engine
 from fdserve.engine.output import Generation
@@ -30,6 +31,8 @@ class FakeRanks:
         self.step_seconds = 0.0
         self.before_step: Callable[[Plan], None] = lambda plan: None
         self.plans: list[Plan] = []
+        self.answered = 0  # of the plans
+        self.most_in_flight = 0
         self.masks: list[Masks] = []
 
     @asynccontextmanager
@@ -40,6 +43,7 @@ class FakeRanks:
             raise RankError("rank 0: no such model")
         if self.scheduler is not None:
             self.rank = SimulatedRank(self.scheduler)
+        self.answered = len(self.plans)
         try:
             yield self
         finally:
@@ -67,13 +71,16 @@ class FakeRanks:
         else:
             self.before_step(message)
             self.plans.append(message)
+            self.most_in_flight = max(self.most_in_flight, len(self.plans) - self.answered)
 
     async def receive(self) -> StepResult:
         await anyio.sleep(self.step_seconds)
         assert self.rank is not None
-        plan = self.plans[-1]
+        plan = self.plans[self.answered]
+        self.answered += 1
         assert not plan.masked_rows or not self.masks[-1].more
-        return self.rank.result(plan, self.masks[-1] if plan.masked_rows else None)
+        result = self.rank.result(plan, self.masks[-1] if plan.masked_rows else None)
+        return replace(result, seconds=self.step_seconds)
 
 
 @asynccontextmanager

@@ -33,6 +33,40 @@ async def test_concurrent_requests_get_their_own_tokens() -> None:
         assert engine.stats().generated_tokens == sum(range(5, 17))
 
 
+@pytest.mark.usefixtures("always_ahead")
+async def test_a_step_planned_while_one_runs_changes_no_token() -> None:
+    ranks = FakeRanks()
+    eos = tuple(range(0, 997, 9))
+    async with serving(ranks) as engine:
+        requests = [make_request([index, 1, 2], name=str(index), max_tokens=30, eos=eos) for index in range(12)]
+
+        async def check(index: int) -> None:
+            with engine.submit(requests[index]) as generation:
+                tokens, last = await drain(generation)
+            assert tokens == expected_output(requests[index], 64)
+            assert last.finish_reason == ("stop" if tokens[-1] in eos else "length")
+
+        async with anyio.create_task_group() as group:
+            for index in range(12):
+                group.start_soon(check, index)
+        assert ranks.most_in_flight == 2
+        assert engine.stats().running == engine.stats().waiting == engine.stats().kv_blocks_used == 0
+
+
+async def test_a_request_that_comes_early_in_a_step_is_in_the_next() -> None:
+    ranks = FakeRanks()
+    ranks.step_seconds = 0.05
+    async with serving(ranks) as engine:
+        with engine.submit(make_request([1], max_tokens=60)) as generation:
+            for _ in range(6):
+                await generation.receive()
+            assert ranks.most_in_flight == 2
+            sent = len(ranks.plans)
+            with engine.submit(make_request([2], max_tokens=60)) as other:
+                await other.receive()
+            assert len(ranks.plans[sent].new_rows) == 1
+
+
 async def test_leaving_a_generation_frees_its_blocks_within_a_step() -> None:
     ranks = FakeRanks()
     ranks.step_seconds = 0.002

@@ -242,11 +242,14 @@ REQUESTS = st.lists(
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
 @settings(max_examples=40, deadline=None)
-@given(requests=REQUESTS, seed=st.integers(0, 1000))
+@given(requests=REQUESTS, seed=st.integers(0, 1000), ahead=st.booleans())
 def test_whatever_runs_together_each_output_follows_its_own_constraint(
-    anyio_backend: str, requests: list[tuple[list[int], int, int | None, int]], seed: int
+    anyio_backend: str, requests: list[tuple[list[int], int, int | None, int]], seed: int, ahead: bool
 ) -> None:
-    """With few blocks, so that sequences are preempted; scripts check that they see their own tokens, once."""
+    """With few blocks, so that sequences are preempted; scripts check that they see their own tokens, once.
+
+    Steps may be planned `ahead`, while another one runs.
+    """
     generator = random.Random(seed)
 
     async def check(engine, prompt: list[int], count: int, length: int | None, until: int) -> None:  # type: ignore[no-untyped-def]
@@ -280,4 +283,7 @@ def test_whatever_runs_together_each_output_follows_its_own_constraint(
                 assert engine.stats().running == engine.stats().waiting == engine.stats().kv_blocks_used == 0
                 assert engine.stats().rank_restarts == 0
 
-    anyio.run(main, backend=anyio_backend)
+    with pytest.MonkeyPatch.context() as patch:
+        if ahead:
+            patch.setattr("fdserve.engine.pace.SHORT_SECONDS", -1.0)
+        anyio.run(main, backend=anyio_backend)

@@ -83,7 +83,7 @@ def turns_of(name: str | None, *scripts: Script) -> list[Turn]:
         request = make_request([1], constraint=script)
         if name is not None:
             request.group = group
-        turns.append(Turn(Sequence(request, 0), wants_mask=True))
+        turns.append(Turn(Sequence(request, 0, 64), wants_mask=True))
     return turns
 
 

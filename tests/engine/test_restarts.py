@@ -42,6 +42,27 @@ async def test_a_lost_rank_ends_what_ran_and_what_waited_then_runs() -> None:
         assert engine.stats().kv_blocks_used == 0
 
 
+@pytest.mark.usefixtures("quick_restarts", "always_ahead")
+@pytest.mark.parametrize("step", [2, 6, 7])
+async def test_a_rank_may_be_lost_with_two_plans_in_flight(step: int) -> None:
+    ranks = FakeRanks()
+
+    def die_once(plan: Plan) -> None:
+        if plan.step == step and ranks.starts == 1:
+            raise RankError("rank 0 was killed by SIGKILL")
+
+    ranks.before_step = die_once
+    async with serving(ranks) as engine:
+        requests = [make_request([index] * 4, name=str(index), max_tokens=20) for index in range(6)]
+        generations = [engine.submit(request) for request in requests]
+        results = [await drain(generation) for generation in generations]
+        assert [last.finish_reason for _, last in results] == ["error"] * 4 + ["length"] * 2
+        for request, (tokens, _) in zip(requests[4:], results[4:], strict=True):
+            assert tokens == expected_output(request, 64)
+        assert ranks.most_in_flight == 2
+        assert engine.stats().kv_blocks_used == 0
+
+
 @pytest.mark.parametrize("blocks", [16, 200])
 async def test_ranks_may_come_back_with_another_cache(blocks: int) -> None:
     """On a GPU its size is what is left of the memory: no plan may name a block that is not there any more."""

@@ -83,9 +83,9 @@ def test_prompt_logprobs_do_without_the_cache_and_fill_it() -> None:
 )
 def test_an_answer_limit_counts_from_the_end_of_thinking(think_end: int, limit: int | None, expected: int) -> None:
     params = SamplingParams(max_tokens=9, seed=0, think_end_id=think_end, answer_limit=limit)
-    sequence = Sequence(Request(id="r", prompt=[5, 5], params=params), 0)
+    sequence = Sequence(Request(id="r", prompt=[5, 5], params=params), 0, 64)
     tokens = [1, 5, 1, 5, 1, 1, 1, 1, 1, 1]
-    reasons = [sequence.ends_with(token, 64) for token in tokens]
+    reasons = [sequence.ends_with(token) for token in tokens]
     assert reasons.index("length") + 1 == expected
 
 

@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fdserve.engine.results import Sampled
 from fdserve.engine.sequence import Sequence
 from tests.engine.simulation import PROMPTS, SimulatedRank, expected_output, make_request, make_scheduler, run
 
@@ -21,6 +22,8 @@ REQUESTS = st.lists(
     budget=st.integers(1, 48),
     prefix_caching=st.booleans(),
     cancellations=st.dictionaries(st.integers(0, 13), st.integers(0, 30), max_size=4),
+    ahead=st.sets(st.integers(0, 60)),
+    endings=st.booleans(),
 )
 def test_every_request_ends_with_its_own_tokens(
     requests: list[tuple[list[int], int, int, str, int]],
@@ -28,16 +31,23 @@ def test_every_request_ends_with_its_own_tokens(
     budget: int,
     prefix_caching: bool,
     cancellations: dict[int, int],
+    ahead: set[int],
+    endings: bool,
 ) -> None:
-    """Whatever arrives when, in whatever order, with however few blocks: the text is that of the request alone."""
+    """Whatever arrives when, in whatever order, with however few blocks: the text is that of the request alone.
+
+    In the steps of `ahead` the next one is planned while one is in flight.
+    """
     scheduler = make_scheduler(num_blocks=num_blocks, budget=budget, prefix_caching=prefix_caching)
     rank = SimulatedRank(scheduler)
+    eos = tuple(range(0, 997, 9)) if endings else ()
     arriving = [
-        (step, make_request(prompt, max_tokens=count, name=str(index), priority=priority, salt=salt))
+        (step, make_request(prompt, max_tokens=count, name=str(index), priority=priority, salt=salt, eos=eos))
         for index, (prompt, count, priority, salt, step) in enumerate(requests)
     ]
     live: dict[str, Sequence] = {}
     outputs: dict[str, list[int]] = {request.id: [] for _, request in arriving}
+    results: list[Sampled] = []  # of the plans in flight
     for step in range(3000):
         for when, request in arriving:
             if when == step:
@@ -45,18 +55,24 @@ def test_every_request_ends_with_its_own_tokens(
         for index, when in cancellations.items():
             if when == step and str(index) in live:
                 scheduler.finish(live[str(index)], "cancelled")
-        plan = scheduler.schedule()
+        if not results:
+            plan = scheduler.schedule()
+            if plan is None:
+                scheduler.check_integrity()
+                if step > 30:
+                    break
+                continue
+            results.append(rank.execute(plan))
+        if step in ahead:
+            plan = scheduler.schedule_ahead()
+            if plan is not None:
+                results.append(rank.execute(plan))
         scheduler.check_integrity()
-        if plan is None:
-            if step > 30:
-                break
-            continue
         assert len(scheduler.running) <= 8
-        result = rank.execute(plan)
         for index, when in cancellations.items():  # also while a step is in flight
             if when + 1 == step and str(index) in live:
                 scheduler.finish(live[str(index)], "cancelled")
-        for sequence, delta in scheduler.update(result):
+        for sequence, delta in scheduler.update(results.pop(0)):
             outputs[sequence.request.id] += delta.token_ids
             assert (delta.finish_reason is not None) == (sequence.finish_reason is not None)
     else:
@@ -69,6 +85,42 @@ def test_every_request_ends_with_its_own_tokens(
             assert outputs[request.id] == expected[: len(outputs[request.id])]
         else:
             assert outputs[request.id] == expected
+
+
+@pytest.mark.parametrize(("prompt", "max_tokens"), [(4, 1), (63, 9)])
+def test_no_step_is_planned_ahead_behind_the_last_token(prompt: int, max_tokens: int) -> None:
+    scheduler = make_scheduler(budget=64)
+    scheduler.add(make_request([1] * prompt, max_tokens=max_tokens))
+    assert scheduler.schedule() is not None
+    assert scheduler.schedule_ahead() is None
+
+
+def test_no_step_is_planned_ahead_that_may_have_to_preempt() -> None:
+    scheduler = make_scheduler(num_blocks=16)
+    rank = SimulatedRank(scheduler)
+    for index in range(2):
+        scheduler.add(make_request([index] * 18, name=str(index), max_tokens=30))
+    plan = scheduler.schedule()
+    while plan is not None and scheduler.pool.num_free >= 2:
+        scheduler.update(rank.execute(plan))
+        plan = scheduler.schedule()
+    assert len(scheduler.running) == 2
+    assert scheduler.schedule_ahead() is None
+
+
+def test_blocks_that_are_full_before_they_are_known_are_found_by_their_prefix() -> None:
+    scheduler = make_scheduler()
+    rank = SimulatedRank(scheduler)
+    first = scheduler.add(make_request([1, 2, 3], max_tokens=10))  # the last step fills the third block
+    results = [rank.execute(scheduler.schedule() or scheduler.plan)]
+    while results:  # always one step ahead
+        plan = scheduler.schedule_ahead()
+        results += [rank.execute(plan)] if plan is not None else []
+        scheduler.update(results.pop(0))
+    assert len(first.tokens) == 13
+    again = scheduler.add(make_request(first.tokens, max_tokens=1))
+    run(scheduler, rank)
+    assert again.cached_tokens == 12
 
 
 def test_decodes_run_first_and_a_long_prefill_shares_the_step() -> None:

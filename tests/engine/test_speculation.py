@@ -182,7 +182,7 @@ def test_a_constrained_sequence_is_not_guessed() -> None:
     scheduler = make_scheduler(Oracle(1.0, 4, shortest=4))
     scheduler.add(make_request([1], constraint=Anything()))
     assert scheduler.schedule() is not None
-    scheduler._in_flight[0][0].tokens.append(5)
+    scheduler._in_flight[0][0][0].tokens.append(5)
     plan = scheduler.schedule()
     assert plan is not None
     assert not plan.drafts
@@ -255,7 +255,7 @@ def test_the_cost_of_a_token_is_learnt() -> None:
 
 
 def sequence_of(tokens: list[int]) -> Sequence:
-    return Sequence(make_request(tokens), 0)
+    return Sequence(make_request(tokens), 0, 4096)
 
 
 def test_only_what_pays_is_drafted() -> None:

@@ -91,6 +91,16 @@ async def test_after_a_lost_rank_there_is_no_gap(tmp_path: Path) -> None:
     assert [step["gap"] is None for step in steps] == [True, False, True, False, False, False]
 
 
+def test_a_step_sent_while_another_ran_began_at_its_end(tmp_path: Path) -> None:
+    with StepLog(tmp_path / "steps.jsonl") as log:
+        log.begin()
+        log.begin()
+        log.end(plan(1, [1]), 0.5, 1, 0)
+        log.end(plan(2, [1]), 0.5, 1, 0)
+    first, second = lines(tmp_path / "steps.jsonl")
+    assert (second["began"], second["gap"]) == (first["ended"], 0.0)
+
+
 def test_guesses_are_decoded(tmp_path: Path) -> None:
     with StepLog(tmp_path / "steps.jsonl") as log:
         log.begin()

@@ -15,7 +15,7 @@ ACTIONS = st.lists(st.one_of(st.integers(-2, 2), st.just("pop"), st.floats(0, 0.
 
 
 def sequence(arrival: int, priority: int = 0) -> Sequence:
-    return Sequence(make_request([1], priority=priority), arrival)
+    return Sequence(make_request([1], priority=priority), arrival, 64)
 
 
 @given(ACTIONS)
