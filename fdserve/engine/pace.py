@@ -7,6 +7,8 @@ import math
 MOST = 0.75
 """The part of a step after which the next one is planned. Later, a step that is quicker than the one before it ends too
 soon; earlier, requests that come meanwhile wait for one step more."""
+LEAD_SECONDS = 0.01
+"""How long before the end of a step the next one is planned at most: that is time enough."""
 SHORT_SECONDS = 0.001
 """A step that takes no longer ends before the next one is planned."""
 
@@ -24,4 +26,6 @@ class Pace:
 
     def most_of(self, tokens: int) -> float:
         """Seconds after which a step of so many tokens is nearly over; infinite where that cannot be told."""
-        return MOST * self._seconds if tokens == self._tokens and self._seconds > SHORT_SECONDS else math.inf
+        if tokens != self._tokens or self._seconds <= SHORT_SECONDS:
+            return math.inf
+        return max(MOST * self._seconds, self._seconds - LEAD_SECONDS)
