@@ -26,7 +26,7 @@ from fdserve.executor.cluster import Cluster, check_secret, read_cluster
 from fdserve.executor.fingerprint import take_fingerprint
 from fdserve.executor.follower import follow
 from fdserve.hub import resolve_model
-from fdserve.server import build
+from fdserve.server.server import build
 
 log = logging.getLogger("fdserve")
 

@@ -26,7 +26,7 @@ from fdserve.errors import InvalidRequest
 from fdserve.http.request import Request
 from fdserve.http.response import Reply
 from fdserve.protocol.chat import ChatRequest
-from fdserve.server import Server
+from fdserve.server.server import Server
 from fdserve.text.reasoning import starts_in_thinking
 from fdserve.text.stop import StopTable
 

@@ -25,7 +25,7 @@ from fdserve.errors import InvalidRequest
 from fdserve.http.request import Request
 from fdserve.http.response import Reply
 from fdserve.protocol.completion import CompletionRequest
-from fdserve.server import Server
+from fdserve.server.server import Server
 from fdserve.text.stop import StopTable
 
 DEFAULT_MAX_TOKENS = 16

@@ -18,7 +18,7 @@ from fdserve.api.token_rules import TokenRules, token_rules
 from fdserve.http.request import Request
 from fdserve.http.response import Reply, encode
 from fdserve.protocol.generation import GenerationRequest
-from fdserve.server import Server
+from fdserve.server.server import Server
 from fdserve.text.stop import StopTable
 
 T = TypeVar("T")

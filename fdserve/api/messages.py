@@ -25,7 +25,7 @@ from fdserve.protocol.messages import (
     MessageUsage,
     TokenCount,
 )
-from fdserve.server import Server
+from fdserve.server.server import Server
 
 
 async def create_message(server: Server, http: Request, reply: Reply) -> None:

@@ -12,7 +12,7 @@ from fdserve.api.token_rules import TokenRules, check_token_ids
 from fdserve.engine.request import SamplingParams
 from fdserve.errors import InvalidRequest
 from fdserve.protocol.generation import GenerationRequest
-from fdserve.server import Server
+from fdserve.server.server import Server
 from fdserve.text.stop import StopTable
 
 MIN_TEMPERATURE = 1e-5  # below it sampling is greedy, as in FastDeploy

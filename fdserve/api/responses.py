@@ -12,7 +12,6 @@ from fdserve.api.chat import prepare_chat
 from fdserve.api.choice import Choice, Piece
 from fdserve.api.fields import read_request
 from fdserve.api.generation import gathered, running
-from fdserve.api.response_store import StoredResponse
 from fdserve.api.responses_input import as_own_fields, chat_request, input_items, wants_logprobs
 from fdserve.api.responses_output import OutputWriter
 from fdserve.api.responses_truncation import drop_oldest_turns
@@ -43,7 +42,8 @@ from fdserve.protocol.responses import (
     TextFormat,
     TextOptions,
 )
-from fdserve.server import Server
+from fdserve.server.response_store import StoredResponse
+from fdserve.server.server import Server
 
 _ITEMS = msgspec.json.Decoder(list[InputItem])
 

@@ -11,7 +11,7 @@ from fdserve.api.tool_use import ToolUse
 from fdserve.errors import InvalidRequest
 from fdserve.protocol.generation import GenerationRequest
 from fdserve.protocol.structured import ResponseFormat
-from fdserve.server import Server
+from fdserve.server.server import Server
 from fdserve.text.grammar import Grammar
 from fdserve.text.grammar_spec import Choice, JsonSchema, Lark, Regex, Spec, StructuralTag, ToolCalls
 

@@ -28,7 +28,7 @@ from fdserve.protocol.tokens import (
     TokenizePrompt,
     TokenizerInfo,
 )
-from fdserve.server import Server
+from fdserve.server.server import Server
 from fdserve.text.detokenizer import decode as detokenized
 from fdserve.text.detokenizer import token_text
 from fdserve.text.length import check_length
