@@ -177,7 +177,7 @@ def _flaw(body: bytes, error: Exception) -> str:
         return f"it is not UTF-8: {flaw.reason} (byte {flaw.start})"
     if isinstance(error, msgspec.DecodeError) and (half := _LONE_SURROGATE.search(body)):
         return f"a surrogate stands alone (byte {half.start()})"
-    return str(error)
+    return str(error).removeprefix("JSON is malformed: ")
 
 
 def _too_large(limit: int) -> PayloadTooLarge:

@@ -41,7 +41,7 @@ class Body(msgspec.Struct):
         (b'{"items": [{"name": "\\ud83d\\ude00\\ud83d!"}]}', None, "invalid_json", "stands alone (byte 33)."),
         (b'{"items": [{"name": "\\udc00"}]}', None, "invalid_json", "invalid utf-16 surrogate pair (byte 27)."),
         (b'{"items": [{"name": "\\\\ud800"}]', None, "invalid_json", "not valid JSON: Input data was truncated."),
-        (b'{"items": []} {}', None, "invalid_json", "trailing characters (byte 15)."),
+        (b'{"items": []} {}', None, "invalid_json", "not valid JSON: trailing characters (byte 15)."),
         (b'{"items": [], "deep": ' + b'{"a":' * 5000 + b"1" + b"}" * 5001, None, "invalid_json", "nested too deeply"),
         (b'{"items": [], "unknown": ' + b"[" * 100_000, None, "invalid_json", "nested too deeply"),
     ],
