@@ -87,7 +87,7 @@ class Dispatcher:
                     # Some routes need no key, and no place: strangers could fill the memory with bodies nobody reads.
                     with self._reading_of(request):
                         await request.read(self._max_request_bytes, keep=route.body is not None)
-                    if len(request.body) > LONG_BODY_BYTES:
+                    if request.body_size > LONG_BODY_BYTES:
                         # Those that came together are decoded one by one, so that others get on in between.
                         async with self._turnstile:
                             check_values(request.body)
