@@ -170,7 +170,10 @@ class _Answer:
             last = self._fail(error)
         finally:
             self._usage()
-        await reply.end_events(self._encoded(last), mark=b"")
+        # Each of them may be large: it has the whole answer.
+        for event in last[:-1]:
+            await reply.events(self._encoded([event]))
+        await reply.end_events(self._encoded(last[-1:]), mark=b"")
 
     def _encoded(self, events: Sequence[ResponseEvent]) -> bytes:
         for event in events:
