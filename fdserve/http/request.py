@@ -27,7 +27,7 @@ DISCARD_SECONDS = 5.0
 STOP_DISCARD_SECONDS = 1.0
 """The same where the server stops: the answer must be out before the connections are cut."""
 
-_LONE_SURROGATE = re.compile(rb"(?<!\\)(?:\\\\)*\\u[dD][89abAB]..(?!\\u[dD][c-fC-F])")
+_LONE_SURROGATE = re.compile(rb"\\u[dD][89abAB]..(?!\\u[dD][c-fC-F])")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
@@ -182,7 +182,8 @@ def _flaw(body: bytes, error: Exception) -> str:
         body.decode("utf-8")
     except UnicodeDecodeError as flaw:
         return f"it is not UTF-8: {flaw.reason} (byte {flaw.start})"
-    if isinstance(error, msgspec.DecodeError) and (half := _LONE_SURROGATE.search(body)):
+    # Backslashes that stand for themselves begin no escape.
+    if isinstance(error, msgspec.DecodeError) and (half := _LONE_SURROGATE.search(body.replace(rb"\\", b"--"))):
         return f"a surrogate stands alone (byte {half.start()})"
     return str(error).removeprefix("JSON is malformed: ")
 

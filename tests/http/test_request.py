@@ -54,6 +54,18 @@ def test_bad_bodies(body: bytes, param: str | None, code: str, message: str) -> 
     assert "$" not in error.value.message
 
 
+def test_what_is_wrong_with_a_long_body_takes_no_more_memory_than_it_has() -> None:
+    body = b'{"items": [{"name": "' + rb"\\" * 2_000_000 + rb"\ud800" + b'"}]}'
+    tracemalloc.start()
+    try:
+        with pytest.raises(InvalidRequest, match=r"a surrogate stands alone \(byte 4000021\)"):
+            decode(body, msgspec.json.Decoder(Body))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 3 * len(body)
+
+
 class Picky(msgspec.Struct):
     choice: Literal["yes", "no"]
 
