@@ -24,7 +24,7 @@ import fdserve.engine.create
 from fdserve.config import Config
 from fdserve.executor.wire import Load, Plan, Ready, StepResult
 from fdserve.launcher import main
-from fdserve.server import Server, build
+from fdserve.server.server import Server, build
 
 PACE = "each"
 WORDS = array("i", [10])

@@ -139,16 +139,19 @@ def encode_request(base_url: str, options: argparse.Namespace, model: str, sampl
 
 
 def _count(text: str) -> int:
-    value = int(text)
+    value = int(text) if text.isdecimal() else 0
     if value < 1:
-        raise argparse.ArgumentTypeError(f"{text}: at least 1 is due")
+        raise argparse.ArgumentTypeError(f"{text}: an integer of at least 1 is due")
     return value
 
 
 def _positive(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
     if not value > 0:
-        raise argparse.ArgumentTypeError(f"{text}: more than 0 is due")
+        raise argparse.ArgumentTypeError(f"{text}: a number of more than 0 is due")
     return value
 
 

@@ -33,7 +33,10 @@ def read_results(paths: Sequence[Path]) -> list[Result]:
     """All results in the files. Raises ValueError if one holds none."""
     results: list[Result] = []
     for path in paths:
-        content = json.loads(path.read_text())
+        try:
+            content = json.loads(path.read_text())
+        except ValueError:  # a step log, say, is lines of JSON
+            content = None
         for result in content if isinstance(content, list) else [content]:
             if not isinstance(result, dict) or "output_throughput" not in result:
                 raise ValueError(f"{path} holds no result of `python -m bench serve` or `compare`")

@@ -189,7 +189,7 @@ def fill_vocabulary(path: Path, size: int) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.random_checkpoint", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench random_checkpoint", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--shape", choices=SHAPES, required=True)
     parser.add_argument("--layout", choices=LAYOUTS, default="torch")
@@ -197,6 +197,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)
     write_checkpoint(options.shape, options.layout, options.out, options.seed)
+    print(options.out)
 
 
 if __name__ == "__main__":

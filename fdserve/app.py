@@ -16,7 +16,7 @@ from fdserve.errors import StartupError
 from fdserve.http.asgi import Receive, Scope, Send
 from fdserve.http.middleware import Dispatcher
 from fdserve.http.router import Router
-from fdserve.server import Server, build
+from fdserve.server.server import Server, build
 
 log = logging.getLogger("fdserve")
 

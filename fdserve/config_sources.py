@@ -72,6 +72,8 @@ def _convert(field: dataclasses.Field[Any], value: object, origin: str) -> Any:
         except ValueError:
             pass
     expected = {"int": "an integer", "float": "a number", "bool": "true or false", "str": "text"}[str(kind)]
+    if field.metadata["metavar"] == "BYTES":
+        expected = "a number of bytes such as 4096, 512M or 4G"
     raise StartupError(f"{origin} is {value!r:.200}: expected {expected}.")
 
 
@@ -85,7 +87,8 @@ def _read_variables(fields: Fields, environ: Mapping[str, str]) -> dict[str, Any
             continue
         name = upper.lower()
         if name != "config" and name not in fields:
-            raise _unknown("the environment variable", _PREFIX, upper, [known.upper() for known in (*fields, "config")])
+            known = [setting.upper() for setting in (*fields, "config")]
+            raise _unknown("the environment variable", variable, known, _PREFIX)
         # Compose files and manifests write "not set" as an empty value.
         if text:
             if name in values:
@@ -126,7 +129,7 @@ def _read_file(fields: Fields, path: Path) -> dict[str, Any]:
     for key, value in content.items():
         name = str(key).replace("-", "_")
         if name not in fields:
-            raise _unknown(f"in {path}, the setting", "", str(key), fields)
+            raise _unknown(f"in {path}, the setting", str(key), fields)
         if value is not None:
             values[name] = _convert(fields[name], value, f"{key} in {path}")
     return values
@@ -139,17 +142,17 @@ def _read_flags(fields: Fields, argv: Sequence[str]) -> dict[str, Any]:
         flag = rest[0].split("=")[0]
         if not flag.startswith("-"):
             raise StartupError(f"{flag!r} belongs to no flag: settings are written as --name value.")
-        raise _unknown("the flag", "--", flag.lstrip("-"), parser.flags)
+        raise _unknown("the flag", flag, parser.flags, "--")
     return {
         name: text if name == "config" else _convert(fields[name], text, "--" + name.replace("_", "-"))
         for name, text in vars(known).items()
     }
 
 
-def _unknown(what: str, prefix: str, name: str, known: Iterable[str]) -> StartupError:
-    # The shared prefix is left out of the comparison: with it, everything looks alike.
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return StartupError(f"{what} {prefix}{name} is unknown" + (f": did you mean {prefix}{close[0]}?" if close else "."))
+def _unknown(what: str, given: str, known: Iterable[str], prefix: str = "") -> StartupError:
+    """`known` are names without the prefix: with it, everything looks alike."""
+    close = difflib.get_close_matches(given.removeprefix(prefix), list(known), n=1)
+    return StartupError(f"{what} {given} is unknown" + (f": did you mean {prefix}{close[0]}?" if close else "."))
 
 
 class _Parser(argparse.ArgumentParser):

@@ -26,7 +26,7 @@ from fdserve.executor.cluster import Cluster, check_secret, read_cluster
 from fdserve.executor.fingerprint import take_fingerprint
 from fdserve.executor.follower import follow
 from fdserve.hub import resolve_model
-from fdserve.server import build
+from fdserve.server.server import build
 
 log = logging.getLogger("fdserve")
 
@@ -77,15 +77,12 @@ def _raise_descriptor_limit() -> None:
 
 def listen(host: str, port: int) -> socket.socket:
     """A bound socket; StartupError when the address cannot be had."""
-    where = f"{host} port {port}"
+    sock: socket.socket | None = None
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         sock = socket.socket(family, kind, protocol)
-    except OSError as error:
-        raise StartupError(f"cannot listen on {where}: {error.strerror}.") from None
-    try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         # Accepted connections inherit it; a token is not to wait for the next one.
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -93,8 +90,10 @@ def listen(host: str, port: int) -> socket.socket:
         # Two sockets may be bound to one address as long as neither listens: only this tells.
         sock.listen(1)
     except OSError as error:
-        sock.close()
-        raise StartupError(f"cannot listen on {where}: {error.strerror}; choose another --host or --port.") from None
+        if sock is not None:
+            sock.close()
+        problem = f"cannot listen on {host} port {port}: {error.strerror}"
+        raise StartupError(f"{problem}; choose another --host or --port.") from None
     return sock
 
 
@@ -173,7 +172,8 @@ class _Launcher:
         assert server is not None
         server.engine.drain()
         timeout = self._config.graceful_timeout
-        _say(f"stopping: {self._app.active} requests have up to {timeout:g} s to finish")
+        waiting = f": {self._app.active} to finish, for up to {timeout:g} s; a second signal ends at once"
+        _say("stopping" + (waiting if self._app.active else ""))
         with trio.move_on_after(timeout):
             while self._app.active:
                 await trio.sleep(0.05)

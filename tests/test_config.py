@@ -107,6 +107,8 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["--prot", "1"], {}, "the flag --prot is unknown: did you mean --port?"),
         (["--enable-prefix-cachin"], {}, "did you mean --enable-prefix-caching?"),
+        (["-p", "1"], {}, "the flag -p is unknown."),
+        (["-port", "1"], {}, "the flag -port is unknown: did you mean --port?"),
         (["--max-model", "5"], {}, "the flag --max-model is unknown"),  # no abbreviations
         (["model"], {}, "'model' belongs to no flag"),
         (["--port"], {}, "argument --port: expected one argument."),
@@ -192,6 +194,7 @@ def test_bad_settings_stop_the_start(argv: list[str], environ: dict[str, str], m
         ("port: 1.5", "is 1.5: expected an integer."),
         ("enable_logprob: 2", "is 2: expected true or false."),
         ("model: {a: b}", "expected text."),
+        ("kv_cache_memory: 0.5", "is 0.5: expected a number of bytes such as 4096, 512M or 4G."),
         ("- port", "must hold settings"),
         ("port: [", "is not valid YAML"),
         ("config: other.yaml", "the setting config is unknown"),

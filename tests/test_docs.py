@@ -12,7 +12,6 @@ import pytest
 from fdserve import errors
 from fdserve.api import messages_input, responses_input
 from fdserve.api.fields import EXTRA_FIELDS
-from fdserve.api.metrics import Metrics
 from fdserve.config import Config
 from fdserve.engine.stats import EngineStats
 from fdserve.errors import ServerError
@@ -21,6 +20,7 @@ from fdserve.protocol.chat import ChatMessage, ChatRequest, ConversationRequest
 from fdserve.protocol.completion import CompletionRequest
 from fdserve.protocol.messages import CountTokensRequest, MessagesRequest
 from fdserve.protocol.responses import ResponsesRequest
+from fdserve.server.metrics import Metrics
 
 ROOT = Path(__file__).parents[1]
 PROTOCOL = (ROOT / "docs/protocol.md").read_text()

@@ -34,7 +34,7 @@ def test_running_requests_finish(number: signal.Signals) -> None:
         sock = server.open("slow", stream=True)
         read_until(sock, b'"text":"0')
         server.stop(number)
-        server.wait_line("stopping: 1 requests")
+        server.wait_line("stopping: 1 to finish, for up to 30 s")
         status, content = server.get("/health")
         assert status == 503
         assert b"shutting down" in content
@@ -173,7 +173,7 @@ def test_an_address_in_use() -> None:
     ("arguments", "status", "output"),
     [
         (["--prot", "1"], 1, "fdserve: the flag --prot is unknown: did you mean --port?\n"),
-        (["--host", "999.0.0.1"], 1, "fdserve: cannot listen on 999.0.0.1 port 8188: "),
+        (["--host", "999.0.0.1"], 1, "; choose another --host or --port.\n"),
         (["--version"], 0, "fdserve "),
         (["--port", "0", "--model", "/no/where"], 1, "there is no such directory.\n"),
     ],

@@ -6,7 +6,7 @@ from fdserve.errors import NotFound
 from fdserve.http.request import Request
 from fdserve.http.response import Reply
 from fdserve.protocol.status import CancelledRequest
-from fdserve.server import Server
+from fdserve.server.server import Server
 
 
 async def cancel_request(server: Server, http: Request, reply: Reply) -> None:

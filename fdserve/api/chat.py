@@ -26,7 +26,7 @@ from fdserve.errors import InvalidRequest
 from fdserve.http.request import Request
 from fdserve.http.response import Reply
 from fdserve.protocol.chat import ChatRequest
-from fdserve.server import Server
+from fdserve.server.server import Server
 from fdserve.text.reasoning import starts_in_thinking
 from fdserve.text.stop import StopTable
 
@@ -34,7 +34,7 @@ from fdserve.text.stop import StopTable
 async def chat_completions(server: Server, http: Request, reply: Reply) -> None:
     """Generate the answer to a conversation. Cancelling it cancels the generation."""
     server.check_ready()
-    request = read_request(http.body, ChatRequest)
+    request = read_request(http.take_body(), ChatRequest)
     choices = await prepare_chat(request, server, http)
     id = response_id("chatcmpl-", request)
     with running(server, http, (id, request.request_id), choices):
@@ -94,7 +94,7 @@ async def rendered(request: ChatRequest, server: Server, http: Request) -> tuple
     """`render_prompt`, in a thread where it may take long. Cancellation waits for the thread."""
     long = request.chat_template is not None  # whoever wrote it may have written a slow one
     # The body does not have all of a conversation that goes on from a stored one.
-    size = max(len(http.body), sum(len(message.content or "") for message in request.messages or ()))
+    size = max(http.body_size, sum(len(message.content or "") for message in request.messages or ()))
     return await off_loop_if_long(server.tokenizing, size, lambda: render_prompt(request, server), always=long)
 
 

@@ -36,7 +36,7 @@ from fdserve.protocol.chat import (
 )
 from fdserve.protocol.generation import OptionalPromptLogprobs, Usage
 from fdserve.protocol.tools import FunctionCall, FunctionCallDelta, ToolCall, ToolCallPart
-from fdserve.server import Server
+from fdserve.server.server import Server
 from fdserve.text.tools import ToolCallDelta
 
 

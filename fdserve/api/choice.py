@@ -13,7 +13,7 @@ from fdserve.engine.request import Request as EngineRequest
 from fdserve.errors import InternalError, RequestCancelled, ServerError, Unavailable
 from fdserve.http.request import Request
 from fdserve.protocol.generation import FinishReason, GenerationRequest
-from fdserve.server import Server
+from fdserve.server.server import Server
 from fdserve.text.reasoning import ReasoningFormat
 from fdserve.text.stop import StopTable
 from fdserve.text.stream import Part, TextStream, calls_of, content_of, joined

@@ -25,7 +25,7 @@ from fdserve.errors import InvalidRequest
 from fdserve.http.request import Request
 from fdserve.http.response import Reply
 from fdserve.protocol.completion import CompletionRequest
-from fdserve.server import Server
+from fdserve.server.server import Server
 from fdserve.text.stop import StopTable
 
 DEFAULT_MAX_TOKENS = 16
@@ -34,11 +34,11 @@ DEFAULT_MAX_TOKENS = 16
 async def completions(server: Server, http: Request, reply: Reply) -> None:
     """Continue one or several prompts. Cancelling it cancels the generation."""
     server.check_ready()
-    request = read_request(http.body, CompletionRequest)
+    request = read_request(http.take_body(), CompletionRequest)
     check_request(request, server)
     check_logprobs(request.logprobs is not None, server)
     _check_best_of(request)
-    prompts = await off_loop_if_long(server.tokenizing, len(http.body), lambda: _prompts(request, server))
+    prompts = await off_loop_if_long(server.tokenizing, http.body_size, lambda: _prompts(request, server))
     choices = await _choices(request, server, http, prompts)
     id = response_id("cmpl-", request)
     with running(server, http, (id, request.request_id), choices):

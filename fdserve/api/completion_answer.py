@@ -27,7 +27,7 @@ from fdserve.http.request import Request
 from fdserve.http.response import Reply, encode, event
 from fdserve.protocol.completion import Completion, CompletionChoice, CompletionLogprobs, CompletionRequest
 from fdserve.protocol.generation import OptionalPromptLogprobs, OptionalUsage
-from fdserve.server import Server
+from fdserve.server.server import Server
 from fdserve.text.detokenizer import decode
 
 

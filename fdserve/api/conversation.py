@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import msgspec
 
 from fdserve.errors import InvalidRequest
+from fdserve.http.body_values import check_values
 from fdserve.protocol.chat import ChatMessage, ContentPart
 from fdserve.protocol.tools import CalledFunction, PastToolCall, Tool
 
@@ -19,14 +20,24 @@ _ROLES = {"developer": "system", "function": "tool"}
 def template_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
     """The messages with the text of their parts joined, calls with their arguments as objects, no absent fields.
 
-    Raises InvalidRequest for content that is no text.
+    Raises InvalidRequest for content that is no text, and PayloadTooLarge for arguments of more values than a body.
     """
+    check_values(*_argument_texts(messages))
     return [_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
 
 
 def template_tools(tools: Sequence[Tool] | None) -> list[dict[str, Any]] | None:
     """The tools as plain objects; None where there are none."""
     return [msgspec.to_builtins(tool) for tool in tools] if tools else None
+
+
+def _argument_texts(messages: Sequence[ChatMessage]) -> Iterator[bytes]:
+    """What the messages' calls have as JSON inside of the body's strings."""
+    for message in messages:
+        functions = [call.function for call in message.tool_calls or ()]
+        for function in (*functions, message.function_call):
+            if function is not None and isinstance(function.arguments, str):
+                yield function.arguments.encode("utf-8", "replace")
 
 
 def _message(message: ChatMessage, path: str) -> dict[str, Any]:

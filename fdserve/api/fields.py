@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import msgspec
@@ -41,7 +42,17 @@ class _Places(msgspec.Struct):
 
 
 _PLACES = msgspec.json.Decoder(_Places)
-_FIELDS = msgspec.json.Decoder(dict[str, msgspec.Raw])
+
+
+def _raw_decoder(names: Iterable[str]) -> msgspec.json.Decoder[msgspec.Struct]:
+    """Takes the fields of these names out of an object as text: an object may have any number of others."""
+    return msgspec.json.Decoder(msgspec.defstruct("Fields", [(name, msgspec.Raw, _NOTHING) for name in names]))
+
+
+_OF_KINDS: dict[type, msgspec.json.Decoder[msgspec.Struct]] = {
+    kind: _raw_decoder(kind.__struct_fields__) for kind in _KINDS
+}
+_OF_KWARGS = _raw_decoder(EXTRA_FIELDS)
 
 
 def read_request(body: bytes, kind: type[R]) -> R:
@@ -61,12 +72,12 @@ def read_request(body: bytes, kind: type[R]) -> R:
 
 
 def _gathered(body: bytes, kind: type[GenerationRequest]) -> dict[str, msgspec.Raw]:
-    fields = _given(body)
-    if _is_object(extra := fields.get("extra_body", _NOTHING)):
-        fields = {**_given(extra), **{name: value for name, value in fields.items() if name != "extra_body"}}
+    fields = _given(body, _OF_KINDS[kind])
+    if _is_object(fields.get("extra_body", _NOTHING)):
+        extra = fields.pop("extra_body")
+        fields = {**_given(extra, _OF_KINDS[kind]), **fields}
     if issubclass(kind, ConversationRequest) and _is_object(kwargs := fields.get("chat_template_kwargs", _NOTHING)):
-        given = _given(kwargs)
-        fields = {**{name: given[name] for name in EXTRA_FIELDS & given.keys()}, **fields}
+        fields = {**_given(kwargs, _OF_KWARGS), **fields}
     return fields
 
 
@@ -74,6 +85,7 @@ def _is_object(value: msgspec.Raw) -> bool:
     return bytes(memoryview(value)[:1]) == b"{"
 
 
-def _given(fields: bytes | msgspec.Raw) -> dict[str, msgspec.Raw]:
-    """The fields of an object but for those that are null."""
-    return {name: value for name, value in decode(bytes(fields), _FIELDS).items() if value != _NULL}
+def _given(text: bytes | msgspec.Raw, decoder: msgspec.json.Decoder[msgspec.Struct]) -> dict[str, msgspec.Raw]:
+    """The fields of an object that the decoder knows, but for those that are null."""
+    fields = msgspec.structs.asdict(decode(bytes(text), decoder))
+    return {name: value for name, value in fields.items() if value not in (_NOTHING, _NULL)}

@@ -18,7 +18,7 @@ from fdserve.api.token_rules import TokenRules, token_rules
 from fdserve.http.request import Request
 from fdserve.http.response import Reply, encode
 from fdserve.protocol.generation import GenerationRequest
-from fdserve.server import Server
+from fdserve.server.server import Server
 from fdserve.text.stop import StopTable
 
 T = TypeVar("T")
@@ -161,7 +161,7 @@ async def prepared_words(request: GenerationRequest, server: Server, http: Reque
     Thousands of words take tens of milliseconds. Cancellation waits for a thread.
     """
     return await off_loop_if_long(
-        server.tokenizing, len(http.body), lambda: (token_rules(request, server), stop_table(request))
+        server.tokenizing, http.body_size, lambda: (token_rules(request, server), stop_table(request))
     )
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import fdserve
-from fdserve.api.metrics import CONTENT_TYPE
 from fdserve.http.request import Request
 from fdserve.http.response import Reply
 from fdserve.protocol.status import Load, Status, Version
-from fdserve.server import Server
+from fdserve.server.metrics import CONTENT_TYPE
+from fdserve.server.server import Server
 
 
 async def health(server: Server, request: Request, reply: Reply) -> None:

@@ -25,13 +25,13 @@ from fdserve.protocol.messages import (
     MessageUsage,
     TokenCount,
 )
-from fdserve.server import Server
+from fdserve.server.server import Server
 
 
 async def create_message(server: Server, http: Request, reply: Reply) -> None:
     """Generate the answer to a conversation. Cancelling it cancels the generation."""
     server.check_ready()
-    request = read_request(http.body, MessagesRequest)
+    request = read_request(http.take_body(), MessagesRequest)
     choices = await prepare_chat(chat_request(request), server, http, form_field="output_config.format")
     id = response_id("msg_", request)
     with running(server, http, (id, request.request_id), choices):
@@ -44,7 +44,7 @@ async def create_message(server: Server, http: Request, reply: Reply) -> None:
 
 async def count_tokens(server: Server, http: Request, reply: Reply) -> None:
     """How many tokens the prompt has, in all."""
-    chat = prompt_request(read_request(http.body, CountTokensRequest))
+    chat = prompt_request(read_request(http.take_body(), CountTokensRequest))
     check_request(chat, server)
     check_chat(chat, server)
     _, prompt = await rendered(chat, server, http)

@@ -6,7 +6,7 @@ from fdserve.errors import NotFound
 from fdserve.http.request import Request
 from fdserve.http.response import Reply
 from fdserve.protocol.models import Model, ModelList
-from fdserve.server import Server
+from fdserve.server.server import Server
 
 
 async def list_models(server: Server, request: Request, reply: Reply) -> None:

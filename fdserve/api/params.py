@@ -12,7 +12,7 @@ from fdserve.api.token_rules import TokenRules, check_token_ids
 from fdserve.engine.request import SamplingParams
 from fdserve.errors import InvalidRequest
 from fdserve.protocol.generation import GenerationRequest
-from fdserve.server import Server
+from fdserve.server.server import Server
 from fdserve.text.stop import StopTable
 
 MIN_TEMPERATURE = 1e-5  # below it sampling is greedy, as in FastDeploy
@@ -55,7 +55,9 @@ def unsupported(name: str, which: str = "") -> InvalidRequest:
 def check_logprobs(wanted: bool, server: Server, param: str = "logprobs") -> None:
     """Raise InvalidRequest if a request wants logprobs and the server was started without them."""
     if wanted and not server.config.enable_logprob:
-        raise InvalidRequest("Logprobs is disabled, please enable it in startup config.", param=param)
+        # FastDeploy's words, and how.
+        message = "Logprobs is disabled, please enable it in startup config: --enable-logprob (enable_logprob)."
+        raise InvalidRequest(message, param=param)
 
 
 def check_logprobs_told(count: int, param: str) -> None:

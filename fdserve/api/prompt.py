@@ -11,7 +11,7 @@ from fdserve.api.params import checked_prompt, truncated
 from fdserve.api.tool_use import tool_use
 from fdserve.errors import InvalidRequest
 from fdserve.protocol.chat import ChatRequest
-from fdserve.server import Server
+from fdserve.server.server import Server
 from fdserve.text.detokenizer import decode
 from fdserve.text.template import ChatTemplate
 

@@ -12,7 +12,6 @@ from fdserve.api.chat import prepare_chat
 from fdserve.api.choice import Choice, Piece
 from fdserve.api.fields import read_request
 from fdserve.api.generation import gathered, running
-from fdserve.api.response_store import StoredResponse
 from fdserve.api.responses_input import as_own_fields, chat_request, input_items, wants_logprobs
 from fdserve.api.responses_output import OutputWriter
 from fdserve.api.responses_truncation import drop_oldest_turns
@@ -43,7 +42,8 @@ from fdserve.protocol.responses import (
     TextFormat,
     TextOptions,
 )
-from fdserve.server import Server
+from fdserve.server.response_store import StoredResponse
+from fdserve.server.server import Server
 
 _ITEMS = msgspec.json.Decoder(list[InputItem])
 
@@ -51,7 +51,7 @@ _ITEMS = msgspec.json.Decoder(list[InputItem])
 async def create_response(server: Server, http: Request, reply: Reply) -> None:
     """Generate a response. Cancelling it cancels the generation, and then nothing is stored."""
     server.check_ready()
-    request = read_request(http.body, ResponsesRequest)
+    request = read_request(http.take_body(), ResponsesRequest)
     history = _history(server, request.previous_response_id)
     own = _resolved(server, input_items(request))
     chat = chat_request(request, history, own)
@@ -170,7 +170,10 @@ class _Answer:
             last = self._fail(error)
         finally:
             self._usage()
-        await reply.end_events(self._encoded(last), mark=b"")
+        # Each of them may be large: it has the whole answer.
+        for event in last[:-1]:
+            await reply.events(self._encoded([event]))
+        await reply.end_events(self._encoded(last[-1:]), mark=b"")
 
     def _encoded(self, events: Sequence[ResponseEvent]) -> bytes:
         for event in events:

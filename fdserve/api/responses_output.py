@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import uuid
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Protocol, cast
+
+import msgspec
 
 from fdserve.api.choice import Piece
 from fdserve.api.text_logprobs import TextLogprobs
+from fdserve.http.response import encode
 from fdserve.protocol.chat import TokenLogprob
 from fdserve.protocol.response_events import (
     ArgumentsDelta,
@@ -116,7 +120,7 @@ class _TextPart:
         self._id = id
         self._texts: list[str] = []
         self._source = logprobs
-        self._logprobs: list[TokenLogprob] = []
+        self._logprobs: list[bytes] = []  # as JSON: four events tell all of them
 
     def begin(self) -> list[ResponseEvent]:
         part = OutputText(text="")
@@ -128,11 +132,13 @@ class _TextPart:
     def add(self, text: str) -> ResponseEvent:
         self._texts.append(text)
         logprobs = self._source.take(text) if self._source else []
-        self._logprobs += logprobs
-        return TextDelta(item_id=self._id, output_index=self.index, delta=text, logprobs=logprobs)
+        if logprobs:
+            self._logprobs.append(encode(logprobs)[1:-1])
+        told = _list_of(self._logprobs[-1:] if logprobs else ())
+        return TextDelta(item_id=self._id, output_index=self.index, delta=text, logprobs=told)
 
     def end(self, status: ItemStatus) -> list[ResponseEvent]:
-        part = OutputText(text="".join(self._texts), logprobs=self._logprobs)
+        part = OutputText(text="".join(self._texts), logprobs=_list_of(self._logprobs))
         self.item = OutputMessage(id=self._id, status=status, content=[part])
         return [
             TextDone(item_id=self._id, output_index=self.index, text=part.text, logprobs=part.logprobs),
@@ -218,6 +224,11 @@ class _CallPart:
             ArgumentsDone(item_id=self._id, output_index=self.index, name=self._name, arguments=arguments),
             ItemDone(output_index=self.index, item=self.item),
         ]
+
+
+def _list_of(entries: Sequence[bytes]) -> list[TokenLogprob]:
+    """The list of what is JSON already; it goes into an answer as it is."""
+    return cast(list[TokenLogprob], msgspec.Raw(b"[" + b",".join(entries) + b"]"))
 
 
 def _new_id(kind: str) -> str:

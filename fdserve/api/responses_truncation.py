@@ -6,7 +6,7 @@ from fdserve.api.chat import check_chat, rendered
 from fdserve.api.params import check_request
 from fdserve.http.request import Request
 from fdserve.protocol.chat import ChatMessage, ChatRequest
-from fdserve.server import Server
+from fdserve.server.server import Server
 
 _SYSTEM = ("system", "developer")
 

@@ -35,7 +35,7 @@ from fdserve.protocol.tokens import (
     TokenizePrompt,
     TokenizerInfo,
 )
-from fdserve.server import Server
+from fdserve.server.server import Server
 
 
 def routes(server: Server) -> list[Route]:

@@ -11,8 +11,9 @@ from fdserve.api.tool_use import ToolUse
 from fdserve.errors import InvalidRequest
 from fdserve.protocol.generation import GenerationRequest
 from fdserve.protocol.structured import ResponseFormat
-from fdserve.server import Server
+from fdserve.server.server import Server
 from fdserve.text.grammar import Grammar
+from fdserve.text.grammar_rules import MAX_SOURCE
 from fdserve.text.grammar_spec import Choice, JsonSchema, Lark, Regex, Spec, StructuralTag, ToolCalls
 
 
@@ -105,6 +106,8 @@ def _object(value: Any, param: str) -> Any:
     """A schema or the like, which may come as JSON text."""
     if not isinstance(value, str):
         return value
+    if len(value) > MAX_SOURCE:  # it may hold far more values than the body that it stands in
+        raise InvalidRequest(f"{param} is longer than {MAX_SOURCE} characters.", param=param)
     try:
         value = msgspec.json.decode(value)
     except (msgspec.DecodeError, RecursionError) as error:

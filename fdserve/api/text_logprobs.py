@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fdserve.api.logprobs import Entries, chat_logprobs
 from fdserve.protocol.chat import TokenLogprob
-from fdserve.server import Server
+from fdserve.server.server import Server
 from fdserve.text.detokenizer import token_text
 
 

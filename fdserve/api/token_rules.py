@@ -9,7 +9,7 @@ import numpy as np
 
 from fdserve.errors import InvalidRequest
 from fdserve.protocol.generation import GenerationRequest
-from fdserve.server import Server
+from fdserve.server.server import Server
 
 _BAN, _ONLY = -100.0, 100.0
 

@@ -28,7 +28,7 @@ from fdserve.protocol.tokens import (
     TokenizePrompt,
     TokenizerInfo,
 )
-from fdserve.server import Server
+from fdserve.server.server import Server
 from fdserve.text.detokenizer import decode as detokenized
 from fdserve.text.detokenizer import token_text
 from fdserve.text.length import check_length
@@ -51,24 +51,19 @@ _DETOKENIZE = msgspec.json.Decoder(DetokenizeRequest)
 
 async def tokenize(server: Server, http: Request, reply: Reply) -> None:
     """The token ids of a prompt, or of the prompt that messages lead to. Cancellation waits for a thread."""
-    form = decode(http.body, _FORM)
-    has_messages = form.messages != _NULL
-    if has_messages and form.prompt != _NULL:
-        raise InvalidRequest("A request to tokenize has either a prompt or messages.", param="prompt")
-    if not has_messages:
-        request = decode(http.body, _PROMPT)
-        check_model(server, request.model)
-        await _answer(
-            server, http, reply, lambda: _tokenization(server, form, tokenized(request.prompt, server, "prompt"))
-        )
-    else:
-        chat = _chat(server, http)
-        await _answer(server, http, reply, lambda: _tokenization(server, form, render_prompt(chat, server)[1]), chat)
+    request, token_strs = _to_tokenize(server, http.take_body())
+
+    def tokenization() -> Tokenization:
+        if isinstance(request, ChatRequest):
+            return _tokenization(server, render_prompt(request, server)[1], "messages", token_strs)
+        return _tokenization(server, tokenized(request.prompt, server, "prompt"), "prompt", token_strs)
+
+    await _answer(server, http, reply, tokenization, request)
 
 
 async def detokenize(server: Server, http: Request, reply: Reply) -> None:
     """The text of token ids, control tokens included. Cancellation waits for a thread."""
-    request = decode(http.body, _DETOKENIZE)
+    request = decode(http.take_body(), _DETOKENIZE)
     check_model(server, request.model)
     check_length(len(request.tokens), "tokens")
     check_token_ids(request.tokens, server, "tokens")
@@ -76,7 +71,7 @@ async def detokenize(server: Server, http: Request, reply: Reply) -> None:
     def detokenization() -> Detokenization:
         return Detokenization(detokenized(server.tokenizer, request.tokens, skip_special_tokens=False))
 
-    await _answer(server, http, reply, detokenization)
+    await _answer(server, http, reply, detokenization, request)
 
 
 async def tokenizer_info(server: Server, http: Request, reply: Reply) -> None:
@@ -95,7 +90,7 @@ async def tokenizer_info(server: Server, http: Request, reply: Reply) -> None:
 
 async def render_chat(server: Server, http: Request, reply: Reply) -> None:
     """The prompt that a chat request leads to, as text and as token ids. Cancellation waits for a thread."""
-    chat = _chat(server, http)
+    chat = _chat(server, http.take_body())
 
     def rendered_chat() -> RenderedChat:
         text, token_ids = render_prompt(chat, server)
@@ -107,17 +102,30 @@ async def render_chat(server: Server, http: Request, reply: Reply) -> None:
     await _answer(server, http, reply, rendered_chat, chat)
 
 
-def _chat(server: Server, http: Request) -> ChatRequest:
-    request = read_request(http.body, ChatRequest)
+def _to_tokenize(server: Server, body: bytes) -> tuple[TokenizePrompt | ChatRequest, bool]:
+    """The checked request of either form, and whether it wants the tokens' texts."""
+    form = decode(body, _FORM)
+    token_strs = bool(form.return_token_strs)
+    if form.messages != _NULL:
+        if form.prompt != _NULL:
+            raise InvalidRequest("A request to tokenize has either a prompt or messages.", param="prompt")
+        return _chat(server, body), token_strs
+    request = decode(body, _PROMPT)
+    check_model(server, request.model)
+    return request, token_strs
+
+
+def _chat(server: Server, body: bytes) -> ChatRequest:
+    request = read_request(body, ChatRequest)
     check_request(request, server)
     check_chat(request, server)
     return request
 
 
-def _tokenization(server: Server, form: _Form, token_ids: list[int]) -> Tokenization:
-    check_length(len(token_ids), "prompt" if form.messages == _NULL else "messages")
+def _tokenization(server: Server, token_ids: list[int], param: str, token_strs: bool) -> Tokenization:
+    check_length(len(token_ids), param)
     result = Tokenization(count=len(token_ids), max_model_len=server.max_model_len, tokens=token_ids)
-    if form.return_token_strs:
+    if token_strs:
         result.token_strs = [token_text(server.tokenizer, token_id)[0] for token_id in token_ids]
     return result
 
@@ -127,7 +135,7 @@ async def _answer(
     http: Request,
     reply: Reply,
     work: Callable[[], Tokenization | Detokenization | RenderedChat],
-    chat: ChatRequest | None = None,
+    request: TokenizePrompt | DetokenizeRequest | ChatRequest,
 ) -> None:
     """Send what `work` comes to, which is worked out and encoded in a thread where that may take long."""
 
@@ -137,7 +145,7 @@ async def _answer(
             http.prompt_tokens = result.count
         return msgspec.json.encode(result)
 
-    slow = chat is not None and chat.chat_template is not None  # whoever wrote it may have written a slow one
-    await reply.text(
-        await off_loop_if_long(server.tokenizing, len(http.body), encoded, always=slow), "application/json"
-    )
+    # Whoever wrote a template may have written a slow one.
+    slow = isinstance(request, ChatRequest) and request.chat_template is not None
+    body = await off_loop_if_long(server.tokenizing, http.body_size, encoded, always=slow)
+    await reply.text(body, "application/json")

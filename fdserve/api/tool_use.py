@@ -8,7 +8,7 @@ from fdserve.api.params import unsupported
 from fdserve.errors import InvalidRequest
 from fdserve.protocol.chat import ChatRequest
 from fdserve.protocol.tools import AllowedTools, FunctionDefinition, FunctionName, NamedTool, Tool, ToolChoice
-from fdserve.server import Server
+from fdserve.server.server import Server
 
 
 class ToolUse(NamedTuple):

@@ -37,11 +37,11 @@ _ELSEWHERE = {
 }
 
 
-def hints(paths: Collection[str]) -> Callable[[str], str | None]:
-    """A function from an unknown path to a sentence that helps, or None. `paths` are those that the server has."""
+def hints(paths: Collection[str]) -> Callable[[str], str]:
+    """A function from an unknown path to a sentence that helps. `paths` are those that the server has."""
     known = {_bare(path): path for path in sorted(paths) if "{" not in path}
 
-    def hint(path: str) -> str | None:
+    def hint(path: str) -> str:
         bare = _bare(path)
         if bare in known and known[bare] != path:
             return f"Did you mean {known[bare]}?"
@@ -50,7 +50,7 @@ def hints(paths: Collection[str]) -> Callable[[str], str | None]:
             return f"{what} not served here: this server generates text, at /v1/chat/completions."
         # A prefix too many, as behind a gateway or with a base URL that is a whole path; or a slip of the pen.
         ends = [end for end in known if bare.endswith(end)] or get_close_matches(bare, known, n=1, cutoff=0.85)
-        return f"Did you mean {known[max(ends, key=len)]}?" if ends else None
+        return f"Did you mean {known[max(ends, key=len)]}?" if ends else "GET /openapi.json lists all that there are."
 
     return hint
 

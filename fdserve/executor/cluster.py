@@ -55,8 +55,12 @@ def read_cluster(environ: Mapping[str, str]) -> Cluster | None:
         host, port = environ["PADDLE_TRAINER_ENDPOINTS"].split(",")[0].rsplit(":", 1)
         local_size = int(environ.get("PADDLE_LOCAL_SIZE") or 1)
         return Cluster(int(environ["PADDLE_TRAINER_ID"]), world_size, local_size, host, int(port))
-    except (KeyError, ValueError) as error:
-        raise StartupError(f"the PADDLE_TRAINER… variables of a launch cannot be read: {error}") from None
+    except KeyError as error:
+        raise StartupError(
+            f"PADDLE_TRAINERS_NUM says that a launcher started this, but {error.args[0]} is not set."
+        ) from None
+    except ValueError as error:
+        raise StartupError(f"the PADDLE_TRAINER… variables of a launch cannot be read: {error}.") from None
 
 
 def check_secret(secret: str) -> None:

@@ -1,6 +1,8 @@
-"""How many values a JSON body holds, told from its text: each becomes an object, and meanwhile all others wait."""
+"""How many values JSON holds, told from its text: each becomes an object, and meanwhile all others wait."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 from fdserve.errors import PayloadTooLarge
 
@@ -13,27 +15,39 @@ MAX_NUMBERS = 1 << 20
 _DULL = bytes(set(range(256)) - set(b'[{",'))
 
 
-def check_values(body: bytes) -> None:
-    """Raise PayloadTooLarge for a body of more values than that. What is no JSON may pass, or not."""
-    if len(body) <= MAX_VALUES:
+def check_values(*texts: bytes) -> None:
+    """Raise PayloadTooLarge where the texts have more values than that together. What is no JSON may pass, or not."""
+    if sum(map(len, texts)) <= MAX_VALUES or _excess(map(_most, texts)) is None:
         return
-    marks = body.translate(None, _DULL)
-    if _excess([marks], marks.count(b'"') // 2) is None:
-        return
-    # Perhaps only its texts have so many brackets, quotes and commas.
-    if b"\\" in body:
-        body = body.replace(b"\\\\", b"").replace(b'\\"', b"")
-    marks = body.translate(None, _DULL)
-    strings = marks.count(b'"') // 2
-    outside = marks.split(b'"')[::2] if strings <= MAX_VALUES else []
-    if (excess := _excess(outside, strings)) is not None:
+    # Perhaps only its strings have so many brackets, quotes and commas.
+    if (excess := _excess(map(_exactly, texts))) is not None:
         raise PayloadTooLarge(f"The request body has more than {excess}.")
 
 
-def _excess(outside: list[bytes], strings: int) -> str | None:
-    """Of what there is too much, given the text outside of the strings."""
-    if strings + sum(text.count(b"[") + text.count(b"{") for text in outside) > MAX_VALUES:
+def _excess(counts: Iterable[tuple[int, int]]) -> str | None:
+    """Of what there is too much, given the counts of the texts."""
+    objects = commas = 0
+    for more_objects, more_commas in counts:
+        objects += more_objects
+        commas += more_commas
+    if objects > MAX_VALUES:
         return f"{MAX_VALUES} strings, lists and objects"
-    if sum(text.count(b",") for text in outside) >= MAX_NUMBERS:
-        return f"{MAX_NUMBERS} values"
-    return None
+    return f"{MAX_NUMBERS} values" if commas >= MAX_NUMBERS else None
+
+
+def _most(text: bytes) -> tuple[int, int]:
+    """How many strings, lists and objects a text may have at most, and how many commas."""
+    marks = text.translate(None, _DULL)
+    return marks.count(b'"') // 2 + marks.count(b"[") + marks.count(b"{"), marks.count(b",")
+
+
+def _exactly(text: bytes) -> tuple[int, int]:
+    """How many of them it has, outside of its strings."""
+    if b"\\" in text:
+        text = text.replace(b"\\\\", b"").replace(b'\\"', b"")
+    marks = text.translate(None, _DULL)
+    strings = marks.count(b'"') // 2
+    if strings > MAX_VALUES:
+        return strings, 0
+    outside = b"".join(marks.split(b'"')[::2])
+    return strings + outside.count(b"[") + outside.count(b"{"), outside.count(b",")

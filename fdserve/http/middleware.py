@@ -24,6 +24,7 @@ from fdserve.http.router import Route, Router
 access_log = logging.getLogger("fdserve.access")
 log = logging.getLogger("fdserve.http")
 
+_KEY_REQUIRED = "An API key is required: send it as the header 'Authorization: Bearer <key>'."
 _INVISIBLE = re.compile(r"[^!-~]")
 LONG_BODY_BYTES = 65_536
 """About a millisecond's work to decode."""
@@ -86,7 +87,7 @@ class Dispatcher:
                     # Some routes need no key, and no place: strangers could fill the memory with bodies nobody reads.
                     with self._reading_of(request):
                         await request.read(self._max_request_bytes, keep=route.body is not None)
-                    if len(request.body) > LONG_BODY_BYTES:
+                    if request.body_size > LONG_BODY_BYTES:
                         # Those that came together are decoded one by one, so that others get on in between.
                         async with self._turnstile:
                             check_values(request.body)
@@ -116,7 +117,7 @@ class Dispatcher:
         # Every key is compared, in constant time each: the time tells nothing about any of them.
         matches = [hmac.compare_digest(given, expected) for expected in self._api_keys]
         if not any(matches):
-            raise Unauthorized("Incorrect API key provided." if given else "An API key is required: Bearer <key>.")
+            raise Unauthorized("Incorrect API key provided." if given else _KEY_REQUIRED)
 
     @contextmanager
     def _counted(self, route: Route) -> Iterator[None]:

@@ -27,7 +27,7 @@ DISCARD_SECONDS = 5.0
 STOP_DISCARD_SECONDS = 1.0
 """The same where the server stops: the answer must be out before the connections are cut."""
 
-_LONE_SURROGATE = re.compile(rb"(?<!\\)(?:\\\\)*\\u[dD][89abAB]..(?!\\u[dD][c-fC-F])")
+_LONE_SURROGATE = re.compile(rb"\\u[dD][89abAB]..(?!\\u[dD][c-fC-F])")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
@@ -39,8 +39,8 @@ class Request:
     """One HTTP request.
 
     `id` is the client's X-Request-Id where that is fit to be echoed and logged, else a new one. `started` is
-    `time.monotonic()` at arrival. `path_parameters` are those of the route. The token counts are for the access log;
-    whoever knows them sets them.
+    `time.monotonic()` at arrival. `path_parameters` are those of the route. `body` is what was read, until it is taken,
+    and `body_size` its length. The token counts are for the access log; whoever knows them sets them.
     """
 
     def __init__(self, scope: Scope, receive: Receive) -> None:
@@ -54,6 +54,7 @@ class Request:
         given = self.headers.get("x-request-id", "")
         self.id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         self.body = b""
+        self.body_size = 0
         self.body_complete = False
         self.disconnected = False
         self.prompt_tokens: int | None = None
@@ -103,6 +104,12 @@ class Request:
             if keep:
                 chunks.append(chunk)
         self.body = b"".join(chunks)
+        self.body_size = len(self.body)
+
+    def take_body(self) -> bytes:
+        """The body, which the request then has no more: nobody needs its memory while the answer is made."""
+        body, self.body = self.body, b""
+        return body
 
     async def discard(self) -> None:
         """Read and drop the rest of the body, within bounds of time and size.
@@ -175,9 +182,10 @@ def _flaw(body: bytes, error: Exception) -> str:
         body.decode("utf-8")
     except UnicodeDecodeError as flaw:
         return f"it is not UTF-8: {flaw.reason} (byte {flaw.start})"
-    if isinstance(error, msgspec.DecodeError) and (half := _LONE_SURROGATE.search(body)):
+    # Backslashes that stand for themselves begin no escape.
+    if isinstance(error, msgspec.DecodeError) and (half := _LONE_SURROGATE.search(body.replace(rb"\\", b"--"))):
         return f"a surrogate stands alone (byte {half.start()})"
-    return str(error)
+    return str(error).removeprefix("JSON is malformed: ")
 
 
 def _too_large(limit: int) -> PayloadTooLarge:

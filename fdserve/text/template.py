@@ -101,7 +101,8 @@ def _read_override(override: str) -> str:
     try:
         return Path(override).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        raise StartupError(f"cannot read the chat template {override!r}: {error}") from None
+        problem = error.strerror if isinstance(error, OSError) else error
+        raise StartupError(f"the chat template {override!r} cannot be read: {problem}.") from None
 
 
 def _raise_exception(message: str) -> None:

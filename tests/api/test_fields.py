@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import threading
+import tracemalloc
 from typing import Any
 
 import anyio
+import msgspec
 import pytest
 
 from fdserve.api import generation as generation_module
 from fdserve.api import params as params_module
 from fdserve.api.choice import Choice
+from fdserve.api.fields import read_request
 from fdserve.api.token_rules import token_rules
 from fdserve.config import Config
+from fdserve.errors import InvalidRequest
+from fdserve.protocol.chat import ChatRequest
 from fdserve.text.stop import StopTable
 from tests.api.asked import asked, params_of
 from tests.http.client import serving
@@ -230,3 +235,22 @@ async def test_cancelling_by_id(by: str) -> None:
         assert streamed.events[-1]["error"]["code"] == "request_cancelled"
         assert not client.engine.active
         assert (await client.post(f"/v1/requests/{id}/cancel", {})).status == 404
+
+
+def test_fields_that_nobody_knows_become_no_objects() -> None:
+    """A body may have hundreds of thousands of them."""
+    unknown = {f"unknown{number}": 1 for number in range(100_000)}
+    body = msgspec.json.encode({"extra_body": {"messages": [], "top_k": 3, **unknown}, **unknown})
+    tracemalloc.start()
+    try:
+        assert read_request(body, ChatRequest).top_k == 3
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 3 * len(body)
+
+
+def test_an_extra_body_that_is_none_is_an_error_whatever_else_there_is() -> None:
+    body = msgspec.json.encode({"messages": [], "extra_body": "x", "chat_template_kwargs": {"top_k": 3}})
+    with pytest.raises(InvalidRequest, match="'extra_body': expected `object"):
+        read_request(body, ChatRequest)

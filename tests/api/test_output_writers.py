@@ -15,6 +15,7 @@ from pydantic import TypeAdapter
 from fdserve.api.choice import Piece, join
 from fdserve.api.messages_output import BlockWriter
 from fdserve.api.responses_output import OutputWriter
+from fdserve.protocol.chat import TokenLogprob
 from fdserve.text.tools import ToolCallDelta
 
 RESPONSE_EVENT: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
@@ -58,6 +59,33 @@ def _cut(draw: st.DrawFn, text: str) -> list[str]:
 
 def builtins(value: Any) -> Any:
     return msgspec.json.decode(msgspec.json.encode(value))
+
+
+def test_logprobs_become_json_once() -> None:
+    """The last events tell all of them four times."""
+    source: Any = Logprobs()
+    writer = OutputWriter(summarize=False, logprobs=source)
+    for text in ("a", "b", "c"):
+        writer.push(Piece(parts=[text]))
+    events = writer.finish(complete=True)
+    source.entry.logprob = 0.0  # too late
+    told = [{"token": "x", "logprob": -1.0, "bytes": [120], "top_logprobs": []}] * 2
+    assert [events[0].logprobs, events[1].part.logprobs, events[2].item.content[0].logprobs] == [
+        msgspec.Raw(msgspec.json.encode(told))
+    ] * 3
+
+
+class Logprobs:
+    """The face of `TextLogprobs`: texts of a token each, of which "b" has none."""
+
+    def __init__(self) -> None:
+        self.entry = TokenLogprob("x", -1.0, [120], [])
+
+    def push(self, entries: object) -> None:
+        """They are known."""
+
+    def take(self, text: str) -> list[TokenLogprob]:
+        return [] if text == "b" else [self.entry]
 
 
 @settings(max_examples=60, deadline=None)

@@ -259,7 +259,10 @@ async def test_logprobs_are_off_unless_enabled() -> None:
             (await client.chat(prompt_logprobs=0), "prompt_logprobs"),
         ):
             assert (response.status, response.error["param"]) == (400, param)
-            assert response.error["message"] == "Logprobs is disabled, please enable it in startup config."
+            assert (
+                response.error["message"]
+                == "Logprobs is disabled, please enable it in startup config: --enable-logprob (enable_logprob)."
+            )
 
 
 @pytest.mark.anyio

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fdserve.api.response_store import ResponseStore, StoredResponse
+from fdserve.server.response_store import ResponseStore, StoredResponse
 from tests.api.responses import ADD, CALLS, THINKS, config, events, respond, whole
 from tests.http.client import serving
 from tests.http.fake_engine import ByteTokenizer, FakeEngine, say

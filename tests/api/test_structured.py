@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from fdserve.engine.request import Constraint
 from fdserve.errors import InvalidRequest
 from fdserve.protocol.completion import CompletionRequest
 from fdserve.protocol.structured import JsonSchemaFormat, ResponseFormat, StructuredOutputs
+from fdserve.text.grammar_rules import MAX_SOURCE
 from fdserve.text.grammar_spec import Choice, JsonSchema, Lark, Regex, Spec, StructuralTag
 from tests.http.client import serving
 from tests.http.fake_engine import EOS, FakeEngine, ids, say
@@ -69,12 +71,21 @@ def test_forms(fields: dict[str, Any], form: Spec | None) -> None:
         ({"guided_json": "{"}, "guided_json"),
         ({"guided_json": "[1]"}, "guided_json"),
         ({"structural_tag": "{"}, "structural_tag"),
+        ({"guided_json": '{"a": ' + "[" * MAX_SOURCE}, "guided_json"),
     ],
 )
 def test_what_is_no_form(fields: dict[str, Any], param: str) -> None:
     with pytest.raises(InvalidRequest) as error:
         output_form(CompletionRequest(**fields))
     assert error.value.param == param
+
+
+def test_json_in_a_string_is_bounded_before_it_becomes_objects() -> None:
+    text = '{"enum": [' + "[]," * 5_000_000 + "[]]}"
+    began = time.process_time()
+    with pytest.raises(InvalidRequest, match="guided_json is longer than 524288 characters"):
+        output_form(CompletionRequest(guided_json=text))
+    assert time.process_time() - began < 0.1
 
 
 def allows(constraint: Constraint | None, text: str) -> bool:

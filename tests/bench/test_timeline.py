@@ -89,6 +89,8 @@ def test_the_files_may_come_in_any_order(files: Files, tmp_path: Path, capsys: p
     assert "<svg" in out.read_text()
     assert main(["timeline", str(files.steps), str(files.steps), "--out", str(out)]) == 1
     assert "one step log" in capsys.readouterr().err
+    assert main(["curves", str(files.steps), "--out", str(out)]) == 1
+    assert f"{files.steps} holds no result" in capsys.readouterr().err
     files.steps.write_text("neither\n")
     assert main(["timeline", str(files.steps), "--out", str(out)]) == 1
     assert "neither a result nor a step log" in capsys.readouterr().err

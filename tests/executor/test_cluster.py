@@ -39,6 +39,11 @@ def test_variables_that_cannot_be_read(changes: dict[str, str]) -> None:
         read_cluster(LAUNCHED | changes)
 
 
+def test_variables_that_are_missing() -> None:
+    with pytest.raises(StartupError, match="PADDLE_TRAINER_ENDPOINTS is not set"):
+        read_cluster({"PADDLE_TRAINERS_NUM": "2", "PADDLE_TRAINER_ID": "0"})
+
+
 def test_a_short_secret_is_refused() -> None:
     check_secret(SECRET)
     with pytest.raises(StartupError, match="FDSERVE_CLUSTER_SECRET"):

@@ -9,7 +9,6 @@ from typing import Any, cast
 
 import anyio
 
-from fdserve.api.metrics import Metrics
 from fdserve.config import Config
 from fdserve.engine.engine import Engine
 from fdserve.engine.output import Generation
@@ -17,7 +16,8 @@ from fdserve.engine.request import Request, TokenDelta, TokenLogprobs
 from fdserve.engine.stats import EngineStats
 from fdserve.errors import InternalError, Overloaded, StartupError, Unavailable
 from fdserve.models.config import GenerationDefaults, ModelConfig
-from fdserve.server import Server, accepted_names
+from fdserve.server.metrics import Metrics
+from fdserve.server.server import Server, accepted_names
 from fdserve.text.reasoning import resolve_reasoning
 from fdserve.text.template import ChatTemplate
 from fdserve.text.tools import resolve_tools

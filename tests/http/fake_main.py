@@ -16,7 +16,7 @@ from fdserve.app import create_app
 from fdserve.config import Config
 from fdserve.engine.request import Request, TokenDelta
 from fdserve.errors import StartupError
-from fdserve.server import Server
+from fdserve.server.server import Server
 from tests.http.fake_engine import FakeEngine, broken, endless, make_server, say, silent
 
 

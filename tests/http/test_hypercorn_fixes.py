@@ -61,6 +61,14 @@ def test_a_connection_closed_during_an_answer_is_let_go(server: ServerProcess) -
     assert until(lambda: server.running() == 0, 5) < 2
 
 
+def test_a_client_that_closes_its_side_behind_its_request_counts_as_gone(server: ServerProcess) -> None:
+    with server.open("silent") as sock:
+        until(lambda: server.running() == 1, 5)
+        sock.shutdown(socket.SHUT_WR)
+        assert until(lambda: server.running() == 0, 5) < 2
+        assert sock.recv(1) == b""
+
+
 def test_a_client_that_leaves_behind_more_than_its_request_ends_it(server: ServerProcess) -> None:
     for more in (b"\r\n", b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"):
         sock = server.open("endless")

@@ -41,7 +41,7 @@ class Body(msgspec.Struct):
         (b'{"items": [{"name": "\\ud83d\\ude00\\ud83d!"}]}', None, "invalid_json", "stands alone (byte 33)."),
         (b'{"items": [{"name": "\\udc00"}]}', None, "invalid_json", "invalid utf-16 surrogate pair (byte 27)."),
         (b'{"items": [{"name": "\\\\ud800"}]', None, "invalid_json", "not valid JSON: Input data was truncated."),
-        (b'{"items": []} {}', None, "invalid_json", "trailing characters (byte 15)."),
+        (b'{"items": []} {}', None, "invalid_json", "not valid JSON: trailing characters (byte 15)."),
         (b'{"items": [], "deep": ' + b'{"a":' * 5000 + b"1" + b"}" * 5001, None, "invalid_json", "nested too deeply"),
         (b'{"items": [], "unknown": ' + b"[" * 100_000, None, "invalid_json", "nested too deeply"),
     ],
@@ -52,6 +52,18 @@ def test_bad_bodies(body: bytes, param: str | None, code: str, message: str) -> 
     assert (error.value.param, error.value.code) == (param, code)
     assert message in error.value.message
     assert "$" not in error.value.message
+
+
+def test_what_is_wrong_with_a_long_body_takes_no_more_memory_than_it_has() -> None:
+    body = b'{"items": [{"name": "' + rb"\\" * 2_000_000 + rb"\ud800" + b'"}]}'
+    tracemalloc.start()
+    try:
+        with pytest.raises(InvalidRequest, match=r"a surrogate stands alone \(byte 4000021\)"):
+            decode(body, msgspec.json.Decoder(Body))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 3 * len(body)
 
 
 class Picky(msgspec.Struct):

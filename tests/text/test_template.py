@@ -229,7 +229,7 @@ class TestLoadTemplate:
         assert load_template(ListTokenizer([b"<think>"])).source == FAMILY_TEMPLATES["plain"]
 
     def test_errors(self, ernie: Tokenizer, tmp_path: Path) -> None:
-        with pytest.raises(StartupError, match="cannot read the chat template"):
+        with pytest.raises(StartupError, match=r"absent.jinja' cannot be read: No such file or directory\.$"):
             load_template(ernie, str(tmp_path / "absent.jinja"))
         with pytest.raises(StartupError, match="does not compile"):
             load_template(ernie, "{% if %}")

@@ -9,10 +9,10 @@ import pytest
 from fdserve.config import Config
 from fdserve.errors import StartupError, Unavailable
 from fdserve.hub import DEMO
-from fdserve.server import DEMO_NAME, build
+from fdserve.server.server import DEMO_NAME, build
 from fdserve.text.tools import ToolFormat
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.anyio
@@ -55,6 +55,6 @@ async def test_what_stops_the_start(tmp_path: Path) -> None:
 def test_no_paddle_in_the_api_process() -> None:
     code = (
         "import anyio, sys; from fdserve.app import app; from fdserve.config import Config\n"
-        "from fdserve.server import build; anyio.run(build, Config()); sys.exit('paddle' in sys.modules)"
+        "from fdserve.server.server import build; anyio.run(build, Config()); sys.exit('paddle' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60, check=True)

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from fdserve.api.running_requests import RunningRequests
+from fdserve.server.running_requests import RunningRequests
 
 
 def test_running_requests_are_cancelled_by_any_of_their_ids() -> None:

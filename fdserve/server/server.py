@@ -11,9 +11,6 @@ from pathlib import Path
 import anyio
 from anyio import to_thread
 
-from fdserve.api.metrics import Metrics
-from fdserve.api.response_store import ResponseStore
-from fdserve.api.running_requests import RunningRequests
 from fdserve.config import Config
 from fdserve.engine.create import create_engine
 from fdserve.engine.engine import Engine
@@ -21,6 +18,9 @@ from fdserve.errors import Unavailable
 from fdserve.hub import resolve_model
 from fdserve.models.checkpoint import check_checkpoint
 from fdserve.models.config import GenerationDefaults, ModelConfig, read_generation_config
+from fdserve.server.metrics import Metrics
+from fdserve.server.response_store import ResponseStore
+from fdserve.server.running_requests import RunningRequests
 from fdserve.text.grammar import GrammarCompiler
 from fdserve.text.reasoning import ReasoningFormat, resolve_reasoning
 from fdserve.text.template import ChatTemplate, load_template

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from fdserve.api.response_store import ResponseStore, StoredResponse
+from fdserve.server.response_store import ResponseStore, StoredResponse
 
 
 def stored(size: int) -> StoredResponse:
