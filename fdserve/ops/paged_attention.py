@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-import mmap
-from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
 from fdserve.ops import gpu
 from fdserve.ops.library import on_gpu, run
+from fdserve.ops.memory import mapped
 
 if TYPE_CHECKING:
     from paddle import Tensor
@@ -52,21 +50,11 @@ def new_kv_cache(
     # A view of int16 as bfloat16, because NumPy has no such dtype.
     storage = np.dtype({"bfloat16": "int16", "float32": "float32", "int8": "uint8"}[dtype])
     view = "uint8" if dtype == "int8" else dtype
-    keys, values = (paddle.from_dlpack(_fresh(shape, storage)).view(view) for _ in range(2))
+    size = math.prod(shape) * storage.itemsize
+    keys, values = (
+        paddle.from_dlpack(np.frombuffer(mapped(size), storage).reshape(shape)).view(view) for _ in range(2)
+    )
     return keys, values
-
-
-def _fresh(shape: list[int], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
-    """Zeros of the system, which paddle.zeros would take seconds to write; in huge pages where it has any, because
-    every group of keys that a decode reads lies in another small one."""
-    size = math.prod(shape) * dtype.itemsize
-    try:
-        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    except (OSError, OverflowError) as error:
-        raise MemoryError(f"the system has no {size} bytes for keys or values of a layer") from error
-    with suppress(OSError, AttributeError):  # a kernel, or a Python, without them
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return np.frombuffer(memory, dtype).reshape(shape)
 
 
 def kv_bytes_per_token(num_kv_heads: int, head_dim: int, dtype: str) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ import numpy.typing as npt
 
 from fdserve.ops import gpu
 from fdserve.ops.library import library, on_gpu
+from fdserve.ops.memory import Arena
 
 if TYPE_CHECKING:
     from paddle import Tensor
@@ -25,6 +27,7 @@ activations as they are, or as integers of 15 or 8 bits where bfloat16 is comput
 "w8a8" keeps bytes with a scale for every output and rounds each row of activations to bytes.
 """
 _SOURCES = {"uint16": 0, "float32": 1}
+_arena = Arena()
 
 
 @dataclass(frozen=True)
@@ -147,11 +150,16 @@ def _empty_panels(count: int, out_features: int, in_features: int, format: str) 
 
     panels = -(-out_features // PANEL)
     if format == "bfloat16":
-        return paddle.empty([count, panels, -(-in_features // 2), PANEL, 2], format)
-    if format == "float32":
-        return paddle.empty([count, panels, in_features, PANEL], format)
-    panel_bytes = library().c.fdserve_panel_bytes(FORMATS.index(format), ctypes.c_int64(in_features))
-    return paddle.empty([count, panels, panel_bytes], "uint8")
+        shape, dtype = [count, panels, -(-in_features // 2), PANEL, 2], format
+    elif format == "float32":
+        shape, dtype = [count, panels, in_features, PANEL], format
+    else:
+        panel_bytes = library().c.fdserve_panel_bytes(FORMATS.index(format), ctypes.c_int64(in_features))
+        shape, dtype = [count, panels, panel_bytes], "uint8"
+    # A view of int16 as bfloat16, because NumPy has no such dtype.
+    storage: np.dtype[Any] = np.dtype("int16" if dtype == "bfloat16" else dtype)
+    memory = _arena.take(math.prod(shape) * storage.itemsize)
+    return paddle.from_dlpack(np.frombuffer(memory, storage).reshape(shape)).view(dtype)
 
 
 def _pack_into(data: Tensor, index: int, weight: npt.NDArray[Any], format: str, in_out: bool) -> None:

@@ -140,7 +140,6 @@ void ask_huge_pages(void* memory, int64_t bytes) {
 }
 
 void pack(void* panels, const void* weight, int64_t n, int64_t k, Dtype source, Format format, bool in_out) {
-  ask_huge_pages(panels, panel_bytes(format, k) * ((n + PANEL - 1) / PANEL));
   if (source == Dtype::kBfloat16) pack_from(panels, static_cast<const bf16*>(weight), n, k, format, in_out);
   else pack_from(panels, static_cast<const float*>(weight), n, k, format, in_out);
 }
