@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -30,13 +31,13 @@ class AttentionCalls:
     """Calls with `batch` sequences of `news` tokens after `context`; each reads another part of a cache that was
     written, so that keys and values come from memory."""
 
-    def __init__(self, batch: int, news: int, context: int, dtype: str) -> None:
-        self.kv_bytes = batch * (context + news) * ops.kv_bytes_per_token(KV_HEADS, HEAD_DIM, dtype)
+    def __init__(self, batch: int, news: int, context: int, dtype: str, kv_dtype: str) -> None:
+        self.kv_bytes = batch * (context + news) * ops.kv_bytes_per_token(KV_HEADS, HEAD_DIM, kv_dtype)
         blocks = -(-(context + news) // BLOCK_SIZE)
         self.copies = min(MOST_COPIES, max(1, CACHE_BYTES // self.kv_bytes))
-        self._caches = ops.new_kv_cache(self.copies * batch * blocks, KV_HEADS, BLOCK_SIZE, HEAD_DIM, dtype)
+        self._caches = ops.new_kv_cache(self.copies * batch * blocks, KV_HEADS, BLOCK_SIZE, HEAD_DIM, kv_dtype)
         for cache in self._caches:
-            cache.fill_(0.5)
+            cache.fill_(0.5 if kv_dtype == dtype else 0)
         ids = np.arange(self.copies * batch * blocks, dtype=np.int32).reshape(self.copies, batch, blocks)
         self._tables = [paddle.to_tensor(table) for table in ids]
         positions = np.tile(np.arange(context, context + news), batch)
@@ -61,22 +62,23 @@ def attention_cases(
     decodes: Sequence[tuple[int, int]] = tuple(DECODES),
     prefills: Sequence[tuple[int, int]] = tuple(PREFILLS),
 ) -> Iterator[Case]:
-    """Decodes by the bytes of keys and values a second, prefills by operations a second."""
+    """Decodes by the bytes of keys and values a second, prefills by operations a second; with a cache of bytes, too."""
     for dtype in dtypes:
-        for batch, context in decodes:
-            calls = AttentionCalls(batch, 1, context, dtype)
+        kinds = ((f"attention {dtype}", dtype), ("  cache of int8", "int8"))
+        for (batch, context), (kernel, kv_dtype) in product(decodes, kinds):
+            calls = AttentionCalls(batch, 1, context, dtype, kv_dtype)
             took = _seconds(calls.run, floors) / calls.copies
             moved = calls.kv_bytes / took
             case = f"decode of {batch} after {context}"
-            yield Case(f"attention {dtype}", case, took, moved / 1e9, "GB/s", of_memory=moved / floors.bandwidth)
-        for news, context in prefills:
-            calls = AttentionCalls(1, news, context, dtype)
+            yield Case(kernel, case, took, moved / 1e9, "GB/s", of_memory=moved / floors.bandwidth)
+        for (news, context), (kernel, kv_dtype) in product(prefills, kinds):
+            calls = AttentionCalls(1, news, context, dtype, kv_dtype)
             took = _seconds(calls.run, floors) / calls.copies
             flops = 4 * HEADS * HEAD_DIM * (news * context + news * (news + 1) / 2) / took
             peak = floors.peak if dtype == ops.compute_dtype() else None
             case = f"prefill of {news} after {context}"
             ratio = flops / peak if peak else None
-            yield Case(f"attention {dtype}", case, took, flops / 1e9, "GFLOP/s", of_onednn=ratio)
+            yield Case(kernel, case, took, flops / 1e9, "GFLOP/s", of_onednn=ratio)
 
 
 def _seconds(call: Callable[[], Any], floors: Floors) -> float:

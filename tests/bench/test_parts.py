@@ -61,9 +61,11 @@ def test_linear_cases(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_attention_cases(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernel_attention, "CACHE_BYTES", 1 << 20)
     dtype = ops.compute_dtype()
-    decode, prefill = kernel_attention.attention_cases(FLOORS, dtypes=[dtype], decodes=[(2, 128)], prefills=[(16, 64)])
-    moved = 2 * 129 * ops.kv_bytes_per_token(2, 128, dtype)
-    assert decode.of_memory == pytest.approx(moved / decode.seconds / 1e10)
+    cases = kernel_attention.attention_cases(FLOORS, dtypes=[dtype], decodes=[(2, 128)], prefills=[(16, 64)])
+    decode, of_bytes, prefill, _ = cases
+    for case, kv_dtype in ((decode, dtype), (of_bytes, "int8")):
+        moved = 2 * 129 * ops.kv_bytes_per_token(2, 128, kv_dtype)
+        assert case.of_memory == pytest.approx(moved / case.seconds / 1e10)
     assert prefill.of_onednn == pytest.approx(4 * 16 * 128 * (16 * 64 + 16 * 17 / 2) / prefill.seconds / 1e12)
 
 
