@@ -33,7 +33,6 @@ from fdserve.text.stop import StopTable
 
 async def chat_completions(server: Server, http: Request, reply: Reply) -> None:
     """Generate the answer to a conversation. Cancelling it cancels the generation."""
-    server.check_ready()
     request = read_request(http.take_body(), ChatRequest)
     choices = await prepare_chat(request, server, http)
     id = response_id("chatcmpl-", request)

@@ -33,7 +33,6 @@ DEFAULT_MAX_TOKENS = 16
 
 async def completions(server: Server, http: Request, reply: Reply) -> None:
     """Continue one or several prompts. Cancelling it cancels the generation."""
-    server.check_ready()
     request = read_request(http.take_body(), CompletionRequest)
     check_request(request, server)
     check_logprobs(request.logprobs is not None, server)

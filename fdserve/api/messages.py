@@ -30,7 +30,6 @@ from fdserve.server.server import Server
 
 async def create_message(server: Server, http: Request, reply: Reply) -> None:
     """Generate the answer to a conversation. Cancelling it cancels the generation."""
-    server.check_ready()
     request = read_request(http.take_body(), MessagesRequest)
     choices = await prepare_chat(chat_request(request), server, http, form_field="output_config.format")
     id = response_id("msg_", request)

@@ -50,7 +50,6 @@ _ITEMS = msgspec.json.Decoder(list[InputItem])
 
 async def create_response(server: Server, http: Request, reply: Reply) -> None:
     """Generate a response. Cancelling it cancels the generation, and then nothing is stored."""
-    server.check_ready()
     request = read_request(http.take_body(), ResponsesRequest)
     history = _history(server, request.previous_response_id)
     own = _resolved(server, input_items(request))

@@ -83,6 +83,7 @@ class Dispatcher:
                     raise InvalidRequest("A body has a content-length or a transfer-encoding.", code="invalid_http")
                 if route.body is not None:
                     check_media_type(request.headers)
+                route.admit()
                 with self._counted(route):
                     # Some routes need no key, and no place: strangers could fill the memory with bodies nobody reads.
                     with self._reading_of(request):

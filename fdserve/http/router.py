@@ -20,12 +20,17 @@ MAX_KNOWN = 200
 _PARAMETER = re.compile(r"\{(\w+)(:path)?\}")
 
 
+def _admit_all() -> None:
+    pass
+
+
 @dataclass(frozen=True)
 class Route:
     """A handler, how requests reach it, and what goes in and out, for the description of the API.
 
     In a `path`, `{name}` stands for one segment and `{name:path}` for all that follows; `Request.path_parameters` has
     what they matched. A `public` route needs no key; a `counted` one takes part in the limit on concurrent requests.
+    `admit` raises the ServerError with which all requests are refused now, before their bodies are read.
     `body`, `answer` and `events` are the types of the JSON body that is read, of the answer with status 200 and of the
     events of a stream: structs, unions of structs, or None where there is no JSON. A body is refused where its media
     type says that it is something else. `errors` is the form of the answer to a request that fails.
@@ -36,6 +41,7 @@ class Route:
     handler: Handler
     public: bool = False
     counted: bool = False
+    admit: Callable[[], None] = _admit_all
     body: Any = None
     answer: Any = None
     events: Any = None

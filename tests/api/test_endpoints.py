@@ -11,7 +11,7 @@ from fdserve.config import Config
 from fdserve.engine.stats import EngineStats
 from fdserve.errors import StartupError
 from tests.http.client import serving
-from tests.http.fake_engine import FakeEngine
+from tests.http.fake_engine import FakeEngine, silent
 
 pytestmark = pytest.mark.anyio
 
@@ -53,6 +53,20 @@ async def test_health_once_ready_and_while_draining() -> None:
         for response in (*probes, await client.chat()):
             assert response.status == 503
             assert "shutting down" in response.error["message"]
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"])
+async def test_a_server_that_drains_says_so_also_when_it_is_full_and_reads_no_body(path: str) -> None:
+    async with serving(FakeEngine(silent), Config(max_concurrency=1)) as client, anyio.create_task_group() as tasks:
+        tasks.start_soon(client.chat)
+        with anyio.fail_after(5):
+            while not client.engine.requests:
+                await anyio.sleep(0.001)
+        client.engine.drain()
+        response = await client.post(path, b"no JSON")
+        assert response.status == 503
+        assert "shutting down" in response.json()["error"]["message"]
+        tasks.cancel_scope.cancel()
 
 
 async def test_health_after_a_failed_start() -> None:
