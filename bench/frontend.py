@@ -3,10 +3,10 @@
     python -m bench frontend --streams 64 256 --runs 3
 
 The servers run in processes of their own, and are loaded in turn: fdserve with ranks that compute nothing, and
-hypercorn sending the very bytes of one of fdserve's answers, an event a call. What the application itself spends on a
-token is measured by calling it without a socket. The ranks let every stream send a token
+hypercorn sending the very bytes of one of fdserve's answers, an event a call. The ranks let every stream send a token
 before they give it the next; with "free" ranks, which do not wait, slow streams send several tokens an event. Tokens a
-second are what clients see; processor time a token tells the same with less regard to what else the machine does.
+second are what clients see; processor time a token tells the same with less regard to what else the machine does. What
+the application alone spends on a token is measured by calling it without a socket.
 """
 
 from __future__ import annotations

@@ -1,10 +1,21 @@
 // The operators as Paddle custom ops: checks, output tensors, and a call of the framework-free functions in kernels.h.
 // Only the bindings include Paddle's headers. Ops are called eagerly, so no shape inference is declared.
+#include <sys/mman.h>
+
 #include "bindings.h"
 
 namespace {
 
 using namespace fdserve::bindings;
+
+// For memory not yet touched: spares writing for the first time a page fault every 4 KiB.
+void ask_huge_pages(void* memory, int64_t bytes) {
+  constexpr uintptr_t HUGE_PAGE = 2 << 20;
+  const uintptr_t start = reinterpret_cast<uintptr_t>(memory);
+  const uintptr_t begin = (start + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
+  const uintptr_t end = (start + static_cast<uintptr_t>(bytes)) / HUGE_PAGE * HUGE_PAGE;
+  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+}
 
 std::vector<Tensor> linear(const Tensor& x, const Tensor& panels, int64_t format, int64_t n, int64_t k, bool to_float) {
   require(x.dims().size() == 2 && x.dims()[1] == k, "linear: x must be [T, in_features]");
@@ -13,7 +24,7 @@ std::vector<Tensor> linear(const Tensor& x, const Tensor& panels, int64_t format
   // Beyond this size malloc takes fresh memory each time: logits of many rows.
   constexpr int64_t FRESH_BYTES = 32 << 20;
   const int64_t bytes = out.numel() * fdserve::size_of(dtype_of(out));
-  if (bytes > FRESH_BYTES) fdserve::ask_huge_pages(out.data(), bytes);
+  if (bytes > FRESH_BYTES) ask_huge_pages(out.data(), bytes);
   if (out.numel() > 0) fdserve::linear(x.data(), x.dims()[0], dtype_of(x), weight, out.data(), dtype_of(out));
   return {out};
 }

@@ -216,9 +216,6 @@ Isa force_isa(int level);
 const RowKernels& row_kernels(Dtype dtype);
 const FloatKernels& float_kernels();
 
-// For memory not yet touched: spares streaming a TLB miss, and writing for the first time a page fault, every 4 KiB.
-void ask_huge_pages(void* memory, int64_t bytes);
-
 // weight[N][K], or [K][N] when in_out, into panels.
 void pack(void* panels, const void* weight, int64_t n, int64_t k, Dtype source, Format format, bool in_out);
 

@@ -1,6 +1,4 @@
 // Weights into panels, and rows of an embedding table out of them.
-#include <sys/mman.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -130,14 +128,6 @@ void pack_from(void* panels, const From* weight, int64_t n, int64_t k, Format fo
 }
 
 }  // namespace
-
-void ask_huge_pages(void* memory, int64_t bytes) {
-  constexpr uintptr_t HUGE_PAGE = 2 << 20;
-  const uintptr_t start = reinterpret_cast<uintptr_t>(memory);
-  const uintptr_t begin = (start + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
-  const uintptr_t end = (start + static_cast<uintptr_t>(bytes)) / HUGE_PAGE * HUGE_PAGE;
-  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-}
 
 void pack(void* panels, const void* weight, int64_t n, int64_t k, Dtype source, Format format, bool in_out) {
   if (source == Dtype::kBfloat16) pack_from(panels, static_cast<const bf16*>(weight), n, k, format, in_out);

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fdserve.engine.engine import Engine
 from fdserve.errors import InternalError, InvalidRequest, RankError, Unavailable
 from fdserve.executor.wire import Plan
 from tests.engine.fake_ranks import FakeRanks, drain, serving, wait_until
@@ -252,7 +253,7 @@ def test_whatever_runs_together_each_output_follows_its_own_constraint(
     """
     generator = random.Random(seed)
 
-    async def check(engine, prompt: list[int], count: int, length: int | None, until: int) -> None:  # type: ignore[no-untyped-def]
+    async def check(engine: Engine, prompt: list[int], count: int, length: int | None, until: int) -> None:
         sets = [generator.choice([None, {generator.randrange(997) for _ in range(3)}]) for _ in range(length or 0)]
         script = Script(*sets) if length is not None else None
         request = make_request(prompt, max_tokens=count, constraint=script)

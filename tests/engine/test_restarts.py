@@ -13,16 +13,21 @@ from tests.engine.simulation import expected_output, make_request
 pytestmark = pytest.mark.anyio
 
 
+def lose_at(ranks: FakeRanks, step: int) -> None:
+    """Have the ranks be lost when they get the plan of that step."""
+
+    def before_step(plan: Plan) -> None:
+        if plan.step == step and ranks.starts == 1:
+            raise RankError("rank 0 was killed by SIGKILL")
+
+    ranks.before_step = before_step
+
+
 @pytest.mark.usefixtures("quick_restarts")
 async def test_a_lost_rank_ends_what_ran_and_what_waited_then_runs() -> None:
     ranks = FakeRanks()
     ranks.step_seconds = 0.002
-
-    def die_once(plan: Plan) -> None:
-        if plan.step == 5 and ranks.starts == 1:
-            raise RankError("rank 0 was killed by SIGKILL")
-
-    ranks.before_step = die_once
+    lose_at(ranks, 5)
     async with serving(ranks) as engine:
         requests = [make_request([index] * 4, name=str(index), max_tokens=20) for index in range(6)]
         generations = [engine.submit(request) for request in requests]
@@ -46,12 +51,7 @@ async def test_a_lost_rank_ends_what_ran_and_what_waited_then_runs() -> None:
 @pytest.mark.parametrize("step", [2, 6, 7])
 async def test_a_rank_may_be_lost_with_two_plans_in_flight(step: int) -> None:
     ranks = FakeRanks()
-
-    def die_once(plan: Plan) -> None:
-        if plan.step == step and ranks.starts == 1:
-            raise RankError("rank 0 was killed by SIGKILL")
-
-    ranks.before_step = die_once
+    lose_at(ranks, step)
     async with serving(ranks) as engine:
         requests = [make_request([index] * 4, name=str(index), max_tokens=20) for index in range(6)]
         generations = [engine.submit(request) for request in requests]
@@ -144,6 +144,27 @@ async def test_a_step_that_takes_too_long_counts_as_a_lost_rank() -> None:
         assert "longer than 0.05 s" in str(last.error)
         ranks.step_seconds = 0
         await wait_until(lambda: engine.status == "ready")
+
+
+@pytest.mark.usefixtures("quick_restarts", "always_ahead")
+async def test_a_step_that_takes_too_long_counts_with_two_plans_in_flight() -> None:
+    ranks = FakeRanks()
+
+    def hang(plan: Plan) -> None:
+        if plan.step == 6:
+            ranks.step_seconds = 10
+
+    ranks.before_step = hang
+    async with serving(ranks, step_timeout=0.05) as engine:
+        with engine.submit(make_request([1], max_tokens=30)) as generation:
+            tokens, last = await drain(generation)
+        assert "longer than 0.05 s" in str(last.error)
+        assert tokens
+        assert ranks.most_in_flight == 2
+        ranks.step_seconds = 0
+        await wait_until(lambda: engine.status == "ready")
+        with engine.submit(make_request([1])) as generation:
+            assert (await drain(generation))[1].finish_reason == "length"
 
 
 async def test_a_lost_rank_is_told_before_it_has_stopped() -> None:
