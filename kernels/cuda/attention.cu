@@ -8,15 +8,15 @@
 // bound by the tensor cores: 4 * rows * keys * head_dim FLOP over the matmul rate. A warp has 32 rows because every
 // fragment of keys or values that it reads then feeds two mma instructions: with one, shared memory (512 bytes a fragment
 // at 128 a cycle, for 4 warps) would take longer than the tensor cores. Two blocks share a multiprocessor, so that one's
-// softmax runs beside the other's products.
+// softmax runs beside the other's products. Hopper has a kernel of its own in its place: attention_hopper.cuh.
 // Narrow kernel: up to 16 rows, a decode's; all 4 warps work on the same rows, a quarter of the tile's keys each for the
 // scores and a quarter of the head dimension each for the values. It is bound by reading keys and values once:
 // 4 * keys * head_dim bytes a key/value head over the memory bandwidth. Three blocks share a multiprocessor, with 32 to 64
 // KiB under way each; what is under way must be latency times bandwidth, some 32 KiB.
 // Either can share the parts of the keys out among blocks, where whole sequences would leave processors idle: see
 // attention_merge.cuh.
+#include "attention_hopper.cuh"
 #include "attention_merge.cuh"
-#include "attention_tasks.cuh"
 
 namespace fdserve::cuda {
 namespace {
@@ -40,11 +40,7 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, 2)
   load_queries<T, HD>(q, task, call, WIDE_ROWS, queries);
   const Shared queries_at = rows_at<HD>(queries + warp_row * HD);
   const Tiles<T, HD> tiles(k_cache, v_cache, task, call);
-  float total_peak[WIDE_TILES][2], total[WIDE_TILES][2];
-  for (int m = 0; m < WIDE_TILES; ++m)
-    for (int half = 0; half < 2; ++half) total_peak[m][half] = NONE, total[m][half] = 0.0f;
-  // The parts' sum waits in memory while a part is computed on: there are no registers for it, nor shared memory.
-  volatile float totals[WIDE_TILES * (HD / 8) * 4];
+  Totals<T, HD> totals[WIDE_TILES];
   for (int part = task.first_part; part * KEY_PART < task.end; part += task.stride) {
     Softmax state[WIDE_TILES];
     float sums[WIDE_TILES][HD / 8][4] = {};
@@ -88,42 +84,11 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, 2)
         }
       }
     });
-    const bool is_last = (part + 1) * KEY_PART >= task.end;
 #pragma unroll
     for (int m = 0; m < WIDE_TILES; ++m)
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int row = row_of(m, half);
-        const float mass = total_mass(state[m].mass[half]);
-        if (call.plan.wide > 1) {
-          if (row >= task.rows) continue;
-          float* to = wide_part(call, task.place(row, call), part);
-#pragma unroll
-          for (int j = 0; j < HD / 8; ++j)
-            *reinterpret_cast<float2*>(to + j * 8 + lane % 4 * 2) =
-                make_float2(sums[m][j][half * 2], sums[m][j][half * 2 + 1]);
-          if (lane % 4 == 0) *reinterpret_cast<float2*>(to + HD) = make_float2(state[m].peak[half], mass);
-          continue;
-        }
-        const Merge merge(total_peak[m][half], state[m].peak[half]);
-        total_peak[m][half] = merge.peak;
-        total[m][half] = merge(total[m][half], mass);
-        T* to = out + (row < task.rows ? task.place(row, call) * HD : 0);
-        const float inverse = is_last ? __fdiv_rn(1.0f, total[m][half]) : 0.0f;
-#pragma unroll
-        for (int j = 0; j < HD / 8; ++j) {
-          float both[2];
-#pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            volatile float& kept = totals[(m * (HD / 8) + j) * 4 + half * 2 + i];
-            both[i] = merge(part == 0 ? 0.0f : kept, sums[m][j][half * 2 + i]);
-            if (!is_last) kept = both[i];
-          }
-          if (is_last && row < task.rows)
-            *reinterpret_cast<uint32_t*>(to + j * 8 + lane % 4 * 2) =
-                pack<T>(__fmul_rn(both[0], inverse), __fmul_rn(both[1], inverse));
-        }
-      }
+      for (int half = 0; half < 2; ++half)
+        totals[m].end_part(task, call, part, row_of(m, half), half, state[m], sums[m], out);
   }
 }
 
@@ -239,8 +204,13 @@ void attention(const void* q, const void* k_cache, const void* v_cache, int64_t 
   }
   if (any_wide) {
     const int slots = static_cast<int>(call.slots(tokens));
-    launch(wide_kernel<T, HD>, dim3(slots * plan.wide, kv_heads), dim3(ATTENTION_THREADS), WIDE_ROWS * HD * sizeof(T) + tiles,
-           stream, queries, keys, values, out, call, slots);
+    const dim3 grid(slots * plan.wide, kv_heads);
+    if (has_hopper_kernel<T, HD>())
+      launch(hopper_kernel<T, HD>, grid, dim3(HOPPER_THREADS), hopper_shared<T, HD>(), stream, queries, keys, values, out,
+             call, slots);
+    else
+      launch(wide_kernel<T, HD>, grid, dim3(ATTENTION_THREADS), WIDE_ROWS * HD * sizeof(T) + tiles, stream, queries, keys,
+             values, out, call, slots);
     if (plan.wide > 1) launch(merge_wide_kernel<T>, dim3(tokens, call.heads), dim3(HD), 0, stream, out, call);
   }
 }

@@ -120,10 +120,10 @@ __device__ inline float* wide_part(const Call& call, int64_t place, int part) {
   return call.workspace + call.plan.narrow_floats + (place * call.plan.parts + part) * (call.head_dim + 2);
 }
 
-template <class T, int HD>
+template <class T, int HD, int THREADS = ATTENTION_THREADS>
 __device__ void load_queries(const T* q, const Task& task, const Call& call, int rows, T* tile) {
   constexpr int CHUNKS = HD / 8;
-  for (int i = threadIdx.x; i < rows * CHUNKS; i += ATTENTION_THREADS) {
+  for (int i = threadIdx.x; i < rows * CHUNKS; i += THREADS) {
     const int row = i / CHUNKS, chunk = i % CHUNKS;
     const bool there = task.first_row + row < task.rows;
     const T* from = there ? q + task.place(task.first_row + row, call) * HD + chunk * 8 : q;

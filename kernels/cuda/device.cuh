@@ -175,9 +175,9 @@ __device__ inline void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
-// Aligned so that no permutation of 16-byte chunks within 128 bytes carries into the rest of an address.
+// Aligned so that no permutation of 16-byte chunks within 1024 bytes carries into the rest of an address.
 __device__ inline char* dynamic_shared() {
-  extern __shared__ __align__(128) char fdserve_shared[];
+  extern __shared__ __align__(1024) char fdserve_shared[];
   return fdserve_shared;
 }
 
@@ -187,6 +187,13 @@ void launch(Kernel kernel, dim3 grid, dim3 block, size_t shared_bytes, cudaStrea
   if (shared_bytes > 48 << 10)
     cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
   kernel<<<grid, block, shared_bytes, stream>>>(args...);
+}
+
+// The largest block that the code of a kernel for this device lets be launched.
+template <class Kernel>
+int most_threads(Kernel kernel) {
+  cudaFuncAttributes attributes;
+  return cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess ? attributes.maxThreadsPerBlock : 0;
 }
 
 #endif

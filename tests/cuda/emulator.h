@@ -4,3 +4,4 @@
 
 #include "emulator_cuda.h"
 #include "emulator_device.h"
+#include "emulator_wgmma.h"

@@ -14,6 +14,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <memory>
 #include <vector>
@@ -26,8 +27,7 @@ struct dim3 {
 namespace emulator {
 
 constexpr int WARP = 32;
-// The shared memory is that of the architectures that have least (sm_86, sm_89, sm_120).
-constexpr size_t STACK_BYTES = 256 << 10, MAX_SHARED_BYTES = 99 << 10, GUARD_BYTES = 64, SHARED_ALIGNMENT = 128;
+constexpr size_t STACK_BYTES = 256 << 10, GUARD_BYTES = 64, SHARED_ALIGNMENT = 1024;
 constexpr unsigned char GUARD = 0xA5;
 
 [[noreturn]] inline void fail(const char* what) {
@@ -47,6 +47,12 @@ struct Copy {
   int group;
 };
 
+// A warpgroup's product, as far as one thread has a share in it; multiplied once its group is waited for.
+struct Product {
+  std::function<void()> multiply;
+  int group;
+};
+
 struct Fiber {
   std::unique_ptr<char[]> stack{new char[STACK_BYTES]};
   ucontext_t context;
@@ -55,12 +61,25 @@ struct Fiber {
   bool begun = false, done = false;
   std::vector<Copy> copies;
   int group = 0;
+  std::deque<Product> products;
+  int product_group = 0;
 };
 
 struct Warp {
   Barrier barrier;
   uint64_t slots[WARP][4];  // what the lanes show each other
 };
+
+// What the kernels are to run on: one of the architectures that have least shared memory (sm_86, sm_89, sm_120), or Hopper.
+struct Architecture {
+  size_t shared_bytes = 99 << 10;
+  bool is_hopper = false;
+};
+
+inline Architecture& architecture() {
+  static Architecture instance;
+  return instance;
+}
 
 // The block that is running.
 struct Block {
@@ -134,7 +153,8 @@ inline void run_block() {
     Fiber& fiber = b.fibers[i];
     fiber.begun = fiber.done = false;
     fiber.copies.clear();
-    fiber.group = 0;
+    fiber.group = fiber.product_group = 0;
+    fiber.products.clear();
     fiber.thread = dim3(i % b.block.x, i / b.block.x % b.block.y, i / b.block.x / b.block.y);
     getcontext(&fiber.context);
     fiber.context.uc_stack = {fiber.stack.get(), 0, STACK_BYTES};
@@ -154,7 +174,7 @@ inline void run_block() {
 template <class Kernel, class... Args>
 void launch(Kernel kernel, dim3 grid, dim3 threads, size_t shared_bytes, Args... args) {
   Block& b = block();
-  if (shared_bytes > MAX_SHARED_BYTES) fail("more shared memory than a block can have");
+  if (shared_bytes > architecture().shared_bytes) fail("more shared memory than a block can have");
   b.grid = grid;
   b.block = threads;
   b.threads = size_t{threads.x} * threads.y * threads.z;
@@ -190,6 +210,11 @@ T exchange(unsigned mask, T value, int from) {
   if (from >= 0 && from < WARP) std::memcpy(&result, warp.slots[from], sizeof(T));
   meet(warp.barrier, expected);
   return result;
+}
+
+// Called from Python: be Hopper from now on, or one of the others.
+extern "C" __attribute__((used, visibility("default"))) inline void emulator_be_hopper(int is_hopper) {
+  architecture() = is_hopper ? Architecture{227 << 10, true} : Architecture{};
 }
 
 inline int lane() { return static_cast<int>(block().current % WARP); }

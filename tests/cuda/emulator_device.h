@@ -116,4 +116,8 @@ void launch(Kernel kernel, dim3 grid, dim3 block, size_t shared_bytes, cudaStrea
   emulator::launch(kernel, grid, block, shared_bytes, args...);
 }
 
+// Asked of kernels for Hopper.
+template <class Kernel>
+int most_threads(Kernel) { return emulator::architecture().is_hopper ? 1024 : 32; }
+
 }  // namespace fdserve::cuda

@@ -54,7 +54,8 @@ def test_rows_are_read_and_written_16_bytes_at_a_time(source: str, tmp_path: Pat
 @pytest.mark.skipif(not has_nvcc(), reason="needs nvcc")
 @pytest.mark.parametrize("source", ["attention.cu", "rows.cu"])
 def test_kernels_keep_to_their_registers(source: str, tmp_path: Path) -> None:
-    """Of Hopper. The wide kernel of attention has its totals in memory: they, and little else."""
+    """Of Hopper. The wide kernels of attention have their totals in memory: they, and little else. And no product of a
+    warpgroup is waited for sooner than the source says."""
     command = ["nvcc", "-std=c++17", "-O3", "-gencode=arch=compute_90a,code=sm_90a", "-Xptxas", "-v", "-cubin"]
     told = subprocess.run(
         [*command, str(SOURCES / source), "-o", str(tmp_path / "kernels.cubin")],
@@ -63,8 +64,11 @@ def test_kernels_keep_to_their_registers(source: str, tmp_path: Path) -> None:
     frames = re.findall(r"Function properties for (\S+)\s+(\d+) bytes stack frame", told)
     assert len(frames) >= 8
     for name, frame in frames:
-        head_dim = 128 if "ILi128E" in name or "Li128E" in name else 64
-        assert int(frame) <= (head_dim * 4 + 64 if "wide_kernel" in name and "merge" not in name else 0), name
+        head_dim = 128 if "Li128E" in name else 64
+        # A wide kernel's may not all fit the registers besides.
+        kept = {"11wide_kernel": head_dim * 4 + 64, "13hopper_kernel": head_dim * 2}
+        assert int(frame) <= sum(size for kernel, size in kept.items() if kernel in name), name
+    assert "serialized" not in told
 
 
 def fast_flags() -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +63,20 @@ SHAPES = {
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_attention(device: Emulated, rng: np.random.Generator, dtype: str, shape: attention.Shape) -> None:
     attention.attend(device, rng, dtype, shape)
+
+
+@pytest.fixture
+def hopper(device: Emulated) -> Iterator[Emulated]:
+    """The device as one that has the kernels for sm_90a."""
+    device.library.emulator_be_hopper(1)
+    yield device
+    device.library.emulator_be_hopper(0)
+
+
+@every_dtype
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_attention_on_hopper(hopper: Emulated, rng: np.random.Generator, dtype: str, shape: attention.Shape) -> None:
+    attention.attend(hopper, rng, dtype, shape)
 
 
 @every_dtype
