@@ -2,7 +2,7 @@
 //
 // Layout: 16 keys of a head are already tiles of weights, [head_dim/32] of 16 pairs of dimensions by 16 keys; two groups
 // of 16 values are, too, 16 pairs of keys by 16 dimensions each, where they lie one after the other, as in a block of 32
-// keys or more; others, keys that no row sees, and bytes are copied first. Tiling: all scores of up to 64 rows, 32 rows by
+// keys or more; others, and keys that no row sees, are copied first. A cache of bytes: amx_attend_bytes.h. Tiling: all scores of up to 64 rows, 32 rows by
 // 32 keys at a time, or 16 by 64 where there are no more rows; then the softmax, once; then 32 rows by 32 dimensions, or 16
 // by 64, over all keys, whose sums stay in the tiles. Rows past the last are computed and thrown away, so that tiles keep
 // their shape. A row's arithmetic is the same in any company: scores and values are chains of steps as in amx.h, and a key
@@ -62,47 +62,47 @@ struct Following {
 };
 
 // One tile of rows by four of columns, into sums 0 to 3.
-template <class Fetch>
-FD_INLINE void attend_one(const bf16* rows, int64_t row_bytes, const char* const* columns, int64_t stride, const Fetch& fetch) {
+template <class Math, class Fetch>
+FD_INLINE void attend_one(const void* rows, int64_t row_bytes, const char* const* columns, int64_t stride, const Fetch& fetch) {
   _tile_loadd(4, rows, row_bytes);
   gap();
   _tile_loadd(5, columns[0], stride);
   gap();
-  _tile_dpbf16ps(0, 4, 5);
+  FD_TILE_DOT(0, 4, 5);
   fetch();
   _tile_loadd(6, columns[1], stride);
   gap();
-  _tile_dpbf16ps(1, 4, 6);
+  FD_TILE_DOT(1, 4, 6);
   fetch();
   _tile_loadd(7, columns[2], stride);
   gap();
-  _tile_dpbf16ps(2, 4, 7);
+  FD_TILE_DOT(2, 4, 7);
   fetch();
   _tile_loadd(5, columns[3], stride);
   gap();
-  _tile_dpbf16ps(3, 4, 5);
+  FD_TILE_DOT(3, 4, 5);
   fetch();
 }
 
-// Two tiles of rows, `next` elements apart, by two of columns; sums 0 and 1 are the first rows'.
-template <class Fetch>
-FD_INLINE void attend_two(const bf16* rows, int64_t next, int64_t row_bytes, const char* const* columns, int64_t stride,
+// Two tiles of rows, `next` bytes apart, by two of columns; sums 0 and 1 are the first rows'.
+template <class Math, class Fetch>
+FD_INLINE void attend_two(const void* rows, int64_t next, int64_t row_bytes, const char* const* columns, int64_t stride,
                           const Fetch& fetch) {
   _tile_loadd(4, rows, row_bytes);
   gap();
   _tile_loadd(6, columns[0], stride);
   gap();
-  _tile_dpbf16ps(0, 4, 6);
+  FD_TILE_DOT(0, 4, 6);
   fetch();
-  _tile_loadd(5, rows + next, row_bytes);
+  _tile_loadd(5, static_cast<const char*>(rows) + next, row_bytes);
   gap();
-  _tile_dpbf16ps(2, 5, 6);
+  FD_TILE_DOT(2, 5, 6);
   fetch();
   _tile_loadd(7, columns[1], stride);
   gap();
-  _tile_dpbf16ps(1, 4, 7);
+  FD_TILE_DOT(1, 4, 7);
   fetch();
-  _tile_dpbf16ps(3, 5, 7);
+  FD_TILE_DOT(3, 5, 7);
   fetch();
 }
 
@@ -116,7 +116,7 @@ FD_INLINE void tile_scores(const bf16* q, int64_t tiles, int64_t head_dim, const
     for (int64_t s = 0; s < steps; ++s) {
       const int64_t at = s * TILE_BYTES;
       const char* columns[4] = {keys[0] + at, keys[1] + at, keys[2] + at, keys[3] + at};
-      attend_one(q + s * 32, row_bytes, columns, TILE_LINE, fetch);
+      attend_one<TilePairs>(q + s * 32, row_bytes, columns, TILE_LINE, fetch);
     }
     return store_two(scores, scores + 32, SCORES * 4);
   }
@@ -124,7 +124,7 @@ FD_INLINE void tile_scores(const bf16* q, int64_t tiles, int64_t head_dim, const
     zero_sums();
     for (int64_t s = 0; s < steps; ++s) {
       const char* columns[2] = {keys[half] + s * TILE_BYTES, keys[half + 1] + s * TILE_BYTES};
-      attend_two(q + s * 32, TILE_ROWS * head_dim, row_bytes, columns, TILE_LINE, fetch);
+      attend_two<TilePairs>(q + s * 32, TILE_ROWS * row_bytes, row_bytes, columns, TILE_LINE, fetch);
     }
     store_two(scores + half * 16, scores + half * 16 + TILE_ROWS * SCORES, SCORES * 4);
   }
@@ -142,16 +142,12 @@ FD_INLINE void each_pair(int64_t rows, const int* seen, const Work& work) {
 // Scores of a strip of rows over the first `keys` keys, tile after tile.
 inline void strip_scores(const bf16* q, int64_t rows, int64_t head_dim, const KeyPart& part, const int* seen, int64_t keys,
                          float* scores) {
-  const int64_t size = KEY_GROUP * head_dim;
-  const int64_t bytes = part.bytes ? byte_group(head_dim) : size * 2, rounds = (bytes / LINE + head_dim / 8 - 1) / (head_dim / 8);
-  alignas(64) bf16 room[KEY_TILE * MAX_HEAD_DIM];
+  const int64_t bytes = KEY_GROUP * head_dim * 2, rounds = (bytes / LINE + head_dim / 8 - 1) / (head_dim / 8);
   for (int64_t first = 0; first < keys; first += KEY_TILE) {
     const char* groups[TILE_GROUPS];
     for (int64_t g = 0; g < TILE_GROUPS; ++g) {
       const int64_t number = first / KEY_GROUP + g;
-      const void* group = part.keys[part.keys[number] != nullptr ? number : first / KEY_GROUP];
-      if (part.bytes) unfold_keys(group, head_dim, room + g * size);
-      groups[g] = part.bytes ? reinterpret_cast<const char*>(room + g * size) : static_cast<const char*>(group);
+      groups[g] = static_cast<const char*>(part.keys[part.keys[number] != nullptr ? number : first / KEY_GROUP]);
     }
     Groups next(part, first / KEY_GROUP, bytes);
     tile_fence();
@@ -173,8 +169,7 @@ struct ValueSteps {
       const bool joined = groups[1] == static_cast<const char*>(groups[0]) + KEY_GROUP * head_dim * 2;
       const int64_t left = keys - s * VALUE_STEP;
       at[s] = reinterpret_cast<const char*>(copies[s]);
-      if (part.bytes) unfold(groups, head_dim, left, copies[s]);
-      else if (joined && left >= VALUE_STEP) at[s] = static_cast<const char*>(groups[0]);
+      if (joined && left >= VALUE_STEP) at[s] = static_cast<const char*>(groups[0]);
       else copy(groups, head_dim, left, copies[s]);
     }
   }
@@ -191,13 +186,6 @@ struct ValueSteps {
       }
     }
   }
-
-  FD_MEMBER static void unfold(const void* const* groups, int64_t head_dim, int64_t keys, bf16* out) {
-    for (int64_t g = 0; g < 2; ++g) {
-      if (g * KEY_GROUP < keys) unfold_values(groups[g], head_dim, out + g * KEY_GROUP * head_dim);
-      else __builtin_memset(out + g * KEY_GROUP * head_dim, 0, static_cast<size_t>(KEY_GROUP * head_dim) * 2);
-    }
-  }
 };
 
 // values[16][stride] = weights[16][WEIGHTS] times the values of `steps` steps, of one or two tiles of rows.
@@ -210,8 +198,8 @@ inline void tile_values(const bf16* weights, int64_t tiles, int64_t head_dim, co
     for (int64_t s = 0; s < steps; ++s) {
       const char* at = rows.at[s] + column * 4;
       const char* columns[4] = {at, at + 64, at + 128, at + 192};
-      if (tiles == 1) attend_one(weights + s * VALUE_STEP, row_bytes, columns, value_bytes, fetch);
-      else attend_two(weights + s * VALUE_STEP, TILE_ROWS * WEIGHTS, row_bytes, columns, value_bytes, fetch);
+      if (tiles == 1) attend_one<TilePairs>(weights + s * VALUE_STEP, row_bytes, columns, value_bytes, fetch);
+      else attend_two<TilePairs>(weights + s * VALUE_STEP, TILE_ROWS * row_bytes, row_bytes, columns, value_bytes, fetch);
     }
     store_two(values + column, values + column + (tiles == 1 ? 32 : TILE_ROWS * stride), stride * 4);
   }
@@ -224,10 +212,10 @@ inline void attend_strip(const bf16* q, int64_t rows, int64_t head_dim, const Ke
   const int64_t keys = seen[rows - 1];
   strip_scores(q, rows, head_dim, part, seen, keys, scores);
   const int64_t end = (keys + VALUE_STEP - 1) / VALUE_STEP * VALUE_STEP;
-  Following following(part, part.bytes ? byte_group(head_dim) : KEY_GROUP * head_dim * 2);
+  Following following(part, KEY_GROUP * head_dim * 2);
   for (int64_t r = 0; r < rows; ++r) {
-    const auto weigh = part.bytes ? row_weights<true> : row_weights<false>;
-    weigh(scores + r * SCORES, part, head_dim, seen[r], end, scale, state.peak + r, state.mass + r, weights + r * WEIGHTS);
+    FloatWeights row = {weights + r * WEIGHTS};
+    row_weights(scores + r * SCORES, seen[r], end, scale, state.peak + r, state.mass + r, row);
     following.fetch(following.rounds() / 2 / rows + 1);
   }
   const ValueSteps values(part, head_dim, keys);
@@ -237,18 +225,6 @@ inline void attend_strip(const bf16* q, int64_t rows, int64_t head_dim, const Ke
     tile_values(weights + r * WEIGHTS, tiles, head_dim, values, steps, state.values + r * stride, stride, following);
   });
   tile_fence();
-}
-
-inline void tile_attend(const void* q_, int64_t rows, int64_t head_dim, const KeyPart& part, const int* seen, float scale,
-                        AttendState state, int64_t stride) {
-  if (head_dim % 64 != 0) return attend<bf16>(q_, rows, head_dim, part, seen, scale, state, stride);
-  const bf16* q = static_cast<const bf16*>(q_);
-  shape_tiles(TILE_ROWS);
-  for (int64_t r = 0; r < rows; r += STRIP_ROWS) {
-    const int64_t n = rows - r < STRIP_ROWS ? rows - r : STRIP_ROWS;
-    attend_strip(q + r * head_dim, n, head_dim, part, seen + r, scale,
-                 {state.peak + r, state.mass + r, state.values + r * stride}, stride);
-  }
 }
 
 }  // namespace FD_ISA

@@ -18,16 +18,19 @@ FD_INLINE vf power_of_two(vf x) {
   return (vf)_mm512_maskz_scalef_ps(counts, (__m512)p, (__m512)x);
 }
 
-// One row's scores to weights, zeros from the keys that it sees up to `end`; its peak and mass. Scales of bytes join both.
-template <bool BYTES>
-void row_weights(const float* scores, const KeyPart& part, int64_t head_dim, int64_t seen, int64_t end, float scale,
-                 float* peak, float* mass, bf16* weights) {
+// Weights in bf16.
+struct FloatWeights {
+  bf16* to;
+  FD_MEMBER void put(int64_t key, vf w) { store(to + key, w); }
+  FD_MEMBER void put_nothing(int64_t key) { store(to + key, vf{}); }
+};
+
+// One row's scores to `weights`, nothing from the keys that it sees up to `end`; its peak and mass.
+template <class Weights>
+void row_weights(const float* scores, int64_t seen, int64_t end, float scale, float* peak, float* mass, Weights& weights) {
   const int64_t whole = seen / VL * VL;
-  const auto score = [&](int64_t key) {
-    const vf x = load(scores + key);
-    return BYTES ? x * load(scales_of_bytes(part.keys[key / KEY_GROUP], head_dim)) : x;
-  };
-  // A stale block's scores and scales may be NaNs.
+  const auto score = [&](int64_t key) { return load(scores + key); };
+  // A stale block's scores may be NaNs.
   const auto seen_or = [&](int64_t key, vf x, float other) {
     return before(static_cast<int>(key), static_cast<int>(seen), x, splat(other));
   };
@@ -39,17 +42,17 @@ void row_weights(const float* scores, const KeyPart& part, int64_t head_dim, int
   if (whole < seen) highest = max(seen_or(whole, score(whole), -__builtin_inff()), highest);
   const float top = max_lane(highest);
   const vf highest_score = splat(top), rate = splat(scale * 1.44269504f);
-  const auto weigh = [&](int64_t key, vf x) {
-    const vf w = power_of_two((x - highest_score) * rate);
+  const auto weight = [&](int64_t key) { return power_of_two((score(key) - highest_score) * rate); };
+  const auto put = [&](int64_t key, vf w) {
     total = total + w;
-    return BYTES ? w * load(scales_of_bytes(part.values[key / KEY_GROUP], head_dim)) : w;
+    weights.put(key, w);
   };
-  for (key = 0; key < whole; key += VL) store(weights + key, weigh(key, score(key)));
+  for (key = 0; key < whole; key += VL) put(key, weight(key));
   if (key < seen) {
-    store(weights + key, seen_or(key, weigh(key, seen_or(key, score(key), -__builtin_inff())), 0.0f));
+    put(key, seen_or(key, weight(key), 0.0f));
     key += VL;
   }
-  for (; key < end; key += VL) store(weights + key, vf{});
+  for (; key < end; key += VL) weights.put_nothing(key);
   *peak = top * scale;
   *mass = seen > 0 ? sum(total) : 0.0f;
 }

@@ -27,13 +27,17 @@ void attend_tile(const E* q, int64_t rows, int64_t head_dim, KeyTile tile, const
   }
 }
 
-FD_INLINE const float* scales_of_bytes(const void* group, int64_t head_dim) {
-  return reinterpret_cast<const float*>(static_cast<const char*>(group) + KEY_GROUP * padded_head(head_dim));
-}
-
-// The tile of a part that begins with group `first`, and the tile after it to fetch; `room` is for unfolded bytes.
+// What a tile of a cache of bytes unfolds to.
 template <class E>
-FD_INLINE KeyTile tile_of(const KeyPart& part, int64_t first, int64_t head_dim, E* room) {
+struct Unfolded {
+  alignas(64) E keys[KEY_TILE * MAX_HEAD_DIM];
+  alignas(64) E values[KEY_TILE * MAX_HEAD_DIM];
+  alignas(64) float value_scales[KEY_TILE];
+};
+
+// The tile of a part that begins with group `first`, and the tile after it to fetch; `room` is for bytes.
+template <class E>
+FD_INLINE KeyTile tile_of(const KeyPart& part, int64_t first, int64_t head_dim, Unfolded<E>& room) {
   constexpr int64_t GROUPS = KEY_TILE / KEY_GROUP;
   const int64_t size = KEY_GROUP * padded_head(head_dim);
   KeyTile tile = {};
@@ -44,10 +48,11 @@ FD_INLINE KeyTile tile_of(const KeyPart& part, int64_t first, int64_t head_dim, 
     const void *keys = part.keys[first + g], *values = part.values[first + g];
     tile.keys[g] = keys, tile.values[g] = values;
     if (!part.bytes || keys == nullptr) continue;
-    tile.key_scales[g] = scales_of_bytes(keys, head_dim), tile.value_scales[g] = scales_of_bytes(values, head_dim);
-    E *wide_keys = room + g * size, *wide_values = room + (GROUPS + g) * size;
+    E *wide_keys = room.keys + g * size, *wide_values = room.values + g * size;
     unfold_keys(keys, head_dim, wide_keys);
     unfold_values(values, head_dim, wide_values);
+    copy_value_scales(values, head_dim, room.value_scales + g * KEY_GROUP);
+    tile.key_scales[g] = key_scales(keys, head_dim), tile.value_scales[g] = room.value_scales + g * KEY_GROUP;
     tile.keys[g] = wide_keys, tile.values[g] = wide_values;
   }
   tile.next_lines = (part.bytes ? byte_group(head_dim) : KEY_GROUP * head_dim * static_cast<int64_t>(sizeof(E))) / LINE;
@@ -63,7 +68,7 @@ template <class E>
 void attend(const void* q_, int64_t rows, int64_t head_dim, const KeyPart& part, const int* seen, float scale,
             AttendState state, int64_t stride) {
   const E* q = static_cast<const E*>(q_);
-  alignas(64) E room[2 * KEY_TILE * MAX_HEAD_DIM];
+  Unfolded<E> room;
   constexpr int64_t AT_ONCE = 64;
   int of_tile[AT_ONCE];
   reset(state, rows, stride);

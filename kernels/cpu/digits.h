@@ -53,7 +53,7 @@ FD_INLINE SumScale group_for_bytes(const bf16* x, int64_t size, char* first, cha
   each_vector(x, size, [&](int64_t i, vf v, int n) {
     const vi whole = nearest_integers(v * inverse), high = (whole + 128) >> 8;
     store_digits(first + i, high, n);
-    store_digits(second + i, whole - (high << 8), n);
+    store_digits(second + i, whole, n);  // the last byte is what the first digit leaves
     all += whole;
   });
   return {float_of(step << 23), 128 * total(all)};

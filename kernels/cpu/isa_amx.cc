@@ -23,4 +23,5 @@
 #include "attend_part.h"
 #include "amx_softmax.h"
 #include "amx_attend.h"
+#include "amx_attend_bytes.h"
 #include "isa_kernels.h"

@@ -229,6 +229,23 @@ def test_stale_nans_in_a_block_do_no_harm(dtype: str, cache: str) -> None:
         assert (model.run([rows], [0], [[1]])[0] == clean.run([rows], [0], [[1]])[0]).all()
 
 
+@pytest.mark.parametrize("broken", [np.nan, np.inf])
+def test_a_broken_token_shows_and_harms_no_other_sequence(dtype: str, cache: str, broken: float) -> None:
+    """A token's query is its own; its key and value are those of every later one of its sequence."""
+    rng = np.random.default_rng(12)
+    rows = [normal(rng, 40, 6 * 64, dtype=dtype) for _ in range(2)]
+    for columns, seen_by in ((slice(0, 64), slice(21, 22)), (slice(5 * 64, None), slice(21, 40))):
+        model, clean = (Model(4, 1, 64, 16, 8, dtype, cache) for _ in range(2))
+        tables = model.scattered(rng, 40, 40)
+        spoilt = rows[0].copy()
+        spoilt[21, columns] = broken
+        actual, expected = model.run([spoilt, rows[1]], [0, 0], tables), clean.run(rows, [0, 0], tables)
+        assert not np.isfinite(actual[0][seen_by, :64]).any()
+        assert (actual[1] == expected[1]).all()
+    # The last of these had a broken value: what is before it in other blocks has nothing to do with it.
+    assert (actual[0][:16] == expected[0][:16]).all()
+
+
 def test_no_tokens(dtype: str) -> None:
     model = Model(2, 1, 16, 16, 2, dtype)
     empty = np.zeros((0, model.width), np.float32)
