@@ -13,7 +13,6 @@ from fdserve.api.generation import (
     ID_SIZE,
     SYSTEM_FINGERPRINT,
     collect_all,
-    encoded_apart,
     entry_size,
     forward_in_turn,
     gathered,
@@ -22,7 +21,7 @@ from fdserve.api.generation import (
 from fdserve.api.logprobs import chat_logprobs, prompt_logprobs
 from fdserve.api.usage import RunningUsage, usage, wants_usage
 from fdserve.http.request import Request
-from fdserve.http.response import Reply, encode, event
+from fdserve.http.response import Reply, encode, encoded_apart, event
 from fdserve.protocol.chat import (
     AssistantMessage,
     ChatChoice,

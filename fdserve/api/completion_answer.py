@@ -14,7 +14,6 @@ from fdserve.api.generation import (
     ID_SIZE,
     SYSTEM_FINGERPRINT,
     collect_all,
-    encoded_apart,
     entry_size,
     forward_in_turn,
     gathered,
@@ -24,7 +23,7 @@ from fdserve.api.logprobs import CompletionLogprobsWriter, extend, prompt_logpro
 from fdserve.api.usage import RunningUsage, usage, wants_usage
 from fdserve.engine.request import TokenLogprobs
 from fdserve.http.request import Request
-from fdserve.http.response import Reply, encode, event
+from fdserve.http.response import Reply, encode, encoded_apart, event
 from fdserve.protocol.completion import Completion, CompletionChoice, CompletionLogprobs, CompletionRequest
 from fdserve.protocol.generation import OptionalPromptLogprobs, OptionalUsage
 from fdserve.server.server import Server

@@ -5,10 +5,9 @@ from __future__ import annotations
 import uuid
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from typing import TypeVar, cast
+from typing import TypeVar
 
 import anyio
-import msgspec
 from anyio import CapacityLimiter, to_thread
 
 from fdserve import __version__
@@ -16,7 +15,7 @@ from fdserve.api.choice import Choice, Piece, join
 from fdserve.api.params import check_logprobs_told, stop_table
 from fdserve.api.token_rules import TokenRules, token_rules
 from fdserve.http.request import Request
-from fdserve.http.response import Reply, encode
+from fdserve.http.response import Reply
 from fdserve.protocol.generation import GenerationRequest
 from fdserve.server.server import Server
 from fdserve.text.stop import StopTable
@@ -168,8 +167,3 @@ async def prepared_words(request: GenerationRequest, server: Server, http: Reque
 def entry_size(top: int) -> int:
     """About how many characters tell a token's logprob and those of the `top` likeliest ones."""
     return 48 * (1 + top)
-
-
-def encoded_apart(shapes: Iterable[T]) -> list[T]:
-    """The shapes as JSON that goes into an answer as it is: a thread that encodes holds up all others meanwhile."""
-    return [cast(T, msgspec.Raw(encode(shape))) for shape in shapes]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from fdserve.engine.request import TokenLogprobs
+from fdserve.http.response import encoded_apart
 from fdserve.protocol.chat import ChatLogprobs, TokenLogprob, TopLogprob
 from fdserve.protocol.completion import CompletionLogprobs
 from fdserve.protocol.generation import PromptLogprob, PromptLogprobs
@@ -16,16 +17,19 @@ Entries = Sequence[tuple[int, TokenLogprobs]]
 _CONTINUATION = frozenset([b"", *(bytes([byte]) for byte in range(0x80, 0xC0))])  # what can go on with a character
 
 
-def chat_logprobs(tokenizer: Tokenizer, entries: Entries) -> ChatLogprobs:
+def token_logprobs(tokenizer: Tokenizer, entries: Entries) -> Iterator[TokenLogprob]:
     """Each token with its alternatives, exactly as many as were asked for, likeliest first."""
-    content = []
     for token_id, values in entries:
         top = [
             TopLogprob(*_named(tokenizer, top_id, logprob))
             for top_id, logprob in zip(values.top_ids, values.top_logprobs, strict=True)
         ]
-        content.append(TokenLogprob(*_named(tokenizer, token_id, values.logprob), top))
-    return ChatLogprobs(content)
+        yield TokenLogprob(*_named(tokenizer, token_id, values.logprob), top)
+
+
+def chat_logprobs(tokenizer: Tokenizer, entries: Entries) -> ChatLogprobs:
+    """The same to be sent: tokens are encoded one by one."""
+    return ChatLogprobs(encoded_apart(token_logprobs(tokenizer, entries)))
 
 
 def _named(tokenizer: Tokenizer, token_id: int, logprob: float) -> tuple[str, float, list[int]]:
@@ -35,7 +39,13 @@ def _named(tokenizer: Tokenizer, token_id: int, logprob: float) -> tuple[str, fl
 
 def prompt_logprobs(tokenizer: Tokenizer, prompt: Sequence[int], values: Sequence[TokenLogprobs]) -> PromptLogprobs:
     """For each token of the prompt but the first: itself, then the likeliest ones, by their ids (vLLM's shape)."""
-    result: PromptLogprobs = [None]
+    return encoded_apart(_prompt_entries(tokenizer, prompt, values))
+
+
+def _prompt_entries(
+    tokenizer: Tokenizer, prompt: Sequence[int], values: Sequence[TokenLogprobs]
+) -> Iterator[dict[str, PromptLogprob] | None]:
+    yield None
     for token_id, entry in zip(prompt[1:], values, strict=True):
         top = list(zip(entry.top_ids, entry.top_logprobs, strict=True))
         rank = entry.top_ids.index(token_id) + 1 if token_id in entry.top_ids else None
@@ -44,8 +54,7 @@ def prompt_logprobs(tokenizer: Tokenizer, prompt: Sequence[int], values: Sequenc
         for id, value, place in places:
             text, _ = token_text(tokenizer, id)
             candidates.setdefault(str(id), PromptLogprob(_finite(value), place, text))
-        result.append(candidates)
-    return result
+        yield candidates
 
 
 class CompletionLogprobsWriter:
@@ -98,7 +107,7 @@ class CompletionLogprobsWriter:
         top: dict[str, float] = {}
         for top_id, value in zip(values.top_ids, values.top_logprobs, strict=True):
             top.setdefault(self._key(top_id), _finite(value))  # of two tokens with one text, the likelier
-        lists.top_logprobs.append({**top, self._key(token_id): _finite(values.logprob)})
+        lists.top_logprobs += encoded_apart([{**top, self._key(token_id): _finite(values.logprob)}])
 
     def _key(self, token_id: int) -> str:
         data = self._tokenizer.token_bytes(token_id)

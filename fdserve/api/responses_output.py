@@ -133,7 +133,7 @@ class _TextPart:
         self._texts.append(text)
         logprobs = self._source.take(text) if self._source else []
         if logprobs:
-            self._logprobs.append(encode(logprobs)[1:-1])
+            self._logprobs.append(b",".join(map(encode, logprobs)))
         told = _list_of(self._logprobs[-1:] if logprobs else ())
         return TextDelta(item_id=self._id, output_index=self.index, delta=text, logprobs=told)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fdserve.api.logprobs import Entries, chat_logprobs
+from fdserve.api.logprobs import Entries, token_logprobs
 from fdserve.protocol.chat import TokenLogprob
 from fdserve.server.server import Server
 from fdserve.text.detokenizer import token_text
@@ -25,7 +25,7 @@ class TextLogprobs:
     def push(self, entries: Entries) -> None:
         """Take the entries of tokens, in order."""
         shown = [entry for entry in entries if self._is_answer(entry[0])]
-        self._waiting += chat_logprobs(self._tokenizer, shown).content
+        self._waiting += token_logprobs(self._tokenizer, shown)
 
     def _is_answer(self, token_id: int) -> bool:
         format = self._format

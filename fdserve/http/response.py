@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import TypeVar, cast
 
 import msgspec
 
 from fdserve.errors import InvalidRequest
 from fdserve.http.asgi import Send
+
+T = TypeVar("T")
 
 Headers = Sequence[tuple[bytes, bytes]]
 
@@ -18,6 +21,15 @@ _encode = msgspec.json.Encoder().encode
 def encode(value: object) -> bytes:
     """The value as JSON."""
     return _encode(value)
+
+
+def encoded_apart(shapes: Iterable[T]) -> list[T]:
+    """The shapes as JSON that goes into an answer as it is.
+
+    What is large is made and encoded piece by piece so: a thread that encodes, or gives back what was encoded, holds up
+    all others meanwhile.
+    """
+    return [cast(T, msgspec.Raw(encode(shape))) for shape in shapes]
 
 
 def event(value: object) -> bytes:
