@@ -51,9 +51,7 @@ def lines(results: Sequence[dict[str, Any]]) -> list[str]:
     """Every figure's median over the runs for each server, its spread, and the ratio to the first server's."""
     labels = list(dict.fromkeys(sorted(str(result["label"]) for result in results)))
     first = labels[0]
-    text = [
-        f"{'':24}" + "".join(f"{label:>27}" for label in labels) + "".join(f"{f'{x}/{first}':>10}" for x in labels[1:])
-    ]
+    table = [["", *labels, *(f"{label}/{first}" for label in labels[1:])]]
     for key, title in FIGURES.items():
         values = {
             label: [result[key] for result in results if result["label"] == label and key in result] for label in labels
@@ -63,7 +61,12 @@ def lines(results: Sequence[dict[str, Any]]) -> list[str]:
         medians = {label: statistics.median(each) for label, each in values.items()}
         cells = [f"{medians[label]:.2f} ({min(each):.2f}-{max(each):.2f})" for label, each in values.items()]
         ratios = [f"{medians[label] / medians[first]:.3f}" if medians[first] else "-" for label in labels[1:]]
-        text.append(f"{title:24}" + "".join(f"{cell:>27}" for cell in cells) + "".join(f"{r:>10}" for r in ratios))
+        table.append([title, *cells, *ratios])
+    title_width, *widths = (max(map(len, column)) for column in zip(*table, strict=True))
+    text = []
+    for title, *cells in table:
+        padded = [cell.rjust(width) for cell, width in zip(cells, widths, strict=True)]
+        text.append("  ".join([title.ljust(title_width), *padded]))
     for label in labels:
         errors = [error for result in results if result["label"] == label for error in result["errors"]]
         text += [f"{label} {line}" for line in error_lines(errors)]
