@@ -5,8 +5,8 @@
 // Layout: a tile has the first digits of up to 8 rows and then the second ones, so that a decode's rows pass over the cache
 // once; of more rows, 16 at a time, two tiles do. 16 keys are tiles of [head_dim/64] 16 quads of dimensions by 16 keys; 64
 // values that lie one after the other, as in a block of 64, are tiles of 16 quads of keys by 16 dimensions, others are
-// copied first. Tiling, fetching and what is shared with a cache of floats: amx_attend.h. Weights, which a token's scale
-// has been multiplied into, are rounded to 1 / 32512 of a row's largest.
+// copied first. Tiling, fetching and what is shared with a cache of floats: amx_attend.h. Queries are rounded to 1 / 32512 of
+// a row's largest, and so are weights, which a token's scale has been multiplied into.
 // Floor: memory for a decode, half of that of bf16; the exponentials and their digits for a prefill.
 
 namespace fdserve {
@@ -102,7 +102,7 @@ struct ByteWeights {
   FD_MEMBER void put_nothing(int64_t key) { store(to + key, vf{}); }
 };
 
-// 64 integers of 15 bits as digits; packing takes turns between their 128-bit lanes.
+// 64 integers of 15 bits and a sign as digits; packing takes turns between their 128-bit lanes.
 FD_INLINE void split_integers(const vi (&whole)[4], char* first, char* second) {
   const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
   __m512i high[2], low[2];
@@ -115,17 +115,19 @@ FD_INLINE void split_integers(const vi (&whole)[4], char* first, char* second) {
   _mm512_storeu_si512(second, _mm512_permutexvar_epi32(order, _mm512_packus_epi16(low[0], low[1])));
 }
 
-// The digits of a row of weights up to `end`; returns what the integers are multiples of, NaN where one is none.
-inline float weights_to_digits(const ByteWeights& weights, int64_t end, char* first, char* second) {
+// The digits of a row, a multiple of 64 long, whose largest magnitude has these bits; returns what its integers are multiples
+// of, NaN where one is none.
+template <class T>
+FD_INLINE float row_to_digits(const T* row, int64_t size, int32_t largest_bits, char* first, char* second) {
   constexpr float TOP_INTEGER = 127 * 256;
-  const float largest = float_of(max_lane(weights.largest));
+  const float largest = float_of(largest_bits);
   const vf inverse = splat(largest > 1e-33f ? TOP_INTEGER / largest : 0.0f);
-  for (int64_t key = 0; key < end; key += KEY_TILE) {
+  for (int64_t i = 0; i < size; i += 4 * VL) {
     vi whole[4];
-    for (int v = 0; v < 4; ++v) whole[v] = nearest_integers(load(weights.to + key + v * VL) * inverse);
-    split_integers(whole, first + key, second + key);
+    for (int v = 0; v < 4; ++v) whole[v] = nearest_integers(load(row + i + v * VL) * inverse);
+    split_integers(whole, first + i, second + i);
   }
-  return largest / TOP_INTEGER;
+  return largest / TOP_INTEGER + (largest - largest);
 }
 
 // The values of the first `keys` keys as matrices of 16 quads of keys, `value_quad` bytes apart. Those that do not lie so are
@@ -179,7 +181,8 @@ inline void attend_strip_of_bytes(const bf16* q, int64_t rows, int64_t head_dim,
   const int64_t keys = seen[rows - 1], second = to_second_digits(rows);
   for (int64_t r = 0; r < rows; ++r) {
     char* first = query_digits + first_digits(r, rows) * head_dim;
-    query_scales[r] = group_for_bytes(q + r * head_dim, head_dim, first, first + second * head_dim).scale;
+    const bf16* row = q + r * head_dim;
+    query_scales[r] = row_to_digits(row, head_dim, largest_bits(row, head_dim), first, first + second * head_dim);
   }
   byte_scores(query_digits, rows, head_dim, part, seen, keys, scores);
   alignas(64) float scales[KEY_PART];
@@ -193,7 +196,7 @@ inline void attend_strip_of_bytes(const bf16* q, int64_t rows, int64_t head_dim,
     ByteWeights weights = {scores + r * SCORES, scales};
     row_weights(scores + r * SCORES, seen[r], end, scale * query_scales[r], state.peak + r, state.mass + r, weights);
     char* first = digits + first_digits(r, rows) * DIGITS;
-    row_scales[r] = weights_to_digits(weights, end, first, first + second * DIGITS);
+    row_scales[r] = row_to_digits(weights.to, end, max_lane(weights.largest), first, first + second * DIGITS);
     following.fetch(following.rounds() / 2 / rows + 1);
   }
   const bool few = rows <= ONE_TILE_ROWS;
