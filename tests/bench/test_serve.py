@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from bench import server_metrics
 from bench.__main__ import main
 from bench.timeline import read_steps, steps_of_run
 from tests.bench.scripted import ScriptedServer, stream
-from tests.http.processes import ServerProcess
+from tests.http.processes import ServerProcess, until
 
 LOAD = ["--random-input-len", "20", "--random-output-len", "6", "--vocab-size", "1500", "--ignore-eos"]
 
@@ -91,13 +90,14 @@ def test_comparing_and_plotting(url: str, step_log: Path, capsys: pytest.Capture
     assert main(["plot", "curves", str(path), "--out", str(tmp_path / "curves.svg")]) == 0
     assert "<svg" in (tmp_path / "curves.svg").read_text()
     path.write_text(json.dumps(results[-1]))
-    steps = read_steps(step_log)
-    # The log is written twice a second.
-    while not steps or steps[-1].ended < results[-1]["begin_time"] + 0.9 * results[-1]["duration"]:
-        time.sleep(0.1)
+
+    def tokens_told() -> int:
         steps = read_steps(step_log)
-    during = steps_of_run(steps, results[-1])
-    assert sum(step.prefill_tokens + step.decode_tokens for step in during) == 4 * (20 + 5)
+        if not steps or steps[-1].ended < results[-1]["begin_time"]:
+            return 0
+        return sum(step.prefill_tokens + step.decode_tokens for step in steps_of_run(steps, results[-1]))
+
+    until(lambda: tokens_told() == 4 * (20 + 5))  # the log is written twice a second
     assert main(["plot", "timeline", str(step_log), str(path), "--out", str(tmp_path / "line.png")]) == 0
     assert (tmp_path / "line.png").read_bytes().startswith(b"\x89PNG")
     assert main(["plot", "timeline", str(path), str(path), "--out", "x.png"]) == 1
