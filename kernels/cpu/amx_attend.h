@@ -2,13 +2,13 @@
 //
 // Layout: 16 keys of a head are already tiles of weights, [head_dim/32] of 16 pairs of dimensions by 16 keys; two groups
 // of 16 values are, too, 16 pairs of keys by 16 dimensions each, where they lie one after the other, as in a block of 32
-// keys or more; others, and keys that no row sees, are copied first. A cache of bytes: amx_attend_bytes.h. Tiling: all scores of up to 64 rows, 32 rows by
-// 32 keys at a time, or 16 by 64 where there are no more rows; then the softmax, once; then 32 rows by 32 dimensions, or 16
-// by 64, over all keys, whose sums stay in the tiles. Rows past the last are computed and thrown away, so that tiles keep
-// their shape. A row's arithmetic is the same in any company: scores and values are chains of steps as in amx.h, and a key
-// that a row does not see weighs exactly 0. While scores are computed, their values and the keys that follow are fetched.
-// Floor: memory for a decode; for a prefill the products, whose tiles take longer to load than to multiply, and half as long
-// again the exponentials, one for each score.
+// keys or more; others, and keys that no row sees, are copied first. A cache of bytes: amx_attend_bytes.h. Tiling: all
+// scores of up to 64 rows, 32 rows by 32 keys at a time, or 16 by 64 where there are no more rows; then the softmax, once;
+// then 32 rows by 32 dimensions, or 16 by 64, over all keys, whose sums stay in the tiles. Rows past the last are computed
+// and thrown away, so that tiles keep their shape. A row's arithmetic is the same in any company: scores and values are
+// chains of steps as in amx.h, and a key that a row does not see weighs exactly 0. While scores are computed, their values
+// and the keys that follow are fetched. Floor: memory for a decode; for a prefill the products, whose tiles take longer to
+// load than to multiply, and half as long again the exponentials, one for each score.
 
 namespace fdserve {
 namespace FD_ISA {
@@ -63,7 +63,8 @@ struct Following {
 
 // One tile of rows by four of columns, into sums 0 to 3.
 template <class Math, class Fetch>
-FD_INLINE void attend_one(const void* rows, int64_t row_bytes, const char* const* columns, int64_t stride, const Fetch& fetch) {
+FD_INLINE void attend_one(const void* rows, int64_t row_bytes, const char* const* columns, int64_t stride,
+                          const Fetch& fetch) {
   _tile_loadd(4, rows, row_bytes);
   gap();
   _tile_loadd(5, columns[0], stride);
@@ -139,16 +140,19 @@ FD_INLINE void each_pair(int64_t rows, const int* seen, const Work& work) {
   }
 }
 
+// The groups of a tile of keys from number `first` on; those past the last are the first again.
+FD_INLINE void groups_of_keys(const KeyPart& part, int64_t first, const char** groups) {
+  for (int64_t g = 0; g < TILE_GROUPS; ++g)
+    groups[g] = static_cast<const char*>(part.keys[part.keys[first + g] != nullptr ? first + g : first]);
+}
+
 // Scores of a strip of rows over the first `keys` keys, tile after tile.
 inline void strip_scores(const bf16* q, int64_t rows, int64_t head_dim, const KeyPart& part, const int* seen, int64_t keys,
                          float* scores) {
   const int64_t bytes = KEY_GROUP * head_dim * 2, rounds = (bytes / LINE + head_dim / 8 - 1) / (head_dim / 8);
   for (int64_t first = 0; first < keys; first += KEY_TILE) {
     const char* groups[TILE_GROUPS];
-    for (int64_t g = 0; g < TILE_GROUPS; ++g) {
-      const int64_t number = first / KEY_GROUP + g;
-      groups[g] = static_cast<const char*>(part.keys[part.keys[number] != nullptr ? number : first / KEY_GROUP]);
-    }
+    groups_of_keys(part, first / KEY_GROUP, groups);
     Groups next(part, first / KEY_GROUP, bytes);
     tile_fence();
     each_pair(rows, seen, [&](int64_t r, int64_t tiles, int64_t most) {

@@ -17,7 +17,9 @@ constexpr int64_t BYTE_STEP = KEY_TILE, BYTE_STEPS = KEY_PART / BYTE_STEP;  // k
 constexpr int64_t DIGITS = KEY_PART + LINE;  // bytes of a row of digits
 
 // Where the first digits of a row are, and how far on its second ones.
-FD_INLINE int64_t first_digits(int64_t row, int64_t rows) { return rows <= ONE_TILE_ROWS ? row : row + row / TILE_ROWS * TILE_ROWS; }
+FD_INLINE int64_t first_digits(int64_t row, int64_t rows) {
+  return rows <= ONE_TILE_ROWS ? row : row + row / TILE_ROWS * TILE_ROWS;
+}
 FD_INLINE int64_t to_second_digits(int64_t rows) { return rows <= ONE_TILE_ROWS ? ONE_TILE_ROWS : TILE_ROWS; }
 
 // Calls each(group, key, how many of its 16 are seen) for the groups from `first` on, up to `end`.
@@ -48,10 +50,7 @@ inline void byte_scores(const char* q, int64_t rows, int64_t head_dim, const Key
   alignas(64) float scales[KEY_TILE] = {};
   for (int64_t first = 0; first < keys; first += KEY_TILE) {
     const char* groups[TILE_GROUPS];
-    for (int64_t g = 0; g < TILE_GROUPS; ++g) {
-      const int64_t number = first / KEY_GROUP + g;
-      groups[g] = static_cast<const char*>(part.keys[part.keys[number] != nullptr ? number : first / KEY_GROUP]);
-    }
+    groups_of_keys(part, first / KEY_GROUP, groups);
     each_seen(first, first + KEY_TILE, keys, [&](int64_t group, int64_t key, int n) {
       store(scales + key - first, load_some(key_scales(part.keys[group], head_dim), n));
     });
@@ -77,7 +76,8 @@ inline void byte_scores(const char* q, int64_t rows, int64_t head_dim, const Key
         zero_sums();
         for (int64_t s = 0; s < steps; ++s) {
           const char* columns[2] = {groups[half] + s * TILE_BYTES, groups[half + 1] + s * TILE_BYTES};
-          attend_two<TileSigned>(q + 2 * r * head_dim + s * TILE_LINE, TILE_ROWS * head_dim, head_dim, columns, TILE_LINE, fetch);
+          const char* digits = q + 2 * r * head_dim + s * TILE_LINE;
+          attend_two<TileSigned>(digits, TILE_ROWS * head_dim, head_dim, columns, TILE_LINE, fetch);
         }
         store_two(sums, sums + TILE_ROWS * 32, 2 * TILE_LINE);
         tile_fence();

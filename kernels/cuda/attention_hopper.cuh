@@ -22,8 +22,9 @@ template <class T, int HD>
 constexpr size_t hopper_shared() { return HOPPER_TILES * 2 * KEY_TILE * HD * sizeof(T); }
 
 // A tile of keys or values: its columns' halves (of 64) behind each other, as products want right operands.
-template <int HD>
-__device__ inline int ring_chunk_at(int row, int chunk) { return chunk / 8 * KEY_TILE * SWIZZLED_ROW + swizzled_at(row, chunk % 8); }
+__device__ inline int ring_chunk_at(int row, int chunk) {
+  return chunk / 8 * KEY_TILE * SWIZZLED_ROW + swizzled_at(row, chunk % 8);
+}
 
 // A block's tiles of keys and values, numbered through its parts. Each of 8 warps copies 8 keys and values of a tile; lanes
 // look up where those lie a tile ahead, for the table's entry must have come before a copy can start.
@@ -91,7 +92,7 @@ class Ring {
       for (int i = 0; i < WARP_KEYS; i += ROWS) {
         const int from = __shfl_sync(ALL, slot, i + lane / CHUNKS);
         const int64_t at = from >= 0 ? static_cast<int64_t>(from) * HD + chunk * 8 : 0;
-        const int place = ring_chunk_at<HD>(threadIdx.x / WARP * WARP_KEYS + i + lane / CHUNKS, chunk);
+        const int place = ring_chunk_at(threadIdx.x / WARP * WARP_KEYS + i + lane / CHUNKS, chunk);
         copy_async_16(to + place, keys + at, from >= 0);
         copy_async_16(to + SIZE + place, values + at, from >= 0);
       }
