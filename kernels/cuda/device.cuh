@@ -101,11 +101,11 @@ __device__ inline float warp_max(float x) {
   return x;
 }
 
-// The sum over a block of whole warps, 1024 threads at most, the same on every thread. `scratch` holds 32 floats.
+// The sum over a block of whole warps, 1024 threads at most, the same on every thread. `scratch` holds 32 floats, which
+// nothing else uses.
 __device__ inline float block_sum(float x, float* scratch) {
   x = warp_sum(x);
   const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, warps = blockDim.x / WARP;
-  __syncthreads();  // whoever still reads the last sum
   if (lane == 0) scratch[warp] = x;
   __syncthreads();
   return warp_sum(lane < warps ? scratch[lane] : 0.0f);

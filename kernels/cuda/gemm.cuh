@@ -97,8 +97,6 @@ struct GemmTile {
           scale_into(column_of, w, step * GEMM_DEPTH / w.group, part, sums);
       }
     }
-    wait_copies<0>();
-    __syncthreads();
   }
 
  private:

@@ -37,8 +37,9 @@ __device__ inline bool find_tile(const int* first_slot, int experts, int tile, i
     }
   }
   __syncthreads();
+  if (found[0] < 0) return false;
   expert = found[0], first = found[1], end = found[2];
-  return expert >= 0;
+  return true;
 }
 
 // inner[slot][I] = silu(gate) * up of the slot's token. A warp's 32 columns are 16 of the gate and the same 16 of up.

@@ -74,7 +74,7 @@ class Step:
         out = device.empty((tokens, shape.heads, shape.head_dim), np.uint16)
         sizes = (len(lengths), tokens, most, longest, shape.heads, shape.kv_heads, shape.head_dim)
         number = ctypes.c_int(multiprocessors)
-        size = device.library.fdserve_cuda_attention_workspace(*map(ctypes.c_int64, sizes), number)
+        size = device.workspace("fdserve_cuda_attention", *map(ctypes.c_int64, sizes), number)
         workspace = device.empty((size // 4,), np.float32) if size else None
         device.call(
             "fdserve_cuda_attention", device.put(to_bits(queries, self.dtype)), *self.caches, ctypes.byref(paged),

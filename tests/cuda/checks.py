@@ -126,7 +126,7 @@ def moe(
         pointers += [buffer.pointer for buffer in scales] or [None, None]
         pointers += [inputs[1].pointer, out.pointer]
         call = CMoe(*pointers, count, hidden, inner, experts, top_k, bits, GROUP, 1e-12)
-        size = device.library.fdserve_cuda_moe_workspace(ctypes.byref(call))
+        size = device.workspace("fdserve_cuda_moe", ctypes.byref(call))
         workspace = device.empty((max(size, 1),), np.uint8)
         device.call("fdserve_cuda_moe", ctypes.byref(call), code(dtype), workspace)
         device.get(workspace)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cuda.harness import HERE, LAUNCHERS, SOURCES, compile_emulated, link_emulated
+from tests.cuda.harness import EMULATOR, HERE, LAUNCHERS, SOURCES, compile_emulated, link_emulated
 
 
 def made_once(directory: Path, make: Callable[[Path], None]) -> Path:
@@ -30,7 +30,7 @@ def made_once(directory: Path, make: Callable[[Path], None]) -> Path:
 @pytest.fixture(scope="session")
 def objects(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     directory = made_once(tmp_path_factory.getbasetemp() / "emulated", compile_emulated)
-    return [directory / f"{source.stem}.o" for source in LAUNCHERS]
+    return [directory / f"{source.stem}.o" for source in (*LAUNCHERS, *EMULATOR)]
 
 
 @pytest.fixture(scope="session")

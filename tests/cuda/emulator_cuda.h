@@ -15,10 +15,10 @@
 #define __shared__ static
 #define __align__(n) alignas(n)
 
-struct uint2 { unsigned x, y; };
-struct uint4 { unsigned x, y, z, w; };
-struct float2 { float x, y; };
-struct float4 { float x, y, z, w; };
+struct alignas(8) uint2 { unsigned x, y; };
+struct alignas(16) uint4 { unsigned x, y, z, w; };
+struct alignas(8) float2 { float x, y; };
+struct alignas(16) float4 { float x, y, z, w; };
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 
@@ -28,22 +28,14 @@ constexpr cudaError_t cudaSuccess = 0, cudaErrorInvalidValue = 1;
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t) { return "an emulated one"; }
 
-#define threadIdx (emulator::block().fiber().thread)
-#define blockIdx (emulator::block().index)
-#define blockDim (emulator::block().block)
-#define gridDim (emulator::block().grid)
+#define threadIdx (emulator::place.thread)
+#define blockIdx (emulator::place.index)
+#define blockDim (emulator::place.block)
+#define gridDim (emulator::place.grid)
 
-inline void __syncthreads() { emulator::meet(emulator::block().barrier, static_cast<int>(emulator::block().alive)); }
-inline int __syncthreads_count(int predicate) {
-  emulator::Block& b = emulator::block();
-  b.votes += predicate != 0;
-  __syncthreads();
-  const int votes = b.votes;
-  if (b.barrier.arrived + 1 == static_cast<int>(b.alive)) b.votes = 0;  // all have read it
-  __syncthreads();
-  return votes;
-}
-inline void __syncwarp(unsigned mask = ~0u) { emulator::meet(emulator::block().warp().barrier, __builtin_popcount(mask)); }
+inline void __syncthreads() { emulator::meet_block(); }
+inline int __syncthreads_count(int predicate) { return emulator::meet_block_and_count(predicate != 0); }
+inline void __syncwarp(unsigned mask = ~0u) { emulator::meet_lanes(mask, true); }
 template <class T>
 T __shfl_sync(unsigned mask, T value, int from) { return emulator::exchange(mask, value, from & 31); }
 template <class T>
@@ -57,13 +49,12 @@ T __shfl_up_sync(unsigned mask, T value, int by) {
   return emulator::exchange(mask, value, emulator::lane() >= by ? emulator::lane() - by : emulator::lane());
 }
 inline unsigned __ballot_sync(unsigned mask, int predicate) {
-  emulator::Warp& warp = emulator::block().warp();
-  warp.slots[emulator::lane()][0] = predicate != 0;
-  __syncwarp(mask);
+  emulator::slot_of(emulator::lane())[0] = predicate != 0;
+  emulator::meet_lanes(mask, false);
   unsigned votes = 0;
   for (int lane = 0; lane < 32; ++lane)
-    if (mask >> lane & 1) votes |= static_cast<unsigned>(warp.slots[lane][0]) << lane;
-  __syncwarp(mask);
+    if (mask >> lane & 1) votes |= static_cast<unsigned>(emulator::slot_of(lane)[0]) << lane;
+  emulator::meet_lanes(mask, false);
   return votes;
 }
 inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
@@ -97,12 +88,18 @@ inline unsigned long long __umul64hi(unsigned long long x, unsigned long long y)
   return static_cast<unsigned long long>((static_cast<unsigned __int128>(x) * y) >> 64);
 }
 inline unsigned __umulhi(unsigned x, unsigned y) { return static_cast<unsigned>((uint64_t{x} * y) >> 32); }
-template <class T>
-T atomicAdd(T* p, T x) { T old = *p; *p += x; return old; }
-template <class T>
-T atomicOr(T* p, T x) { T old = *p; *p |= x; return old; }
-template <class T>
-T atomicMax(T* p, T x) { T old = *p; if (x > old) *p = x; return old; }
+// The access itself is not instrumented.
+#define FDSERVE_ATOMIC(name, change)                            \
+  template <class T>                                            \
+  __attribute__((no_sanitize("thread"))) T name(T* p, T x) {    \
+    emulator::touch_atomically(p, sizeof(T));                   \
+    const T old = *p;                                           \
+    *p = change;                                                \
+    return old;                                                 \
+  }
+FDSERVE_ATOMIC(atomicAdd, old + x)
+FDSERVE_ATOMIC(atomicOr, old | x)
+FDSERVE_ATOMIC(atomicMax, x > old ? x : old)
 inline void __threadfence() {}
 
 // The two 16-bit types, with CUDA's names and rounding.

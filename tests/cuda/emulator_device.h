@@ -5,7 +5,6 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <vector>
 
 #include "emulator_cuda.h"
 
@@ -46,70 +45,53 @@ inline float exp2_approx(float x) { return std::exp2(x); }
 template <class T>
 void mma_16816(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   struct Fragments { uint32_t a[4], b[2]; } mine = {{a[0], a[1], a[2], a[3]}, {b[0], b[1]}};
-  emulator::Warp& warp = emulator::block().warp();
-  static_assert(sizeof(mine) <= sizeof(warp.slots[0]), "the fragments must fit a slot");
+  static_assert(sizeof(mine) <= sizeof(emulator::Slot), "the fragments must fit a slot");
   const int lane = emulator::lane(), group = lane / 4, pair = lane % 4;
-  std::memcpy(warp.slots[lane], &mine, sizeof(mine));
-  __syncwarp();
+  std::memcpy(emulator::slot_of(lane), &mine, sizeof(mine));
+  emulator::meet_lanes(~0u, false);
   for (int half = 0; half < 2; ++half)
     for (int column = 0; column < 2; ++column) {
       float sum = d[half * 2 + column];
       for (int k = 0; k < 16; ++k) {
         Fragments left, right;
-        std::memcpy(&left, warp.slots[group * 4 + k % 8 / 2], sizeof(left));
-        std::memcpy(&right, warp.slots[(pair * 2 + column) * 4 + k % 8 / 2], sizeof(right));
+        std::memcpy(&left, emulator::slot_of(group * 4 + k % 8 / 2), sizeof(left));
+        std::memcpy(&right, emulator::slot_of((pair * 2 + column) * 4 + k % 8 / 2), sizeof(right));
         sum += emulated_half_of<T>(left.a[half + k / 8 * 2], k % 2) * emulated_half_of<T>(right.b[k / 8], k % 2);
       }
       d[half * 2 + column] = sum;
     }
-  __syncwarp();
+  emulator::meet_lanes(~0u, false);
 }
 
 using Shared = uintptr_t;
 inline Shared shared_at(const void* place) { return reinterpret_cast<Shared>(place); }
 
 inline void ldmatrix(uint32_t (&r)[4], Shared row, bool transposed) {
-  emulator::Warp& warp = emulator::block().warp();
   const int lane = emulator::lane();
   if (row % 16 != 0) emulator::fail("ldmatrix of an unaligned row");
-  warp.slots[lane][0] = row;
-  __syncwarp();
+  emulator::slot_of(lane)[0] = row;
+  emulator::meet_lanes(~0u, false);
   for (int matrix = 0; matrix < 4; ++matrix) {
     uint16_t two[2];
     for (int i = 0; i < 2; ++i) {
       const int at = transposed ? lane % 4 * 2 + i : lane / 4, column = transposed ? lane / 4 : lane % 4 * 2 + i;
-      two[i] = reinterpret_cast<const uint16_t*>(warp.slots[matrix * 8 + at][0])[column];
+      two[i] = reinterpret_cast<const uint16_t*>(emulator::slot_of(matrix * 8 + at)[0])[column];
     }
     std::memcpy(&r[matrix], two, 4);
   }
-  __syncwarp();
+  emulator::meet_lanes(~0u, false);
 }
 inline void ldmatrix_x4(uint32_t (&r)[4], Shared row) { ldmatrix(r, row, false); }
 inline void ldmatrix_x4_transposed(uint32_t (&r)[4], Shared row) { ldmatrix(r, row, true); }
 
 inline void copy_async_16(void* shared, const void* global, bool there) {
-  if (reinterpret_cast<uintptr_t>(shared) % 16 != 0) emulator::fail("an unaligned asynchronous copy");
-  if (there && reinterpret_cast<uintptr_t>(global) % 16 != 0) emulator::fail("an unaligned asynchronous copy");
-  emulator::Fiber& fiber = emulator::block().fiber();
-  fiber.copies.push_back({shared, there ? global : nullptr, fiber.group});
+  emulator::begin_copy(shared, there ? global : nullptr);
 }
-inline void commit_copies() { ++emulator::block().fiber().group; }
+inline void commit_copies() { emulator::commit_copies(); }
 template <int N>
-void wait_copies() {
-  emulator::Fiber& fiber = emulator::block().fiber();
-  std::vector<emulator::Copy> rest;
-  for (const emulator::Copy& copy : fiber.copies) {
-    if (copy.group >= fiber.group - N)
-      rest.push_back(copy);
-    else if (copy.from != nullptr)
-      std::memcpy(copy.to, copy.from, 16);
-    else
-      std::memset(copy.to, 0, 16);
-  }
-  fiber.copies.swap(rest);
-}
+void wait_copies() { emulator::wait_copies(N); }
 
-inline char* dynamic_shared() { return emulator::block().dynamic(); }
+inline char* dynamic_shared() { return emulator::dynamic_shared(); }
 
 template <class Kernel, class... Args>
 void launch(Kernel kernel, dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t, Args... args) {

@@ -3,7 +3,6 @@
 #pragma once
 
 #include <cstdint>
-#include <vector>
 
 #include "emulator_device.h"
 
@@ -24,60 +23,67 @@ inline Operand operand_after(Operand operand, int bytes) {
   return {operand.place + bytes, operand.leading, operand.stride};
 }
 
-// Element `k` of 16 of a column.
-template <class T, int TRANSPOSED>
-float element_of(const Operand& operand, int column, int k) {
-  Shared at = operand.place;
+// Where element `k` of 16 of a column is.
+template <int TRANSPOSED>
+Shared place_of(const emulator::Product& product, int column, int k) {
+  Shared at = product.right;
   if (TRANSPOSED)
-    at += column / 64 * operand.leading + k / 8 * operand.stride + k % 8 * 128 + column % 64 * 2;
+    at += column / 64 * product.leading + k / 8 * product.stride + k % 8 * 128 + column % 64 * 2;
   else
-    at += column / 8 * operand.stride + column % 8 * 128 + k * 2;
-  at ^= (at >> 7 & 7) << 4;
-  return emulated_float(*reinterpret_cast<const T*>(at));
+    at += column / 8 * product.stride + column % 8 * 128 + k * 2;
+  return at ^ (at >> 7 & 7) << 4;
 }
 
 template <int N>
 void hold(float (&)[N][4]) {}
 inline void begin_products() {}
-inline void show_to_products() {}
+inline void show_to_products() { emulator::show_to_products(); }
+
+// A warp reads all of the right operand, 16 bytes at a time: a column's 8 elements, or, TRANSPOSED, those of 8 columns.
+template <int TRANSPOSED, int N>
+void read_right(const emulator::Product& product) {
+  for (int i = emulator::lane(); i < N * 16; i += emulator::WARP)
+    emulator::read_by_product(TRANSPOSED ? place_of<1>(product, i / 16 * 8, i % 16) : place_of<0>(product, i / 2, i % 2 * 8));
+}
 
 template <class T, int TRANSPOSED, int N>
-void multiply_now(float (&d)[N][4], const uint32_t (&a)[4], const Operand& b, bool add) {
-  emulator::Warp& warp = emulator::block().warp();
+void multiply(const emulator::Product& product) {
+  read_right<TRANSPOSED, N>(product);
+  float(&d)[N][4] = *static_cast<float(*)[N][4]>(product.sums);
   const int lane = emulator::lane(), group = lane / 4, pair = lane % 4;
-  std::memcpy(warp.slots[lane], a, sizeof(a));
-  __syncwarp();
+  std::memcpy(emulator::slot_of(lane), product.left, 16);
+  emulator::meet_lanes(~0u, false);
   for (int half = 0; half < 2; ++half) {
     float left[16];
     for (int k = 0; k < 16; ++k) {
       uint32_t registers[4];
-      std::memcpy(registers, warp.slots[group * 4 + k % 8 / 2], sizeof(registers));
+      std::memcpy(registers, emulator::slot_of(group * 4 + k % 8 / 2), sizeof(registers));
       left[k] = emulated_half_of<T>(registers[half + k / 8 * 2], k % 2);
     }
     for (int j = 0; j < N; ++j)
       for (int i = 0; i < 2; ++i) {
-        float sum = add ? d[j][half * 2 + i] : 0.0f;
-        for (int k = 0; k < 16; ++k) sum += left[k] * element_of<T, TRANSPOSED>(b, j * 8 + pair * 2 + i, k);
+        float sum = product.add ? d[j][half * 2 + i] : 0.0f;
+        for (int k = 0; k < 16; ++k) {
+          T right;
+          emulator::copy_for_product(&right, place_of<TRANSPOSED>(product, j * 8 + pair * 2 + i, k), sizeof(right));
+          sum += left[k] * emulated_float(right);
+        }
         d[j][half * 2 + i] = sum;
       }
   }
-  __syncwarp();
+  emulator::meet_lanes(~0u, false);
 }
 
 template <class T, int TRANSPOSED, int N>
 void begin_product(float (&d)[N][4], const uint32_t (&a)[4], Operand b, bool add) {
-  emulator::Fiber& fiber = emulator::block().fiber();
-  fiber.products.push_back({[&d, &a, b, add] { multiply_now<T, TRANSPOSED>(d, a, b, add); }, fiber.product_group});
+  const emulator::Product product{multiply<T, TRANSPOSED, N>, &d, a, b.place, b.leading, b.stride, add, 0};
+  read_right<TRANSPOSED, N>(product);
+  emulator::begin_product(product);
 }
-inline void commit_products() { ++emulator::block().fiber().product_group; }
+inline void commit_products() { emulator::commit_products(); }
 template <int N>
 void wait_products() {
-  emulator::Fiber& fiber = emulator::block().fiber();
-  while (!fiber.products.empty() && fiber.products.front().group < fiber.product_group - N) {
-    const emulator::Product product = fiber.products.front();
-    fiber.products.pop_front();
-    product.multiply();
-  }
+  for (emulator::Product product; emulator::next_product(N, product);) product.multiply(product);
 }
 
 }  // namespace fdserve::cuda

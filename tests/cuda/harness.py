@@ -7,9 +7,12 @@ writes past the end is caught.
 from __future__ import annotations
 
 import ctypes
+import re
 import shutil
 import subprocess
+import weakref
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ import numpy.typing as npt
 HERE = Path(__file__).parent
 SOURCES = HERE.parents[1] / "kernels/cuda"
 LAUNCHERS = sorted(SOURCES.glob("*.cu"))
+EMULATOR = sorted(HERE.glob("emulator_*.cc"))
 GUARD_BYTES = 256
 GUARD = 0xA5
 POISON = 0xFF  # a NaN in every float type
@@ -63,10 +67,6 @@ class Device(ABC):
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self.library = library
-        library.fdserve_cuda_attention_workspace.restype = ctypes.c_int64
-        library.fdserve_cuda_moe_workspace.restype = ctypes.c_int64
-        library.fdserve_cuda_sample_workspace.restype = ctypes.c_int64
-        library.fdserve_cuda_sample_sizes.restype = None
 
     @abstractmethod
     def allocate(self, content: Array) -> Any:
@@ -101,6 +101,12 @@ class Device(ABC):
             assert content.tobytes() == buffer.content.tobytes(), "a write into an input"
         return content
 
+    def workspace(self, launcher: str, *arguments: Any) -> int:
+        """The bytes that a launcher wants for a call."""
+        function = getattr(self.library, f"{launcher}_workspace")
+        function.restype = ctypes.c_int64
+        return int(function(*arguments))
+
     def call(self, launcher: str, *arguments: Any) -> None:
         """Run a launcher on the default stream: buffers by their address, ints as int64 unless already of ctypes."""
         converted = []
@@ -118,13 +124,33 @@ class Device(ABC):
 
 
 class Emulated(Device):
-    """The CPU; memory is NumPy's."""
+    """The CPU; memory is NumPy's. What a kernel does there is checked: see emulator_memory.cc."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        super().__init__(library)
+        library.emulator_check_memory()
+
+    def call(self, launcher: str, *arguments: Any) -> None:
+        super().call(launcher, *arguments)
+        complaint = ctypes.create_string_buffer(1024)
+        self.library.emulator_complaint(complaint, ctypes.c_size_t(len(complaint)))
+        assert not complaint.value, self._with_places(f"{launcher}: {complaint.value.decode()}")
+
+    def _with_places(self, complaint: str) -> str:
+        """The lines of the sources that a complaint names by their code."""
+        codes = re.findall(r"(?:code|other) (0x[0-9a-f]+)", complaint)
+        command = ["addr2line", "-Cfpie", self.library._name, *codes]
+        return complaint + "\n" + subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
     def allocate(self, content: Array) -> Array:
         whole = np.zeros(len(content) + 256, np.uint8)
         start = -int(whole.ctypes.data) % 256
         memory = whole[start : start + len(content)]
         memory[:] = content
+        # Kernels may use what is between the guards, as long as it lives.
+        first = ctypes.c_size_t(self.address(memory) + GUARD_BYTES)
+        self.library.emulator_lend(first, ctypes.c_size_t(len(memory) - 2 * GUARD_BYTES))
+        weakref.finalize(memory, self.library.emulator_take_back, first)
         return memory
 
     def address(self, memory: Array) -> int:
@@ -134,25 +160,21 @@ class Emulated(Device):
         return memory.copy()
 
 
-def compile_emulated(directory: Path) -> None:
-    """The launchers' objects, into a directory. Floats do not contract: the sources say what is to be fused."""
+def compile_emulated(directory: Path, kernels: Sequence[Path] = LAUNCHERS) -> None:
+    """The kernels' objects and the emulator's, into a directory.
+
+    Floats do not contract: the sources say what is to be fused. What kernels load and store is instrumented for
+    emulator_memory.cc.
+    """
     # More optimization takes longer than it saves: most of the time goes from one fiber to the next.
-    compiler = ["g++", "-std=c++17", "-O1", "-ffp-contract=off", "-fPIC", "-Wno-unknown-pragmas", "-DFDSERVE_EMULATED"]
+    flags = ["-std=c++17", "-O1", "-g1", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", "-Wno-unknown-pragmas"]
+    instrumented = ["-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0", "-DFDSERVE_EMULATED", "-x", "c++"]
     processes = [
         subprocess.Popen(
-            [
-                *compiler,
-                f"-I{HERE}",
-                f"-I{SOURCES}",
-                "-x",
-                "c++",
-                "-c",
-                str(source),
-                "-o",
-                f"{directory / source.stem}.o",
-            ]
+            ["g++", *flags, *each, f"-I{HERE}", f"-I{SOURCES}", "-c", str(source), "-o", f"{directory / source.stem}.o"]
         )
-        for source in LAUNCHERS
+        for sources, each in ((kernels, instrumented), (EMULATOR, ["-O2"]))
+        for source in sources
     ]
     for process in processes:
         assert process.wait(240) == 0, process.args

@@ -96,7 +96,7 @@ def run(device: Device, inputs: Inputs) -> list[Array]:
     stride, words = arrays["logits"].shape[1], arrays["masks"].shape[1]
     pointers = [buffer.pointer for buffer in (*buffers, *outputs)]
     call = CSample(*pointers, rows, stride, inputs.vocab_size, words, inputs.num_top, 0)
-    size = device.library.fdserve_cuda_sample_workspace(ctypes.byref(call))
+    size = device.workspace("fdserve_cuda_sample", ctypes.byref(call))
     workspace = device.empty((max(size, 1),), np.uint8)
     device.call("fdserve_cuda_sample", ctypes.byref(call), workspace)
     for buffer in (*buffers, workspace):

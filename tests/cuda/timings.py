@@ -125,7 +125,7 @@ class Sequences:
         tokens, most = sum(self.lengths), max(self.lengths)
         sizes = (len(self.lengths), tokens, most, self.longest, HEADS, KV_HEADS, HEAD_DIM)
         processors = ctypes.c_int(gpu.multiprocessors)
-        wanted = gpu.library.fdserve_cuda_attention_workspace(*map(ctypes.c_int64, sizes), processors)
+        wanted = gpu.workspace("fdserve_cuda_attention", *map(ctypes.c_int64, sizes), processors)
         workspace = torch.empty(wanted, dtype=torch.uint8, device="cuda")
         arguments = (
             *map(pointer, (self.queries, self.keys, self.values)), ctypes.byref(self.paged), tokens, most, self.longest,
@@ -183,7 +183,7 @@ def sample(rows: int, temperature: float, top_p: float, gpu: Gpu) -> Figure:
     tensors = (logits, floats, ints, zeros, zeros, zeros, zeros, zeros.float(), zeros)
     addresses = [tensor.data_ptr() for tensor in tensors] + [None] * 3 + [each.data_ptr() for each in outputs]
     call = CSample(*addresses, rows, vocab, vocab, 0, top)
-    size = gpu.library.fdserve_cuda_sample_workspace(ctypes.byref(call))
+    size = gpu.workspace("fdserve_cuda_sample", ctypes.byref(call))
     workspace = torch.empty(size, dtype=torch.uint8, device="cuda")
     took = seconds(lambda: gpu.call("fdserve_cuda_sample", ctypes.byref(call), pointer(workspace)))
     beside = by_torch(lambda: torch.topk(torch.log_softmax(logits, -1), top))
@@ -228,7 +228,7 @@ def experts(tokens: int, gpu: Gpu) -> Figure:
     x, out = bf16(tokens, hidden), bf16(tokens, hidden)
     pointers = [tensor.data_ptr() for tensor in (x, gate, bias, up_gate, down)]
     call = CMoe(*pointers, None, None, None, out.data_ptr(), tokens, hidden, inner, count, top_k, 16, 0, 1e-12)
-    size = gpu.library.fdserve_cuda_moe_workspace(ctypes.byref(call))
+    size = gpu.workspace("fdserve_cuda_moe", ctypes.byref(call))
     workspace = torch.empty(size, dtype=torch.uint8, device="cuda")
     took = seconds(lambda: gpu.call("fdserve_cuda_moe", ctypes.byref(call), BF16, pointer(workspace)))
     # As many experts as random choices touch.

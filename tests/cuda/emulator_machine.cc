@@ -1,0 +1,222 @@
+// The emulator's machine: blocks of threads as fibers, barriers between them, and what a warp's lanes show each other.
+//
+// Every thread of a block is a fiber of one operating-system thread; a block runs to its end before the next begins. A
+// fiber runs until it meets a barrier or a warp-wide operation and then lets the others run, so shared memory and shuffles
+// behave as on a GPU where all code between two barriers is free of races; whether it is, emulator_memory.cc tells. Of one
+// block the first fiber goes first, of the next the last. A barrier that not all threads reach, and a write past the
+// dynamic shared memory, end the process with a message.
+#include "emulator_machine.h"
+
+#include <cstdio>
+#include <cstdlib>
+
+namespace emulator {
+
+Place place;
+Machine machine;
+
+namespace {
+
+// One of the architectures that have least shared memory (sm_86, sm_89, sm_120), or Hopper.
+constexpr Architecture SMALLEST{99 << 10, false}, HOPPER{227 << 10, true};
+Architecture chosen = SMALLEST;
+
+void yield() {
+  if (_setjmp(machine.fiber().state) == 0) _longjmp(machine.scheduler, 1);
+}
+
+void meet(Barrier& barrier, int expected) {
+  ++machine.progress;
+  if (++barrier.arrived == expected) {
+    barrier.arrived = 0;
+    ++barrier.generation;
+    return;
+  }
+  const unsigned generation = barrier.generation;
+  while (barrier.generation == generation) yield();
+}
+
+void fiber_main() {
+  machine.call.run(machine.call.closure);
+  machine.fiber().done = true;
+  --machine.alive;
+  ++machine.progress;
+  _longjmp(machine.scheduler, 1);
+}
+
+void resume(size_t number) {
+  machine.current = number;
+  Fiber& fiber = machine.fiber();
+  place.thread = fiber.thread;
+  if (_setjmp(machine.scheduler) != 0) return;
+  if (fiber.begun) _longjmp(fiber.state, 1);
+  fiber.begun = true;
+  setcontext(&fiber.context);
+}
+
+void begin_fiber(Fiber& fiber, dim3 thread) {
+  fiber.begun = fiber.done = false;
+  fiber.copies.clear();
+  fiber.products.clear();
+  fiber.group = fiber.product_group = 0;
+  fiber.barriers = fiber.warp_barriers = 0;
+  fiber.shown_after.clear();
+  fiber.thread = thread;
+  getcontext(&fiber.context);
+  fiber.context.uc_stack = {fiber.stack.get(), 0, STACK_BYTES};
+  fiber.context.uc_link = nullptr;
+  makecontext(&fiber.context, fiber_main, 0);
+}
+
+void run_block() {
+  Machine& m = machine;
+  m.block = ++m.numbers;
+  m.alive = m.threads;
+  m.barrier = {};
+  for (Warp& warp : m.warps) warp.barrier = {};
+  for (size_t i = 0; i < m.threads; ++i) {
+    const unsigned x = place.block.x, y = place.block.y;
+    begin_fiber(m.fibers[i], dim3(i % x, i / x % y, i / x / y));
+  }
+  while (m.alive > 0) {
+    const uint64_t before = m.progress;
+    for (size_t i = 0; i < m.threads; ++i)
+      if (const size_t number = m.backwards ? m.threads - 1 - i : i; !m.fibers[number].done) resume(number);
+    if (m.progress == before && m.alive > 0) fail("a barrier that not all threads reach");
+  }
+  if (m.barrier.arrived != 0) fail("threads ended inside of a barrier");
+  m.backwards = !m.backwards;
+}
+
+// Runs a block on fresh garbage: a kernel that reads what it did not write gives NaNs.
+void run_block_at(dim3 index) {
+  place.index = index;
+  machine.shared.assign(machine.shared_bytes + GUARD_BYTES + SHARED_ALIGNMENT, static_cast<char>(0xFF));
+  std::memset(dynamic_shared() + machine.shared_bytes, GUARD, GUARD_BYTES);
+  run_block();
+  for (size_t i = 0; i < GUARD_BYTES; ++i)
+    if (static_cast<unsigned char>(dynamic_shared()[machine.shared_bytes + i]) != GUARD)
+      fail("a write past the dynamic shared memory");
+}
+
+}  // namespace
+
+void fail(const char* what) {
+  std::fprintf(stderr, "emulator: %s\n", what);
+  std::abort();
+}
+
+void meet_block() {
+  meet(machine.barrier, static_cast<int>(machine.alive));
+  ++machine.fiber().barriers;
+}
+
+int meet_block_and_count(bool predicate) {
+  machine.votes += predicate;
+  meet_block();
+  const int votes = machine.votes;
+  if (machine.barrier.arrived + 1 == static_cast<int>(machine.alive)) machine.votes = 0;  // all have read it
+  meet_block();
+  return votes;
+}
+
+void meet_lanes(unsigned mask, bool orders_memory) {
+  if (!(mask >> lane() & 1)) fail("a lane outside of its own mask");
+  meet(machine.warp().barrier, __builtin_popcount(mask));
+  if (orders_memory) ++machine.fiber().warp_barriers;
+}
+
+Slot& slot_of(int lane) { return machine.warp().slots[lane]; }
+
+void exchange(unsigned mask, const void* value, void* result, size_t size, int from) {
+  std::memcpy(slot_of(lane()), value, size);
+  meet_lanes(mask, false);
+  if (from >= 0 && from < WARP) std::memcpy(result, slot_of(from), size);
+  meet_lanes(mask, false);
+}
+
+void begin_copy(void* to, const void* from) {
+  if (reinterpret_cast<uintptr_t>(to) % 16 != 0 || reinterpret_cast<uintptr_t>(from) % 16 != 0)
+    fail("an unaligned asynchronous copy");
+  Fiber& fiber = machine.fiber();
+  if (from != nullptr) touch(from, 16, Access::READ, __builtin_return_address(0));
+  promise(to, 16, __builtin_return_address(0));
+  fiber.copies.push_back({to, from, fiber.group});
+}
+
+void commit_copies() { ++machine.fiber().group; }
+
+void wait_copies(int under_way) {
+  Fiber& fiber = machine.fiber();
+  std::vector<Copy> rest;
+  for (const Copy& copy : fiber.copies) {
+    if (copy.group >= fiber.group - under_way) {
+      rest.push_back(copy);
+      continue;
+    }
+    if (copy.from != nullptr)
+      std::memcpy(copy.to, copy.from, 16);
+    else
+      std::memset(copy.to, 0, 16);
+    keep_promise(copy.to, 16, __builtin_return_address(0));
+  }
+  fiber.copies.swap(rest);
+}
+
+void begin_product(Product product) {
+  product.group = machine.fiber().product_group;
+  machine.fiber().products.push_back(product);
+}
+
+void commit_products() { ++machine.fiber().product_group; }
+
+bool next_product(int under_way, Product& product) {
+  Fiber& fiber = machine.fiber();
+  if (fiber.products.empty() || fiber.products.front().group >= fiber.product_group - under_way) return false;
+  product = fiber.products.front();
+  fiber.products.pop_front();
+  return true;
+}
+
+void show_to_products() { machine.fiber().shown_after.push_back(machine.fiber().barriers); }
+
+void read_by_product(uintptr_t at) {
+  touch(reinterpret_cast<const void*>(at), 16, Access::PRODUCT, __builtin_return_address(0));
+}
+
+void copy_for_product(void* to, uintptr_t at, size_t size) { std::memcpy(to, reinterpret_cast<const void*>(at), size); }
+
+void touch_atomically(const void* at, size_t size) { touch(at, size, Access::ATOMIC, __builtin_return_address(0)); }
+
+// As device.cuh aligns it.
+char* dynamic_shared() {
+  return machine.shared.data() + -reinterpret_cast<uintptr_t>(machine.shared.data()) % SHARED_ALIGNMENT;
+}
+
+const Architecture& architecture() { return chosen; }
+
+void run_grid(dim3 grid, dim3 block, size_t shared_bytes, const Call& call) {
+  Machine& m = machine;
+  if (shared_bytes > architecture().shared_bytes) fail("more shared memory than a block can have");
+  place.grid = grid;
+  place.block = block;
+  m.threads = size_t{block.x} * block.y * block.z;
+  if (m.threads == 0 || m.threads > MOST_THREADS) fail("a block of no or more than 1024 threads");
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.y > 65535 || grid.z > 65535) fail("a grid out of range");
+  if (m.fibers.size() < m.threads) m.fibers.resize(m.threads);
+  m.shared_bytes = shared_bytes;
+  m.call = call;
+  m.launch = ++m.numbers;
+  m.is_running = true;
+  for (unsigned z = 0; z < grid.z; ++z)
+    for (unsigned y = 0; y < grid.y; ++y)
+      for (unsigned x = 0; x < grid.x; ++x) run_block_at(dim3(x, y, z));
+  m.is_running = false;
+}
+
+}  // namespace emulator
+
+// Called from Python: be Hopper from now on, or one of the others.
+extern "C" __attribute__((visibility("default"))) void emulator_be_hopper(int is_hopper) {
+  emulator::chosen = is_hopper ? emulator::HOPPER : emulator::SMALLEST;
+}

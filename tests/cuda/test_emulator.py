@@ -1,0 +1,71 @@
+"""That the emulator tells what kernels do wrong where results may well be right."""
+
+from __future__ import annotations
+
+import ctypes
+
+import numpy as np
+import pytest
+
+from tests.cuda.harness import HERE, Emulated, compile_emulated, link_emulated
+
+THREADS = 128
+
+
+@pytest.fixture(scope="module")
+def device(tmp_path_factory: pytest.TempPathFactory) -> Emulated:
+    directory = tmp_path_factory.mktemp("wrong")
+    compile_emulated(directory, [HERE / "wrong_kernels.cc"])
+    return Emulated(ctypes.CDLL(str(link_emulated([*directory.glob("*.o")], directory / "wrong.so"))))
+
+
+def run(device: Emulated, kernel: str) -> None:
+    values, out = device.put(np.arange(THREADS, dtype=np.int32)), device.empty((THREADS,), np.int32)
+    device.call("fdserve_wrong_kernel", kernel.encode(), values, out)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "complaint"),
+    [
+        ("reads a neighbour", "a read at .* (unordered with a write|not written)"),
+        ("trusts a shuffle", "a read at .* (unordered with a write|not written)"),
+        ("a warp trusts another's barrier", "a read at .* (unordered with a write|not written)"),
+        ("writes what is read", "a (read|write) at .* unordered with a (read|write)"),
+        ("adds up", "a (read|write) at .* unordered with a (read|write)"),
+        ("copies without waiting", "a read at .* while a copy to there is under way"),
+        ("copies without a barrier", "a read at .* (unordered with a write|under way|not written)"),
+        ("reads past the end", "a read at .* outside of all buffers"),
+        ("writes past the end", "a write at .* outside of all buffers"),
+        ("reads what is not written", "a read at .* of what the block has not written"),
+        ("loads what is not aligned", "a read at .* at no multiple of its size"),
+        ("writes what the other block does", "a write at .* unordered with a write"),
+        ("multiplies what is not shown", "a product's read at .* not shown to products"),
+        ("multiplies what changes", "a product's read at .* (unordered with a write|not shown)"),
+    ],
+)
+def test_what_is_wrong_is_told(device: Emulated, kernel: str, complaint: str) -> None:
+    with pytest.raises(AssertionError, match=complaint) as raised:
+        run(device, kernel)
+    assert "wrong_kernels.cc:" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "kernel",
+    [
+        "reads a neighbour after a barrier",
+        "trusts a warp's barrier",
+        "writes what was read before a barrier",
+        "adds up atomically",
+        "copies",
+        "is one block",
+        "multiplies",
+    ],
+)
+def test_what_is_right_is_not(device: Emulated, kernel: str) -> None:
+    run(device, kernel)
+
+
+def test_a_complaint_is_made_once(device: Emulated) -> None:
+    with pytest.raises(AssertionError, match="outside"):
+        run(device, "reads past the end")
+    run(device, "is one block")
