@@ -74,6 +74,10 @@ void copy_for_product(void* to, uintptr_t at, size_t size);
 // An atomic operation of this thread on these bytes.
 void touch_atomically(const void* at, size_t size);
 
+// A row of a matrix that a warp loads as a whole; what its lanes do to get there does not count.
+void count_row(uintptr_t at);
+void count(bool on);
+
 char* dynamic_shared();
 
 struct Architecture {

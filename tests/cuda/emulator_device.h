@@ -66,11 +66,13 @@ void mma_16816(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 using Shared = uintptr_t;
 inline Shared shared_at(const void* place) { return reinterpret_cast<Shared>(place); }
 
-inline void ldmatrix(uint32_t (&r)[4], Shared row, bool transposed) {
+__attribute__((always_inline)) inline void ldmatrix(uint32_t (&r)[4], Shared row, bool transposed) {
   const int lane = emulator::lane();
   if (row % 16 != 0) emulator::fail("ldmatrix of an unaligned row");
   emulator::slot_of(lane)[0] = row;
+  emulator::count_row(row);
   emulator::meet_lanes(~0u, false);
+  emulator::count(false);
   for (int matrix = 0; matrix < 4; ++matrix) {
     uint16_t two[2];
     for (int i = 0; i < 2; ++i) {
@@ -79,12 +81,13 @@ inline void ldmatrix(uint32_t (&r)[4], Shared row, bool transposed) {
     }
     std::memcpy(&r[matrix], two, 4);
   }
+  emulator::count(true);
   emulator::meet_lanes(~0u, false);
 }
 inline void ldmatrix_x4(uint32_t (&r)[4], Shared row) { ldmatrix(r, row, false); }
 inline void ldmatrix_x4_transposed(uint32_t (&r)[4], Shared row) { ldmatrix(r, row, true); }
 
-inline void copy_async_16(void* shared, const void* global, bool there) {
+__attribute__((always_inline)) inline void copy_async_16(void* shared, const void* global, bool there) {
   emulator::begin_copy(shared, there ? global : nullptr);
 }
 inline void commit_copies() { emulator::commit_copies(); }

@@ -27,6 +27,7 @@ void yield() {
 
 void meet(Barrier& barrier, int expected) {
   ++machine.progress;
+  ++machine.fiber().meetings;
   if (++barrier.arrived == expected) {
     barrier.arrived = 0;
     ++barrier.generation;
@@ -59,7 +60,7 @@ void begin_fiber(Fiber& fiber, dim3 thread) {
   fiber.copies.clear();
   fiber.products.clear();
   fiber.group = fiber.product_group = 0;
-  fiber.barriers = fiber.warp_barriers = 0;
+  fiber.meetings = fiber.barriers = fiber.warp_barriers = 0;
   fiber.shown_after.clear();
   fiber.thread = thread;
   getcontext(&fiber.context);
@@ -86,17 +87,19 @@ void run_block() {
   }
   if (m.barrier.arrived != 0) fail("threads ended inside of a barrier");
   m.backwards = !m.backwards;
+  count_block();
 }
 
 // Runs a block on fresh garbage: a kernel that reads what it did not write gives NaNs.
 void run_block_at(dim3 index) {
   place.index = index;
-  machine.shared.assign(machine.shared_bytes + GUARD_BYTES + SHARED_ALIGNMENT, static_cast<char>(0xFF));
-  std::memset(dynamic_shared() + machine.shared_bytes, GUARD, GUARD_BYTES);
+  Machine& m = machine;
+  m.shared.assign(m.shared_bytes + GUARD_BYTES + SHARED_ALIGNMENT, static_cast<char>(0xFF));
+  m.dynamic = m.shared.data() + -reinterpret_cast<uintptr_t>(m.shared.data()) % SHARED_ALIGNMENT;
+  std::memset(m.dynamic + m.shared_bytes, GUARD, GUARD_BYTES);
   run_block();
   for (size_t i = 0; i < GUARD_BYTES; ++i)
-    if (static_cast<unsigned char>(dynamic_shared()[machine.shared_bytes + i]) != GUARD)
-      fail("a write past the dynamic shared memory");
+    if (static_cast<unsigned char>(m.dynamic[m.shared_bytes + i]) != GUARD) fail("a write past the dynamic shared memory");
 }
 
 }  // namespace
@@ -158,7 +161,9 @@ void wait_copies(int under_way) {
       std::memcpy(copy.to, copy.from, 16);
     else
       std::memset(copy.to, 0, 16);
+    machine.is_uncounted = true;  // it was when it began
     keep_promise(copy.to, 16, __builtin_return_address(0));
+    machine.is_uncounted = false;
   }
   fiber.copies.swap(rest);
 }
@@ -186,12 +191,13 @@ void read_by_product(uintptr_t at) {
 
 void copy_for_product(void* to, uintptr_t at, size_t size) { std::memcpy(to, reinterpret_cast<const void*>(at), size); }
 
+void count_row(uintptr_t at) { note_access(reinterpret_cast<const void*>(at), 16, false, __builtin_return_address(0)); }
+
+void count(bool on) { machine.is_uncounted = !on; }
+
 void touch_atomically(const void* at, size_t size) { touch(at, size, Access::ATOMIC, __builtin_return_address(0)); }
 
-// As device.cuh aligns it.
-char* dynamic_shared() {
-  return machine.shared.data() + -reinterpret_cast<uintptr_t>(machine.shared.data()) % SHARED_ALIGNMENT;
-}
+char* dynamic_shared() { return machine.dynamic; }
 
 const Architecture& architecture() { return chosen; }
 

@@ -1,4 +1,4 @@
-// The emulator's machine, for its own two sources: fibers, barriers, and what checks of memory ask of them.
+// The emulator's machine, for its own sources: fibers, barriers, and what is asked of them about memory.
 #pragma once
 
 #include <setjmp.h>
@@ -37,6 +37,7 @@ struct Fiber {
   int group = 0;
   std::deque<Product> products;
   int product_group = 0;
+  uint32_t meetings = 0;  // of any kind
   // How often the thread has met its block, and its warp so that memory was ordered; and after how many barriers of the
   // block it showed what it had written to products.
   uint32_t barriers = 0, warp_barriers = 0;
@@ -50,12 +51,13 @@ struct Warp {
 
 // The block that is running.
 struct Machine {
-  bool is_running = false;
+  bool is_running = false, is_uncounted = false;
   uint32_t launch = 0, block = 0, numbers = 0;  // no launch and no block ever has the number of another of either
   Call call;
   std::vector<Fiber> fibers;
   Warp warps[MOST_THREADS / WARP];
   std::vector<char> shared;
+  char* dynamic = nullptr;  // where the block's share of it begins, aligned as device.cuh has it
   size_t shared_bytes = 0;
   Barrier barrier;
   ucontext_t home;
@@ -76,5 +78,12 @@ void touch(const void* at, size_t size, Access access, const void* code);
 // An asynchronous copy will write here: until it has, nobody may touch it.
 void promise(const void* at, size_t size, const void* code);
 void keep_promise(const void* at, size_t size, const void* code);
+
+// Where in this library, for addr2line.
+uint64_t place_in_library(const void* code);
+
+// In emulator_traffic.cc: an access of the current thread, if it is counted; and the end of a block.
+void note_access(const void* at, size_t size, bool is_global, const void* code);
+void count_block();
 
 }  // namespace emulator

@@ -55,7 +55,10 @@ class Memory {
   char complaint[1024] = "";
 
   void lend(uintptr_t at, size_t size) { lent_[at] = size; }
-  void take_back(uintptr_t at) { lent_.erase(at); }
+  void take_back(uintptr_t at) {
+    lent_.erase(at);
+    last_end_ = 0;
+  }
 
   void touch(const void* pointer, size_t size, Access access, const void* code) {
     const uintptr_t at = reinterpret_cast<uintptr_t>(pointer);
@@ -66,6 +69,7 @@ class Memory {
       if (access != Access::READ) complain("in constants", at, access, code, nullptr);
       return;
     }
+    if (access == Access::READ || access == Access::WRITE) note_access(pointer, size, region == Region::GLOBAL, code);
     const uint32_t scope = scope_of(region);
     for (size_t i = 0; i < size; i += CELL_BYTES) {
       Cell& cell = cell_at(at + i, scope);
@@ -94,6 +98,7 @@ class Memory {
 
  private:
   std::map<uintptr_t, size_t> lent_;
+  uintptr_t last_begin_ = 0, last_end_ = 0;  // of the buffer that was touched last
   std::unordered_map<uintptr_t, std::unique_ptr<Page>> pages_;
   uintptr_t last_number_ = 0;
   Page* last_page_ = nullptr;
@@ -103,19 +108,22 @@ class Memory {
     return at >= from && at + size <= from + length;
   }
 
-  Region region_of(uintptr_t at, size_t size) const {
+  Region region_of(uintptr_t at, size_t size) {
+    if (at >= last_begin_ && at + size <= last_end_) return Region::GLOBAL;
     const Fiber& fiber = machine.fibers[machine.current];
     if (within(at, size, fiber.stack.get(), STACK_BYTES) || within(at, size, &machine, sizeof(machine)) ||
         within(at, size, &place, sizeof(place)))
       return Region::OWN;
-    if (within(at, size, dynamic_shared(), machine.shared_bytes)) return Region::SHARED;
+    if (within(at, size, machine.dynamic, machine.shared_bytes)) return Region::SHARED;
     if (within(at, size, __bss_start, static_cast<size_t>(_end - __bss_start))) return Region::SHARED;
     if (within(at, size, machine.call.closure, machine.call.size)) return Region::CONSTANT;
     if (within(at, size, __ehdr_start, static_cast<size_t>(__bss_start - __ehdr_start))) return Region::CONSTANT;
-    auto next = lent_.upper_bound(at);
-    if (next != lent_.begin())
-      if (const auto& [begin, length] = *--next; at + size <= begin + length) return Region::GLOBAL;
-    return Region::NOWHERE;
+    const auto next = lent_.upper_bound(at);
+    if (next == lent_.begin()) return Region::NOWHERE;
+    const auto& [begin, length] = *std::prev(next);
+    if (at + size > begin + length) return Region::NOWHERE;
+    last_begin_ = begin, last_end_ = begin + length;
+    return Region::GLOBAL;
   }
 
   static uint32_t scope_of(Region region) { return region == Region::SHARED ? machine.block : machine.launch; }
@@ -209,18 +217,19 @@ class Memory {
   void complain(const char* what, uintptr_t at, Access access, const void* code, const void* other) {
     if (complaint[0] != 0) return;
     const char* names[] = {"a read", "a write", "an atomic access", "a product's read"};
-    const auto offset = [](const void* code) {
-      return code == nullptr ? 0 : static_cast<size_t>(static_cast<const char*>(code) - __ehdr_start);
-    };
-    std::snprintf(complaint, sizeof(complaint), "%s at %#" PRIxPTR " %s: block (%u,%u,%u), thread %zu, code %#zx, other %#zx",
+    std::snprintf(complaint, sizeof(complaint), "%s at %#" PRIxPTR " %s: block (%u,%u,%u), thread %zu, code %#" PRIx64 ", other %#" PRIx64,
                   names[static_cast<int>(access)], at, what, place.index.x, place.index.y, place.index.z, machine.current,
-                  offset(code), offset(other));
+                  place_in_library(code), place_in_library(other));
   }
 };
 
 Memory memory;
 
 }  // namespace
+
+uint64_t place_in_library(const void* code) {
+  return code == nullptr ? 0 : static_cast<uint64_t>(static_cast<const char*>(code) - __ehdr_start);
+}
 
 void touch(const void* at, size_t size, Access access, const void* code) {
   if (memory.is_on && machine.is_running) memory.touch(at, size, access, code);

@@ -11,6 +11,7 @@ import pytest
 
 from tests.cuda import attention, checks, sampling, sampling_ranks
 from tests.cuda.harness import DTYPES, Emulated, link_emulated
+from tests.cuda.traffic import CASES, Count, measure_case
 
 
 @pytest.fixture(scope="module")
@@ -155,3 +156,14 @@ def test_greedy_rows_need_one_gathering(
 @pytest.mark.parametrize(("world_size", "rows"), [(2, 32), (4, 12), (8, 8)])
 def test_draws_on_ranks(device: Emulated, rng: np.random.Generator, world_size: int, rows: int) -> None:
     sampling_ranks.draws(device, rng, world_size, rows)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_traffic(device: Emulated, name: str) -> None:
+    """Warps load what lies side by side, and shared memory serves them without one bank being in demand."""
+    case, total = CASES[name], Count()
+    for count in measure_case(device, case).values():
+        total.add(count)
+    assert total.wanted_bytes > 0
+    assert total.moved_bytes <= case.most_moved * total.wanted_bytes
+    assert total.turns <= case.most_turns * total.least_turns

@@ -1,4 +1,4 @@
-"""That the emulator tells what kernels do wrong where results may well be right."""
+"""That the emulator tells what kernels do wrong where results may well be right, and what makes them slow."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tests.cuda.harness import HERE, Emulated, compile_emulated, link_emulated
+from tests.cuda.traffic import measure
 
 THREADS = 128
 
@@ -63,6 +64,22 @@ def test_what_is_wrong_is_told(device: Emulated, kernel: str, complaint: str) ->
 )
 def test_what_is_right_is_not(device: Emulated, kernel: str) -> None:
     run(device, kernel)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "moved", "turns"),
+    [
+        ("loads a row", 1, 1),
+        ("loads a column", 8, 1),  # an element of each sector
+        ("has rows of 16", 1, 16),  # every row begins in one of two banks
+        ("has rows of 17", 1, 1),
+    ],
+)
+def test_how_memory_serves(device: Emulated, kernel: str, moved: int, turns: int) -> None:
+    counts = measure(device, lambda: run(device, kernel))
+    assert {line.split(":")[0] for _, line in counts} == {"wrong_kernels.cc"}
+    assert max(count.moved_bytes / count.wanted_bytes for count in counts.values() if count.wanted_bytes) == moved
+    assert max((count.turns / count.least_turns for count in counts.values() if count.turns), default=1) == turns
 
 
 def test_a_complaint_is_made_once(device: Emulated) -> None:

@@ -1,4 +1,4 @@
-// Kernels that are each wrong in one way, and what is like them and right, for test_emulator.py.
+// Kernels that are each wrong or slow in one way, and what is like them and right, for test_emulator.py.
 #include "wgmma.cuh"
 
 namespace fdserve::cuda {
@@ -6,7 +6,7 @@ namespace {
 
 constexpr int THREADS = WARPGROUP;
 
-// Every kernel writes out[thread], of THREADS ints; `in` has as many.
+// Every kernel has a block of THREADS and writes out[thread], of THREADS ints; `in` has as many.
 using Kernel = void (*)(const int* in, int* out);
 
 template <bool HAS_BARRIER>
@@ -101,6 +101,20 @@ __global__ void multiplies(const int* in, int* out) {
   out[threadIdx.x] = static_cast<int>(sums[0][0]);
 }
 
+// Right, but slow.
+template <int STRIDE>
+__global__ void loads_with_a_stride(const int* in, int* out) {
+  const int value = in[threadIdx.x * STRIDE % THREADS];
+  out[threadIdx.x] = value;
+}
+
+template <int STRIDE>
+__global__ void has_rows_in_shared_memory(const int* in, int* out) {
+  int* const rows = reinterpret_cast<int*>(dynamic_shared());
+  rows[threadIdx.x * STRIDE] = in[threadIdx.x];
+  out[threadIdx.x] = rows[threadIdx.x * STRIDE];
+}
+
 struct Named {
   const char* name;
   Kernel kernel;
@@ -128,6 +142,10 @@ constexpr Named KERNELS[] = {
     {"multiplies what is not shown", multiplies<false, true>, 1},
     {"multiplies what changes", multiplies<true, false>, 1},
     {"multiplies", multiplies<true, true>, 1},
+    {"loads a row", loads_with_a_stride<1>, 1},
+    {"loads a column", loads_with_a_stride<8>, 1},
+    {"has rows of 16", has_rows_in_shared_memory<16>, 1},
+    {"has rows of 17", has_rows_in_shared_memory<17>, 1},
 };
 
 }  // namespace
@@ -138,7 +156,7 @@ extern "C" __attribute__((visibility("default"))) int fdserve_wrong_kernel(const
   using namespace fdserve::cuda;
   for (const Named& each : KERNELS)
     if (std::strcmp(each.name, name) == 0) {
-      launch(each.kernel, dim3(each.blocks), dim3(THREADS), 64 * SWIZZLED_ROW * 2, stream, in, out);
+      launch(each.kernel, dim3(each.blocks), dim3(THREADS), THREADS * 17 * sizeof(int), stream, in, out);
       return cudaSuccess;
     }
   return cudaErrorInvalidValue;
