@@ -21,7 +21,7 @@ __device__ Vector<T> add(const Vector<T>& x, const Vector<T>& y) {
 }
 
 template <class T, int KEPT>
-__global__ void __launch_bounds__(MAX_THREADS, KEPT < MAX_KEPT ? 3 : 2)
+__global__ void __launch_bounds__(MAX_THREADS, KEPT == 1 ? 4 : KEPT < MAX_KEPT ? 3 : 2)
     rms_norm_kernel(const T* x, const T* residual, const T* weight, float eps, int hidden, T* out, T* total) {
   using V = Vector<T>;
   __shared__ float scratch[WARP];
@@ -32,17 +32,21 @@ __global__ void __launch_bounds__(MAX_THREADS, KEPT < MAX_KEPT ? 3 : 2)
     if (residual != nullptr) value = add(value, load_vector(residual + row + i * V::SIZE));
     return value;
   };
-  V kept[KEPT];
+  // All loads of a thread are under way before the first is waited for.
+  V kept[KEPT], others[KEPT];
   float sum = 0.0f;
 #pragma unroll
   for (int k = 0; k < KEPT; ++k) {
     const int i = threadIdx.x + k * blockDim.x;
-    if (i < vectors) kept[k] = load(i);
+    if (i >= vectors) break;
+    kept[k] = load_vector(x + row + i * V::SIZE);
+    if (residual != nullptr) others[k] = load_vector(residual + row + i * V::SIZE);
   }
 #pragma unroll
   for (int k = 0; k < KEPT; ++k) {
     const int i = threadIdx.x + k * blockDim.x;
     if (i >= vectors) break;
+    if (residual != nullptr) kept[k] = add(kept[k], others[k]);
     for (int j = 0; j < V::SIZE; ++j) sum += to_float(kept[k].values[j]) * to_float(kept[k].values[j]);
     if (total != nullptr) store_vector(total + row + i * V::SIZE, kept[k]);
   }
