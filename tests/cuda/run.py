@@ -101,7 +101,7 @@ def _check(jobs: Any, chosen: list[str], deadline: float) -> int:
 
     def check(group: str) -> int:
         started = time.monotonic()
-        outcomes = run_all(jobs("check", group), deadline=deadline)
+        outcomes = run_all(jobs("check", group), deadline=deadline, patience=60)
         names = [name for name, _ in groups()[group]]
         outcomes += [Outcome(name, error="not reached") for name in names[len(outcomes) :]]
         failed = [f"\n  FAILED {each.name}: {each.error}" for each in outcomes if each.error is not None]
