@@ -57,15 +57,19 @@ def main() -> int:
             return 2
         only = arguments.only or [*groups(), *TIMED]
         failures = _check(jobs, [group for group in groups() if group in only], started + arguments.seconds * CHECKING)
-        if not arguments.no_timings:
-            _time(jobs, [group for group in TIMED if group in only], deadline)
+        timed = [] if arguments.no_timings else [group for group in TIMED if group in only]
+        if timed:
+            _time(jobs, timed, deadline)
         print(f"\n{failures} checks failed" if failures else "\nall checks passed")
     return int(failures > 0)
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--library", type=Path, help="the compiled launchers, instead of compiling them")
+    # A library's name without a folder would be looked for where the system has its own.
+    parser.add_argument(
+        "--library", type=lambda name: Path(name).resolve(), help="the compiled launchers, instead of compiling them"
+    )
     parser.add_argument("--build", type=Path, help="compile the launchers into this file and end; needs no GPU")
     parser.add_argument("--architecture", default="90a", help="what --build compiles for (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=540, help="after which all ends (default: %(default)s)")

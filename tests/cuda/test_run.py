@@ -128,6 +128,28 @@ def test_rows_of_the_report(figure: Figure, row: str) -> None:
     assert Figure.of(figure.plain()).row("x", Limits(3e12, 7e14)) == row
 
 
+def test_a_library_is_the_file_of_that_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["run", "--library", "launchers.so"])
+    assert run._arguments().library == Path.cwd() / "launchers.so"
+
+
+def test_what_has_no_times_is_checked_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Every job of these is that the device is there."""
+    script = 'import sys; from tests.cuda.outcomes import do_all; do_all([("it", lambda: {"told": ""})], 0, bool)'
+    kinds: list[str] = []
+
+    def command(library: Path, kind: str, group: str) -> list[str]:
+        kinds.append(kind)
+        return [sys.executable, "-c", script]
+
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setattr(run, "_command", command)
+    monkeypatch.setattr(run, "groups", lambda: {"rope": [("it", None)], "rows": [("it", None)]})
+    monkeypatch.setattr(sys, "argv", ["run", "--library", str(tmp_path), "--only", "rope"])
+    assert run.main() == 0
+    assert kinds == ["device", "check"]
+
+
 def test_it_needs_neither_paddle_nor_torch() -> None:
     """But for torch in its other processes."""
     code = "import sys, tests.cuda.run, tests.cuda.cases; print({'paddle', 'torch', 'msgspec'} & set(sys.modules))"
