@@ -43,6 +43,8 @@ def main() -> int:
 
         build(arguments.build, arguments.architecture)
         return 0
+    # Of each process's references: threads that wait for each other's processors would take most of the time.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // CHECKERS)))
     started = time.monotonic()
     deadline = started + arguments.seconds
     with tempfile.TemporaryDirectory() as directory:

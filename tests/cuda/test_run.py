@@ -143,6 +143,7 @@ def test_what_has_no_times_is_checked_alone(monkeypatch: pytest.MonkeyPatch, tmp
         return [sys.executable, "-c", script]
 
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # which would be set otherwise, and stay
     monkeypatch.setattr(run, "_command", command)
     monkeypatch.setattr(run, "groups", lambda: {"rope": [("it", None)], "rows": [("it", None)]})
     monkeypatch.setattr(sys, "argv", ["run", "--library", str(tmp_path), "--only", "rope"])
