@@ -32,6 +32,7 @@ template <class T, int HD>
 class Ring {
  public:
   static constexpr int SIZE = KEY_TILE * HD, PART_TILES = KEY_PART / KEY_TILE;
+  static_assert(WIDE_ROWS <= 2 * KEY_TILE, "the queries fit the place of a tile's keys and values");
 
   __device__ Ring(const T* keys, const T* values, const Task& task, const Call& call, T* tiles)
       : keys(keys), values(values), tiles(tiles), task(task),
@@ -50,12 +51,11 @@ class Ring {
   }
   // Returns when tile 0 is there for all.
   __device__ void wait_first() const { wait<HOPPER_TILES - 3>(); }
-  // Returns when the tile after `tile` is there for all, and starts another copy in place of the tile two before `tile`,
-  // on which no products may be under way.
-  __device__ void advance(int tile) {
-    wait<HOPPER_TILES - 4>();
-    copy(tile + HOPPER_TILES - 2);
-  }
+  // Returns when the tile after `tile` is there for all, and no thread has products of tiles before `tile - 1` under way if
+  // none had when it called.
+  __device__ void wait_after() const { wait<HOPPER_TILES - 4>(); }
+  // After that wait: starts another copy, in place of the tile two before `tile`.
+  __device__ void advance(int tile) { copy(tile + HOPPER_TILES - 2); }
 
   __device__ Shared keys_at(int tile) const { return shared_at(tiles + tile % HOPPER_TILES * 2 * SIZE); }
   __device__ Shared values_at(int tile) const { return shared_at(tiles + tile % HOPPER_TILES * 2 * SIZE + SIZE); }
@@ -134,18 +134,19 @@ __device__ void attend_wide(const T* q, const T* k_cache, const T* v_cache, T* o
   const int rows[2] = {first_row + lane / 4, first_row + lane / 4 + 8};
   const int all_see = task.context + first_row / call.group + 1;  // all rows of the warp see the keys before it
 
-  uint32_t queries[HD / 16][4];
-  load_queries<T, HD, HOPPER_THREADS>(q, task, call, WIDE_ROWS, shared);
+  // The queries come beside the first tiles, in the place of one that is copied when all have read them.
+  Ring<T, HD> ring(k_cache, v_cache, task, call, shared);
+  T* const place = shared + (HOPPER_TILES - 2) * 2 * ring.SIZE;
+  load_queries<T, HD, HOPPER_THREADS>(q, task, call, WIDE_ROWS, place);
   commit_copies();
-  wait_copies<0>();
+  ring.begin();
+  wait_copies<HOPPER_TILES - 2>();
   __syncthreads();
-  const Shared queries_at = rows_at<HD>(shared + warp_row * HD);
+  uint32_t queries[HD / 16][4];
+  const Shared queries_at = rows_at<HD>(place + warp_row * HD);
 #pragma unroll
   for (int step = 0; step < HD / 16; ++step) load_rows<HD>(queries[step], queries_at, step);
-  __syncthreads();
 
-  Ring<T, HD> ring(k_cache, v_cache, task, call, shared);
-  ring.begin();
   Totals<T, HD> totals;
   Softmax state;
   float scores[8][4], next[8][4], sums[HD / 8][4];
@@ -158,7 +159,7 @@ __device__ void attend_wide(const T* q, const T* k_cache, const T* v_cache, T* o
   hold(next);
   for (int tile = 0; ring.key(tile) < task.end; ++tile) {
     const int key = ring.key(tile), part = key / KEY_PART;
-    ring.advance(tile);
+    ring.wait_after();
 #pragma unroll
     for (int j = 0; j < 8; ++j)
 #pragma unroll
@@ -167,10 +168,12 @@ __device__ void attend_wide(const T* q, const T* k_cache, const T* v_cache, T* o
     begin_products();
     begin_scores<T, HD>(next, queries, ring.keys_at(tile + 1));
     commit_products();
+    ring.advance(tile);
     if (key + KEY_TILE > all_see)
       hide(scores, {task.seen(rows[0], call.group, key), task.seen(rows[1], call.group, key)});
     float factor[2];
     weigh(scores, state, call.scale, factor);
+    compute_before_wait(state.mass[0] + state.mass[1]);
     wait_products<1>();  // for the values of the tile before: only the scores just begun are under way
     hold(sums);
     const bool is_first = key % KEY_PART == 0;

@@ -28,9 +28,10 @@ __global__ void merge_narrow_kernel(T* out, Call call) {
   const int sequence = blockIdx.x / call.plan.narrow_rows, row = blockIdx.x % call.plan.narrow_rows, head = blockIdx.y;
   const int token = call.paged.query_starts[sequence];
   const int rows = (call.paged.query_starts[sequence + 1] - token) * call.group;
+  const int end = call.paged.context_lens[sequence] + row / call.group + 1;
   if (row >= rows || rows > ROW_TILE) return;
   const int64_t place = static_cast<int64_t>(token + row / call.group) * call.heads + head * call.group + row % call.group;
-  merge_parts(call.paged.context_lens[sequence] + row / call.group + 1, call.head_dim,
+  merge_parts(end, call.head_dim,
               [&](int part) { return narrow_part(call, sequence, head, row, part); }, out + place * call.head_dim);
 }
 

@@ -20,6 +20,7 @@ __global__ void __launch_bounds__(ROUTE_THREADS)
     route_kernel(const T* x, int64_t tokens, const float* gate, const float* bias, int hidden, int experts, int top_k,
                  float norm_min, int* chosen, float* weights) {
   __shared__ float scores[TOKENS][MAX_EXPERTS];
+  static_assert(sizeof(scores) <= MOST_DECLARED, "the launch counts on it");
   T* rows = reinterpret_cast<T*>(dynamic_shared());  // [TOKENS][hidden]
   const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * TOKENS;

@@ -21,7 +21,7 @@ __device__ Vector<T> add(const Vector<T>& x, const Vector<T>& y) {
 }
 
 template <class T, int KEPT>
-__global__ void __launch_bounds__(MAX_THREADS, KEPT < MAX_KEPT ? 3 : 2)
+__global__ void __launch_bounds__(MAX_THREADS, KEPT == 1 ? 4 : KEPT < MAX_KEPT ? 3 : 2)
     rms_norm_kernel(const T* x, const T* residual, const T* weight, float eps, int hidden, T* out, T* total) {
   using V = Vector<T>;
   __shared__ float scratch[WARP];
@@ -32,28 +32,40 @@ __global__ void __launch_bounds__(MAX_THREADS, KEPT < MAX_KEPT ? 3 : 2)
     if (residual != nullptr) value = add(value, load_vector(residual + row + i * V::SIZE));
     return value;
   };
-  V kept[KEPT];
+  // All loads of a thread are under way before the first is waited for.
+  V kept[KEPT], others[KEPT];
   float sum = 0.0f;
 #pragma unroll
   for (int k = 0; k < KEPT; ++k) {
     const int i = threadIdx.x + k * blockDim.x;
-    if (i < vectors) kept[k] = load(i);
+    if (i >= vectors) break;
+    kept[k] = load_vector(x + row + i * V::SIZE);
+    if (residual != nullptr) others[k] = load_vector(residual + row + i * V::SIZE);
   }
 #pragma unroll
   for (int k = 0; k < KEPT; ++k) {
     const int i = threadIdx.x + k * blockDim.x;
     if (i >= vectors) break;
+    if (residual != nullptr) kept[k] = add(kept[k], others[k]);
     for (int j = 0; j < V::SIZE; ++j) sum += to_float(kept[k].values[j]) * to_float(kept[k].values[j]);
     if (total != nullptr) store_vector(total + row + i * V::SIZE, kept[k]);
   }
-  for (int i = threadIdx.x + KEPT * blockDim.x; i < vectors; i += blockDim.x) {
+  // Only of the longest rows is there more than a thread keeps.
+  const int rest = KEPT == MAX_KEPT ? vectors : 0;
+  for (int i = threadIdx.x + KEPT * blockDim.x; i < rest; i += blockDim.x) {
     const V value = load(i);
     for (int j = 0; j < V::SIZE; ++j) sum += to_float(value.values[j]) * to_float(value.values[j]);
     if (total != nullptr) store_vector(total + row + i * V::SIZE, value);
   }
   const float scale = rsqrtf(block_sum(sum, scratch) / hidden + eps);
-  auto store = [&](int i, const V& value) {
-    const V w = load_vector(weight + i * V::SIZE);
+  V weights[KEPT];
+#pragma unroll
+  for (int k = 0; k < KEPT; ++k) {
+    const int i = threadIdx.x + k * blockDim.x;
+    if (i >= vectors) break;
+    weights[k] = load_vector(weight + i * V::SIZE);
+  }
+  auto store = [&](int i, const V& value, const V& w) {
     V result;
     // Rounded before the weight is applied, as Hugging Face's module does.
     for (int j = 0; j < V::SIZE; ++j) {
@@ -66,9 +78,10 @@ __global__ void __launch_bounds__(MAX_THREADS, KEPT < MAX_KEPT ? 3 : 2)
   for (int k = 0; k < KEPT; ++k) {
     const int i = threadIdx.x + k * blockDim.x;
     if (i >= vectors) break;
-    store(i, kept[k]);
+    store(i, kept[k], weights[k]);
   }
-  for (int i = threadIdx.x + KEPT * blockDim.x; i < vectors; i += blockDim.x) store(i, load(i));
+  for (int i = threadIdx.x + KEPT * blockDim.x; i < rest; i += blockDim.x)
+    store(i, load(i), load_vector(weight + i * V::SIZE));
 }
 
 // A thread has 16 bytes of a row of the result. Grid: (rows, columns).

@@ -18,8 +18,8 @@ struct Room {
 
 // Whether nothing is to be drawn, changed, or told otherwise than raw.
 __device__ inline bool is_simple(const FdserveSample& c, const Params& params, int64_t row) {
-  if (params.mode > 0) return false;
-  return params.forced >= 0 || (params.greedy() && !changes(c, params, row));
+  const bool is_changed = changes(c, params, row);
+  return params.mode <= 0 && (params.forced >= 0 || (params.greedy() && !is_changed));
 }
 
 __device__ int choose(const FdserveSample& c, const Params& params, const Room& room, float peak, int64_t row,
@@ -70,6 +70,7 @@ __device__ void tell(const FdserveSample& c, const Params& params, float peak, i
 __global__ void __launch_bounds__(DRAW_THREADS, 2) draw_kernel(FdserveSample c, Room room) {
   const int64_t row = blockIdx.x;
   const Params params(c, row);
+  const bool is_plain = is_simple(c, params, row);  // here, so that what it reads comes beside the parameters
   __shared__ Total shown;
   const u64* keys = merge_keys(room.scan, row, reinterpret_cast<u64*>(dynamic_shared()), [&] {
     const Sum* sums = room.scan.sums + row * room.scan.num_parts * BLOCKS_A_PART;
@@ -85,8 +86,9 @@ __global__ void __launch_bounds__(DRAW_THREADS, 2) draw_kernel(FdserveSample c, 
     c.top_ids[row * num_top + i] = there && !total.broken && params.mode >= 0 ? id_of(keys[i]) : -1;
     c.top_logprobs[row * num_top + i] = there && told ? raw_logprob(logit_of(keys[i]), total.peak, total.log_mass) : NAN;
   }
-  int token = total.broken ? BROKEN : params.forced >= 0 ? static_cast<int>(params.forced) : id_of(keys[0]);
-  const bool simple = total.broken || is_simple(c, params, row);
+  const u64 best = keys[0];
+  int token = total.broken ? BROKEN : params.forced >= 0 ? static_cast<int>(params.forced) : id_of(best);
+  const bool simple = total.broken || is_plain;
   if (!simple) {
     DrawScratch& scratch = *reinterpret_cast<DrawScratch*>(dynamic_shared());
     __syncthreads();  // the keys' place is taken by the scratch
@@ -94,9 +96,13 @@ __global__ void __launch_bounds__(DRAW_THREADS, 2) draw_kernel(FdserveSample c, 
   }
   if (threadIdx.x == 0) {
     c.tokens[row] = token;
-    c.logprobs[row] = told && token >= 0 && token < c.vocab_size
-                          ? raw_logprob(c.logits[row * c.stride + token], total.peak, total.log_mass)
-                          : NAN;
+    float logprob = NAN;
+    if (told && token >= 0 && token < c.vocab_size) {
+      // The likeliest token's logit is at hand.
+      const float logit = token == id_of(best) ? logit_of(best) : c.logits[row * c.stride + token];
+      logprob = raw_logprob(logit, total.peak, total.log_mass);
+    }
+    c.logprobs[row] = logprob;
   }
   if (simple || params.mode <= 0) return;
   __syncthreads();

@@ -34,11 +34,13 @@ struct Params {
   __device__ bool told_cut() const { return mode > 0 && (mode & TOP_P_NORMALIZED) != 0 && top_p < 1.0f; }
 };
 
-// Whether bias, penalties or a mask may change the row's logits.
+// Whether bias, penalties or a mask may change the row's logits. What it reads comes at once, whichever of it decides.
 __device__ inline bool changes(const FdserveSample& c, const Params& params, int64_t row) {
-  const bool penalized = (params.repetition != 1.0f || params.presence != 0.0f || params.frequency != 0.0f) &&
-                         c.history_offsets[row + 1] > c.history_offsets[row];
-  return penalized || c.bias_offsets[row + 1] > c.bias_offsets[row] || (c.masks != nullptr && c.mask_rows[row] >= 0);
+  const bool has_history = c.history_offsets[row + 1] > c.history_offsets[row];
+  const bool is_biased = c.bias_offsets[row + 1] > c.bias_offsets[row];
+  const bool is_masked = c.masks != nullptr && c.mask_rows[row] >= 0;
+  const bool is_penalized = params.repetition != 1.0f || params.presence != 0.0f || params.frequency != 0.0f;
+  return (is_penalized && has_history) || is_biased || is_masked;
 }
 
 // Room for the rows that something changes.

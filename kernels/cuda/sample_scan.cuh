@@ -15,6 +15,7 @@ namespace fdserve::cuda {
 constexpr int SCAN_THREADS = 256, SCAN_EACH = 32, SCAN_PART = SCAN_THREADS * SCAN_EACH;
 constexpr int SUM_BLOCK = WARP * SCAN_EACH, BLOCKS_A_PART = SCAN_THREADS / WARP;
 constexpr int MAX_TOP = 64;
+constexpr float LOG2_E = 1.4426950408889634f;
 
 // Of SUM_BLOCK ids; the peak is a NaN if any logit is.
 struct Sum {
@@ -73,7 +74,7 @@ static __global__ void __launch_bounds__(SCAN_THREADS, 4) scan_kernel(FdserveSam
   const float* logits = c.logits + row * c.stride;
   const uint32_t first_id = static_cast<uint32_t>(c.first_id);
   float x[SCAN_EACH];
-  if (c.stride % 4 == 0 && static_cast<int>(blockIdx.x + 1) * SCAN_PART <= size) {
+  if (c.stride % 4 == 0 && (block + 1) * SUM_BLOCK <= size) {
 #pragma unroll
     for (int i = 0; i < SCAN_EACH; i += 4) {
       const float4 four = *reinterpret_cast<const float4*>(logits + first + i * WARP);
@@ -93,7 +94,7 @@ static __global__ void __launch_bounds__(SCAN_THREADS, 4) scan_kernel(FdserveSam
   const float peak = warp_max(own), base = peak == -INFINITY ? 0.0f : peak;
   float mass = 0.0f;  // a NaN if there is one, or an infinity
 #pragma unroll
-  for (int i = 0; i < SCAN_EACH; ++i) mass = __fadd_rn(mass, __expf(x[i] - base));
+  for (int i = 0; i < SCAN_EACH; ++i) mass = __fadd_rn(mass, exp2_approx(__fmul_rn(x[i] - base, LOG2_E)));
   mass = warp_sum(mass);
   if (lane == 0) scan.sums[row * scan.num_parts * BLOCKS_A_PART + block] = {mass == mass ? peak : NAN, mass};
 
@@ -105,12 +106,16 @@ static __global__ void __launch_bounds__(SCAN_THREADS, 4) scan_kernel(FdserveSam
   const int room = scan_room(scan.kept);
   if (own >= bar) {
 #pragma unroll
-    for (int i = 0; i < SCAN_EACH; ++i)
-      if (x[i] >= bar) {
-        const int at = first + i / 4 * 4 * WARP + i % 4;
-        const int place = at < size ? atomicAdd(&count, 1) : room;
-        if (place < room) keys[place] = key_of(x[i], first_id + at);
-      }
+    for (int i = 0; i < SCAN_EACH; i += 4) {
+      if (fmaxf(fmaxf(x[i], x[i + 1]), fmaxf(x[i + 2], x[i + 3])) < bar) continue;  // of most, at one look
+#pragma unroll
+      for (int j = 0; j < 4; ++j)
+        if (x[i + j] >= bar) {
+          const int at = first + i * WARP + j;
+          const int place = at < size ? atomicAdd(&count, 1) : room;
+          if (place < room) keys[place] = key_of(x[i + j], first_id + at);
+        }
+    }
   }
   __syncthreads();
   if (count > room) {

@@ -101,4 +101,12 @@ __device__ inline void begin_product(float (&d)[N][4], const uint32_t (&a)[4], O
 
 #endif
 
+// Before a wait for products that what made `x`, which is never negative, is to run beside: the compiler moves a wait up,
+// above all of that, but not across a branch.
+__device__ inline void compute_before_wait(float x) {
+#ifndef FDSERVE_EMULATED
+  if (__any_sync(ALL, x < 0.0f)) asm volatile("trap;");
+#endif
+}
+
 }  // namespace fdserve::cuda

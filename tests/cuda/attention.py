@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tests.cuda.checks import EPS, Generator, close, code
+from tests.cuda.checks import EPS, Generator, close, code, same_bits
 from tests.cuda.harness import Array, Buffer, Device, rounded, to_bits, to_floats
 
 MULTIPROCESSORS = (0, 1, 100000)  # how widely parts of the keys are shared out among blocks: not, a little, all
@@ -110,7 +110,8 @@ def attend(device: Device, rng: Generator, dtype: str, shape: Shape) -> None:
     lengths, contexts = np.array(shape.lengths), np.array(shape.contexts)
     whole, *shared = (step.attend(step.queries, lengths, contexts, step.tables, number) for number in MULTIPROCESSORS)
     close(to_floats(whole, dtype), step.expected(), 4 * EPS[dtype])
-    assert all((each == whole).all() for each in shared), "sharing keys out changes bits"
+    for each in shared:
+        same_bits(each, whole, dtype, "sharing keys out changes bits")
     ends = np.cumsum(lengths)
     for sequence in np.flatnonzero(lengths > 1):
         last = ends[sequence] - 1
@@ -119,7 +120,7 @@ def attend(device: Device, rng: Generator, dtype: str, shape: Shape) -> None:
             step.queries[last : last + 1], np.array([1]), np.array([context]), step.tables[sequence : sequence + 1],
             MULTIPROCESSORS[sequence % 3],
         )  # fmt: skip
-        assert (alone[0] == whole[last]).all(), "a decode has other bits than a prefill"
+        same_bits(alone[0], whole[last], dtype, f"a decode of sequence {sequence} has other bits than its prefill")
 
 
 def rope_and_store(device: Device, rng: Generator, dtype: str, shape: Shape) -> None:

@@ -17,12 +17,34 @@ def code(dtype: str) -> ctypes.c_int:
     return ctypes.c_int(DTYPES.index(dtype))
 
 
+def agree(right: Array, actual: Array, expected: Array, what: str) -> None:
+    """`right` is true everywhere. If not, the error says how much is wrong, where, and by how far: who has a GPU for
+    minutes must find the mistake by it.
+    """
+    if right.all():
+        return
+    places = np.argwhere(~right)
+    first, last = (tuple(place.tolist()) for place in (places[0], places[-1]))
+    with np.errstate(invalid="ignore"):
+        apart = np.abs(actual[~right].astype(np.float64) - expected[~right])
+    nans = int(np.isnan(apart).sum())
+    farthest = "" if nans == len(apart) else f", at most {np.nanmax(apart):.3g} apart"
+    raise AssertionError(
+        f"{what}: {len(places)} of {right.size} wrong, from {first} ({actual[first]} for {expected[first]}) to {last} "
+        f"({actual[last]} for {expected[last]}){farthest}, {nans} with a NaN"
+    )
+
+
 def close(actual: Array, expected: Array, tolerance: float) -> None:
     """Equal but for `tolerance`, relative to the numbers' size where that is above 1."""
     assert actual.shape == expected.shape
     error = np.abs(actual.astype(np.float64) - expected) / np.maximum(1.0, np.abs(expected))
-    assert not np.isnan(error).any(), "not a number"
-    assert error.size == 0 or error.max() <= tolerance, f"off by {error.max():.3g}, allowed {tolerance:.3g}"
+    agree(error <= tolerance, actual, expected, f"not within {tolerance:.3g}")
+
+
+def same_bits(actual: Array, expected: Array, dtype: str, what: str) -> None:
+    """Equal 16-bit numbers."""
+    agree(actual == expected, to_floats(actual, dtype), to_floats(expected, dtype), what)
 
 
 def rms_norm(device: Device, rng: Generator, dtype: str, tokens: int, hidden: int, *, residual: bool) -> None:
@@ -146,7 +168,7 @@ def moe(
             expected[token] += weight * (hidden_row @ down[expert].astype(np.float64).T)
     close(to_floats(together, dtype), expected, 6 * EPS[dtype])
     if tokens > 1:
-        assert (run(slice(1, 2))[0] == together[1]).all(), "other tokens change a token's bits"
+        same_bits(run(slice(1, 2))[0], together[1], dtype, "other tokens change a token's bits")
 
 
 def quant_linear(
@@ -172,4 +194,5 @@ def quant_linear(
         close(together, expected, 1e-4)
     else:
         close(to_floats(together, dtype), expected, 2 * EPS[dtype])
-    assert (run(slice(0, 1)) == together[:1]).all(), "other rows change a row's bits"
+    alone = run(slice(0, 1))
+    agree(alone == together[:1], alone, together[:1], "other rows change a row's bits")

@@ -40,8 +40,8 @@ class Gpu(Device):
 
 
 def measured_limits() -> Limits:
-    """By a copy of 1 GiB and a product of 8192 x 8192 matrices."""
-    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda").random_(0, 255)
+    """By a copy of 4 GiB and a product of 8192 x 8192 matrices."""
+    source = torch.empty(4 << 30, dtype=torch.uint8, device="cuda").random_(0, 255)
     target = torch.empty_like(source)
     a, b = (torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda") for _ in range(2))
     return Limits(2 * source.numel() / seconds(lambda: target.copy_(source)), 2 * 8192**3 / seconds(lambda: a @ b))
@@ -67,14 +67,15 @@ def seconds(work: Callable[[], object], repeats: int = 20) -> float:
     """The median time of `work` on the device, the cache flushed before each run."""
     global _flush
     if _flush is None:
-        _flush = torch.empty(512 << 20, dtype=torch.uint8, device="cuda")
+        _flush = torch.zeros(128 << 20, dtype=torch.float32, device="cuda")
     for _ in range(3):
         work()
     torch.cuda.synchronize()
     times = []
     for _ in range(repeats):
-        # It takes longer than the host needs to launch the work, so that the device never waits in between.
-        _flush.zero_()
+        # It takes longer than the host needs to launch the work, so that the device never waits in between. It reads:
+        # what it wrote would lie in the cache still, and be written to memory in the work's time.
+        _flush.sum()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         work()

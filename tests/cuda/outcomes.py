@@ -8,8 +8,10 @@ import subprocess
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 
@@ -50,11 +52,19 @@ def do_all(jobs: Sequence[tuple[str, Callable[[], Any]]], first: int, is_usable:
         try:
             result = job()
         except Exception as problem:
-            error = f"{type(problem).__name__}: {problem}".partition("\n")[0][:400]
+            error = described(problem)
         print(json.dumps({"result": result, "error": error}), flush=True)
         if error is not None and not is_usable():
             return
     print(json.dumps({"end": True}), flush=True)
+
+
+def described(problem: BaseException) -> str:
+    """An error in a line: what it says, and where, for an assertion may say nothing; from the innermost place on."""
+    told = f"{type(problem).__name__}: {problem}".partition("\n")[0][:500]
+    frames = traceback.extract_tb(problem.__traceback__)[-4:][::-1]
+    places = " < ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames)
+    return f"{told} ({frames[0].line}; {places})"
 
 
 def _run_some(

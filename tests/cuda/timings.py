@@ -37,7 +37,9 @@ def groups() -> dict[str, list[Measure]]:
         ],
         "attention": [
             *((f"decode attention, {n} x {context} tokens", partial(decode, n, context)) for n, context in decodes),
+            ("decode attention, 64 x 4096 tokens, 16 heads of 2", partial(decode, 64, 4096, heads=(16, 2))),
             *((f"prefill attention, {n} x {context} tokens", partial(prefill, n, context)) for n, context in prefills),
+            ("prefill attention, 4 x 2048 tokens, 16 heads of 2", partial(prefill, 4, 2048, heads=(16, 2))),
             ("attention, 64 decodes of 4096 beside a chunk of 512", mixed),
         ],
         "sampler": [
@@ -74,7 +76,7 @@ def by_torch(work: Callable[[], object]) -> float | None:
     """Seconds of torch's own kernel; None where it has none that takes this."""
     try:
         return seconds(work)
-    except (RuntimeError, TypeError):
+    except Exception:  # whatever it lacks, our own figure is to be told
         return None
 
 
@@ -105,31 +107,31 @@ HEADS, KV_HEADS, HEAD_DIM = 64, 8, 128
 
 
 class Sequences:
-    """Sequences in a paged cache, of so many tokens of the step after so many others."""
+    """Sequences in a paged cache, of so many tokens of the step after so many others; heads, and those of the cache."""
 
-    def __init__(self, lengths: list[int], contexts: list[int]) -> None:
-        self.lengths, self.contexts = lengths, contexts
+    def __init__(self, lengths: list[int], contexts: list[int], heads: tuple[int, int] = (HEADS, KV_HEADS)) -> None:
+        self.lengths, self.contexts, (self.heads, self.kv_heads) = lengths, contexts, heads
         self.longest = max(n + c for n, c in zip(lengths, contexts, strict=True))
         count, size, width = len(lengths), 64, -(-self.longest // 64)
-        self.tables = torch.randperm(count * width, device="cuda", dtype=torch.int32).reshape(count, width)
+        self.tables = torch.randperm(count * width, device="cuda").int().reshape(count, width)
         starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
         self.starts, self.before = torch.from_numpy(starts).cuda(), torch.tensor(contexts, dtype=torch.int32).cuda()
-        self.keys, self.values = (bf16(count * width, KV_HEADS, size, HEAD_DIM) for _ in range(2))
-        self.queries = bf16(sum(lengths), HEADS, HEAD_DIM)
+        self.keys, self.values = (bf16(count * width, self.kv_heads, size, HEAD_DIM) for _ in range(2))
+        self.queries = bf16(sum(lengths), self.heads, HEAD_DIM)
         self.out = torch.empty_like(self.queries)
         addresses = map(torch.Tensor.data_ptr, (self.tables, self.starts, self.before))
-        self.paged = CPaged(*addresses, count, width, size, KV_HEADS)
+        self.paged = CPaged(*addresses, count, width, size, self.kv_heads)
 
     def run(self, gpu: Gpu) -> float:
         """Seconds of the attention."""
         tokens, most = sum(self.lengths), max(self.lengths)
-        sizes = (len(self.lengths), tokens, most, self.longest, HEADS, KV_HEADS, HEAD_DIM)
+        sizes = (len(self.lengths), tokens, most, self.longest, self.heads, self.kv_heads, HEAD_DIM)
         processors = ctypes.c_int(gpu.multiprocessors)
         wanted = gpu.workspace("fdserve_cuda_attention", *map(ctypes.c_int64, sizes), processors)
         workspace = torch.empty(wanted, dtype=torch.uint8, device="cuda")
         arguments = (
             *map(pointer, (self.queries, self.keys, self.values)), ctypes.byref(self.paged), tokens, most, self.longest,
-            HEADS, HEAD_DIM, HEAD_DIM**-0.5, BF16, pointer(self.out), pointer(workspace) if wanted else None,
+            self.heads, HEAD_DIM, HEAD_DIM**-0.5, BF16, pointer(self.out), pointer(workspace) if wanted else None,
             processors,
         )  # fmt: skip
         return seconds(lambda: gpu.call("fdserve_cuda_attention", *arguments))
@@ -138,28 +140,28 @@ class Sequences:
         """Keys and values read once, and the products of the pairs that see each other."""
         pairs = sum(n * c + n * (n + 1) / 2 for n, c in zip(self.lengths, self.contexts, strict=True))
         keys = sum(self.lengths) + sum(self.contexts)
-        return Work(keys * KV_HEADS * HEAD_DIM * 4, 4 * pairs * HEADS * HEAD_DIM)
+        return Work(keys * self.kv_heads * HEAD_DIM * 4, 4 * pairs * self.heads * HEAD_DIM)
 
 
-def by_sdpa(count: int, context: int, tokens: int) -> float | None:
+def by_sdpa(count: int, context: int, tokens: int, heads: tuple[int, int]) -> float | None:
     """Seconds of torch's attention over dense tensors of the same sizes."""
-    q = bf16(count, HEADS, tokens, HEAD_DIM)
-    k, v = (bf16(count, KV_HEADS, context, HEAD_DIM) for _ in range(2))
+    q = bf16(count, heads[0], tokens, HEAD_DIM)
+    k, v = (bf16(count, heads[1], context, HEAD_DIM) for _ in range(2))
     attend = partial(torch.nn.functional.scaled_dot_product_attention, is_causal=tokens > 1, enable_gqa=True)
     return by_torch(lambda: attend(q, k, v))
 
 
-def decode(count: int, context: int, gpu: Gpu) -> Figure:
-    sequences = Sequences([1] * count, [context - 1] * count)
+def decode(count: int, context: int, gpu: Gpu, heads: tuple[int, int] = (HEADS, KV_HEADS)) -> Figure:
+    sequences = Sequences([1] * count, [context - 1] * count, heads)
     took, work = sequences.run(gpu), sequences.work()
     goal = 0.85 if (count, context) == (64, 4096) else 0
-    return Figure(took, work, goal, by_sdpa(count, context, 1))
+    return Figure(took, work, goal, by_sdpa(count, context, 1, heads))
 
 
-def prefill(count: int, context: int, gpu: Gpu) -> Figure:
-    sequences = Sequences([context] * count, [0] * count)
+def prefill(count: int, context: int, gpu: Gpu, heads: tuple[int, int] = (HEADS, KV_HEADS)) -> Figure:
+    sequences = Sequences([context] * count, [0] * count, heads)
     took, work = sequences.run(gpu), sequences.work()
-    return Figure(took, work, 0.55, by_sdpa(count, context, context))
+    return Figure(took, work, 0.55, by_sdpa(count, context, context, heads))
 
 
 def mixed(gpu: Gpu) -> Figure:
