@@ -6,6 +6,7 @@ half first, 8 for zero) with a float32 scale for every `GROUP` inputs of an outp
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,7 +29,7 @@ def pack(weight: Array, format: str, in_out: bool) -> tuple[Tensor, Tensor | Non
     """
     if format not in BITS:
         raise ValueError(f"a GPU computes with {', '.join(BITS)}, not with {format}")
-    matrix = np.ascontiguousarray(weight.T if in_out else weight)
+    matrix = weight.T if in_out else weight
     if format == "bfloat16":
         return _to_device(_as_bfloat16(matrix)).view("bfloat16"), None
     if format == "float16":
@@ -37,6 +38,19 @@ def pack(weight: Array, format: str, in_out: bool) -> tuple[Tensor, Tensor | Non
         raise ValueError(f"{format} needs inputs in groups of {GROUP}, not {matrix.shape[1]}")
     stored, scales = quantize(_as_float32(matrix), BITS[format])
     return _to_device(stored), _to_device(scales)
+
+
+def pack_all(weights: Iterable[Array], count: int, format: str, in_out: bool) -> tuple[Tensor, Tensor | None]:
+    """What `pack` gives for each of `count` matrices of one shape, one after the other: [count, ...] of each."""
+    import paddle
+
+    wholes: list[Tensor] = []
+    for number, weight in enumerate(weights):
+        parts = [part for part in pack(weight, format, in_out) if part is not None]
+        wholes = wholes or [paddle.empty([count, *part.shape], part.dtype) for part in parts]
+        for whole, part in zip(wholes, parts, strict=True):
+            whole[number].copy_(part, False)
+    return wholes[0], wholes[1] if len(wholes) > 1 else None
 
 
 def quantize(matrix: npt.NDArray[np.float32], bits: int) -> tuple[Array, npt.NDArray[np.float32]]:
@@ -90,17 +104,20 @@ def _like(x: Tensor, value: int) -> Tensor:
     return paddle.full([1], value, x.dtype)
 
 
-def _to_device(values: Array) -> Tensor:
+def _to_device(matrix: Array) -> Tensor:
+    """The matrix row by row. One that lies column by column is turned there: NumPy takes seconds for a gigabyte."""
     import paddle
 
-    return paddle.to_tensor(values)
+    if matrix.strides[0] < matrix.strides[1]:
+        return paddle.to_tensor(np.ascontiguousarray(matrix.T)).T.contiguous()
+    return paddle.to_tensor(np.ascontiguousarray(matrix))
 
 
 def _as_bfloat16(values: Array) -> npt.NDArray[np.int16]:
     """bfloat16 bits, which NumPy has no type for."""
     if values.dtype == np.uint16:
         return values.view(np.int16)
-    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    bits = values.astype(np.float32, copy=False).view(np.uint32)
     return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16).view(np.int16)
 
 
