@@ -25,19 +25,18 @@ Array = npt.NDArray[Any]
 def pack(weight: Array, format: str, in_out: bool) -> tuple[Tensor, Tensor | None]:
     """A matrix [N, K] ([K, N] when `in_out`) of float32, or bfloat16 as uint16, as (data, scales).
 
+    It is sent as it is, and all else done there: for a gigabyte NumPy takes ten seconds to turn it or to quantize it.
     Raises ValueError for a format that the GPU has no kernel for, or inputs that groups do not divide.
     """
     if format not in BITS:
         raise ValueError(f"a GPU computes with {', '.join(BITS)}, not with {format}")
-    matrix = weight.T if in_out else weight
-    if format == "bfloat16":
-        return _to_device(_as_bfloat16(matrix)).view("bfloat16"), None
-    if format == "float16":
-        return _to_device(_as_float32(matrix).astype(np.float16)), None
+    matrix = _sent(weight.T if in_out else weight)
+    if BITS[format] == 16:
+        # Paddle copies what has the dtype already.
+        return matrix if format == "bfloat16" and weight.dtype == np.uint16 else matrix.cast(format), None
     if matrix.shape[1] % GROUP:
         raise ValueError(f"{format} needs inputs in groups of {GROUP}, not {matrix.shape[1]}")
-    stored, scales = quantize(_as_float32(matrix), BITS[format])
-    return _to_device(stored), _to_device(scales)
+    return _quantize(matrix.cast("float32"), BITS[format])
 
 
 def pack_all(weights: Iterable[Array], count: int, format: str, in_out: bool) -> tuple[Tensor, Tensor | None]:
@@ -53,18 +52,20 @@ def pack_all(weights: Iterable[Array], count: int, format: str, in_out: bool) ->
     return wholes[0], wholes[1] if len(wholes) > 1 else None
 
 
-def quantize(matrix: npt.NDArray[np.float32], bits: int) -> tuple[Array, npt.NDArray[np.float32]]:
+def _quantize(matrix: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """[N, K] float32 as integers of `bits` bits and their scales [N, K / GROUP], to the nearest."""
+    import paddle
+
     rows, columns = matrix.shape
-    groups = matrix.reshape(rows, columns // GROUP, GROUP)
+    groups = matrix.reshape([rows, columns // GROUP, GROUP])
     high = (1 << bits - 1) - 1
-    scales = np.abs(groups).max(axis=2) / high
-    divisors = np.where(scales == 0, 1, scales)[:, :, None]
-    integers = np.clip(np.rint(groups / divisors), -high, high).astype(np.int8).reshape(rows, columns)
+    scales = groups.abs().max(axis=2) / high
+    divisors = paddle.where(scales == 0, paddle.ones_like(scales), scales).unsqueeze(-1)
+    integers = (groups / divisors).round().clip(-high, high).reshape([rows, columns])
     if bits == 4:
-        halves = (integers + 8).astype(np.uint8)
-        return halves[:, ::2] | halves[:, 1::2] << 4, scales.astype(np.float32)
-    return integers, scales.astype(np.float32)
+        halves = integers + 8
+        return (halves[:, ::2] + halves[:, 1::2] * 16).cast("uint8"), scales
+    return integers.cast("int8"), scales
 
 
 def linear(x: Tensor, data: Tensor, scales: Tensor | None, format: str, to_float: bool) -> Tensor:
@@ -104,24 +105,14 @@ def _like(x: Tensor, value: int) -> Tensor:
     return paddle.full([1], value, x.dtype)
 
 
-def _to_device(matrix: Array) -> Tensor:
-    """The matrix row by row. One that lies column by column is turned there: NumPy takes seconds for a gigabyte."""
+def _sent(matrix: Array) -> Tensor:
+    """The matrix row by row, as float32 or bfloat16."""
     import paddle
 
-    if matrix.strides[0] < matrix.strides[1]:
-        return paddle.to_tensor(np.ascontiguousarray(matrix.T)).T.contiguous()
-    return paddle.to_tensor(np.ascontiguousarray(matrix))
-
-
-def _as_bfloat16(values: Array) -> npt.NDArray[np.int16]:
-    """bfloat16 bits, which NumPy has no type for."""
-    if values.dtype == np.uint16:
-        return values.view(np.int16)
-    bits = values.astype(np.float32, copy=False).view(np.uint32)
-    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16).view(np.int16)
-
-
-def _as_float32(values: Array) -> npt.NDArray[np.float32]:
-    if values.dtype == np.uint16:
-        return (values.astype(np.uint32) << 16).view(np.float32)
-    return values
+    # Bits of bfloat16, which NumPy has no type for.
+    stored = matrix.view(np.int16) if matrix.dtype == np.uint16 else matrix
+    if stored.strides[0] < stored.strides[1]:
+        tensor = paddle.to_tensor(np.ascontiguousarray(stored.T)).T.contiguous()
+    else:
+        tensor = paddle.to_tensor(np.ascontiguousarray(stored))
+    return tensor.view("bfloat16") if matrix.dtype == np.uint16 else tensor

@@ -50,13 +50,36 @@ def test_the_host_turns_nothing(format: str, source: str, monkeypatch: pytest.Mo
     to_tensor = paddle.to_tensor
     monkeypatch.setattr(paddle, "to_tensor", lambda values: sent.append(values) or to_tensor(values))
     gpu.pack(np.ascontiguousarray(weight(source).T), format, in_out=True)
-    assert sent[0].shape == (64 if format == "wint4" else 128, 192)
+    (array,) = sent
+    assert array.shape == (128, 192)
+    assert array.itemsize == np.dtype(source).itemsize
 
 
 def test_bfloat16_is_rounded_to_nearest_even() -> None:
     values = np.array([[1.0, 1 + 2**-8, 1 + 3 * 2**-8, -1 - 2**-8 - 2**-20]], np.float32)
     data, _ = gpu.pack(values, "bfloat16", in_out=False)
     assert data.cast("float32").tolist() == [[1, 1, 1 + 2**-6, -1 - 2**-7]]
+
+
+def test_bfloat16_stays_as_it_is() -> None:
+    bits = np.array([[0x3F81, 0x8000, 0x7FC1, 0xFF80]], np.uint16)  # a NaN and an infinity among them
+    assert gpu.pack(bits, "bfloat16", in_out=False)[0].view("int16").numpy().view(np.uint16).tolist() == bits.tolist()
+
+
+@pytest.mark.parametrize(("format", "high"), [("wint8", 127), ("wint4", 7)])
+def test_integers_are_the_nearest_and_their_scale_that_of_the_largest(format: str, high: int) -> None:
+    values = weight("float32")
+    values[3, 64:] = 0
+    data, scales = gpu.pack(values, format, in_out=False)
+    assert scales is not None
+    packed = data.numpy()
+    if format == "wint4":
+        packed = np.stack([packed & 15, packed >> 4], axis=2).reshape(values.shape).astype(np.int8) - 8
+    wide = np.repeat(scales.numpy(), gpu.GROUP, axis=1)
+    assert np.allclose(wide[:, :: gpu.GROUP] * high, np.abs(values.reshape(192, 2, gpu.GROUP)).max(2))
+    assert np.abs(packed).max() == high
+    assert (np.abs(packed * wide - values) <= wide * 0.5001).all()
+    assert (packed[3, 64:] == 0).all()
 
 
 @pytest.mark.parametrize("format", FORMATS)
