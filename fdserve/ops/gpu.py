@@ -6,6 +6,7 @@ half first, 8 for zero) with a float32 scale for every `GROUP` inputs of an outp
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -59,7 +60,9 @@ def _quantize(matrix: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     rows, columns = matrix.shape
     groups = matrix.reshape([rows, columns // GROUP, GROUP])
     high = (1 << bits - 1) - 1
-    scales = groups.abs().max(axis=2) / high
+    largest = groups.abs().max(axis=2)
+    # Whether the largest of values with a NaN is one, Paddle leaves to its kernels; here it has to show.
+    scales = paddle.where(groups.isnan().any(axis=2), paddle.full_like(largest, math.nan), largest / high)
     divisors = paddle.where(scales == 0, paddle.ones_like(scales), scales).unsqueeze(-1)
     integers = (groups / divisors).round().clip(-high, high).reshape([rows, columns])
     if bits == 4:

@@ -82,6 +82,15 @@ def test_integers_are_the_nearest_and_their_scale_that_of_the_largest(format: st
     assert (packed[3, 64:] == 0).all()
 
 
+@pytest.mark.parametrize("format", ["wint8", "wint4"])
+def test_a_nan_stays_one(format: str) -> None:
+    values = weight("float32")
+    values[3, 70] = np.nan
+    _, scales = gpu.pack(values, format, in_out=False)
+    assert scales is not None
+    assert np.argwhere(np.isnan(scales.numpy())).tolist() == [[3, 1]]
+
+
 @pytest.mark.parametrize("format", FORMATS)
 def test_matrices_are_put_one_after_the_other(format: str, monkeypatch: pytest.MonkeyPatch) -> None:
     weights = [weight("float32") * scale for scale in (1, 2, 3)]
