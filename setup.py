@@ -25,11 +25,12 @@ class BuildKernels(build_ext):
             sys.exit(f"fdserve needs a C++17 compiler to build its kernels, and {compiler!r} was not found.")
         from paddle.utils.cpp_extension import CppExtension
 
-        paddle = CppExtension([], name="paddle", extra_compile_args=[])
+        # By compiler: where PADDLE_CUDA_ARCH_LIST is set, Paddle's GPU build cannot do with a list for all of them.
+        paddle = CppExtension([], name="paddle", extra_compile_args={"cxx": []})
         for extension in self.extensions:
             extension.include_dirs += paddle.include_dirs
             extension.library_dirs += paddle.library_dirs
-            extension.extra_compile_args += paddle.extra_compile_args
+            extension.extra_compile_args += paddle.extra_compile_args["cxx"]
             # A wheel should not name the build's folders: no run-time paths (Paddle is always loaded first), and
             # Paddle's own error messages without its headers' location.
             extension.extra_link_args += paddle.extra_link_args

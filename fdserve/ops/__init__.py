@@ -29,7 +29,7 @@ from fdserve.ops.library import (
 )
 from fdserve.ops.paged_attention import attention, kv_bytes_per_token, kv_cache_shape, new_kv_cache
 from fdserve.ops.sampling import sample
-from fdserve.ops.tensors import to_tensor
+from fdserve.ops.tensors import own_place, send, to_tensor
 from fdserve.ops.weights import PackedExperts, PackedWeight, pack_experts, pack_weight
 
 __all__ = [
@@ -52,11 +52,13 @@ __all__ = [
     "new_kv_cache",
     "num_threads",
     "on_gpu",
+    "own_place",
     "pack_experts",
     "pack_weight",
     "rms_norm",
     "sample",
     "sampling_slot_bytes",
+    "send",
     "set_num_threads",
     "swiglu",
     "to_tensor",

@@ -6,6 +6,8 @@ half first, 8 for zero) with a float32 scale for every `GROUP` inputs of an outp
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,33 +26,49 @@ Array = npt.NDArray[Any]
 def pack(weight: Array, format: str, in_out: bool) -> tuple[Tensor, Tensor | None]:
     """A matrix [N, K] ([K, N] when `in_out`) of float32, or bfloat16 as uint16, as (data, scales).
 
+    It is sent as it is, and all else done there: for a gigabyte NumPy takes ten seconds to turn it or to quantize it.
     Raises ValueError for a format that the GPU has no kernel for, or inputs that groups do not divide.
     """
     if format not in BITS:
         raise ValueError(f"a GPU computes with {', '.join(BITS)}, not with {format}")
-    matrix = np.ascontiguousarray(weight.T if in_out else weight)
-    if format == "bfloat16":
-        return _to_device(_as_bfloat16(matrix)).view("bfloat16"), None
-    if format == "float16":
-        return _to_device(_as_float32(matrix).astype(np.float16)), None
+    matrix = _sent(weight.T if in_out else weight)
+    if BITS[format] == 16:
+        # Paddle copies what has the dtype already.
+        return matrix if format == "bfloat16" and weight.dtype == np.uint16 else matrix.cast(format), None
     if matrix.shape[1] % GROUP:
         raise ValueError(f"{format} needs inputs in groups of {GROUP}, not {matrix.shape[1]}")
-    stored, scales = quantize(_as_float32(matrix), BITS[format])
-    return _to_device(stored), _to_device(scales)
+    return _quantize(matrix.cast("float32"), BITS[format])
 
 
-def quantize(matrix: npt.NDArray[np.float32], bits: int) -> tuple[Array, npt.NDArray[np.float32]]:
+def pack_all(weights: Iterable[Array], count: int, format: str, in_out: bool) -> tuple[Tensor, Tensor | None]:
+    """What `pack` gives for each of `count` matrices of one shape, one after the other: [count, ...] of each."""
+    import paddle
+
+    wholes: list[Tensor] = []
+    for number, weight in enumerate(weights):
+        parts = [part for part in pack(weight, format, in_out) if part is not None]
+        wholes = wholes or [paddle.empty([count, *part.shape], part.dtype) for part in parts]
+        for whole, part in zip(wholes, parts, strict=True):
+            whole[number].copy_(part, False)
+    return wholes[0], wholes[1] if len(wholes) > 1 else None
+
+
+def _quantize(matrix: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """[N, K] float32 as integers of `bits` bits and their scales [N, K / GROUP], to the nearest."""
+    import paddle
+
     rows, columns = matrix.shape
-    groups = matrix.reshape(rows, columns // GROUP, GROUP)
+    groups = matrix.reshape([rows, columns // GROUP, GROUP])
     high = (1 << bits - 1) - 1
-    scales = np.abs(groups).max(axis=2) / high
-    divisors = np.where(scales == 0, 1, scales)[:, :, None]
-    integers = np.clip(np.rint(groups / divisors), -high, high).astype(np.int8).reshape(rows, columns)
+    largest = groups.abs().max(axis=2)
+    # Whether the largest of values with a NaN is one, Paddle leaves to its kernels; here it has to show.
+    scales = paddle.where(groups.isnan().any(axis=2), paddle.full_like(largest, math.nan), largest / high)
+    divisors = paddle.where(scales == 0, paddle.ones_like(scales), scales).unsqueeze(-1)
+    integers = (groups / divisors).round().clip(-high, high).reshape([rows, columns])
     if bits == 4:
-        halves = (integers + 8).astype(np.uint8)
-        return halves[:, ::2] | halves[:, 1::2] << 4, scales.astype(np.float32)
-    return integers, scales.astype(np.float32)
+        halves = integers + 8
+        return (halves[:, ::2] + halves[:, 1::2] * 16).cast("uint8"), scales
+    return integers.cast("int8"), scales
 
 
 def linear(x: Tensor, data: Tensor, scales: Tensor | None, format: str, to_float: bool) -> Tensor:
@@ -90,21 +108,14 @@ def _like(x: Tensor, value: int) -> Tensor:
     return paddle.full([1], value, x.dtype)
 
 
-def _to_device(values: Array) -> Tensor:
+def _sent(matrix: Array) -> Tensor:
+    """The matrix row by row, as float32 or bfloat16."""
     import paddle
 
-    return paddle.to_tensor(values)
-
-
-def _as_bfloat16(values: Array) -> npt.NDArray[np.int16]:
-    """bfloat16 bits, which NumPy has no type for."""
-    if values.dtype == np.uint16:
-        return values.view(np.int16)
-    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
-    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16).view(np.int16)
-
-
-def _as_float32(values: Array) -> npt.NDArray[np.float32]:
-    if values.dtype == np.uint16:
-        return (values.astype(np.uint32) << 16).view(np.float32)
-    return values
+    # Bits of bfloat16, which NumPy has no type for.
+    stored = matrix.view(np.int16) if matrix.dtype == np.uint16 else matrix
+    if stored.strides[0] < stored.strides[1]:
+        tensor = paddle.to_tensor(np.ascontiguousarray(stored.T)).T.contiguous()
+    else:
+        tensor = paddle.to_tensor(np.ascontiguousarray(stored))
+    return tensor.view("bfloat16") if matrix.dtype == np.uint16 else tensor

@@ -70,7 +70,10 @@ def use_gpu(path: Path | None = None) -> None:
     global _library
     path = path or Path(__file__).with_name("_kernels_cuda.so")
     if not path.exists():
-        raise KernelsMissing("fdserve's CUDA kernels are not compiled: run `make kernels-cuda`, or give --device cpu.")
+        raise KernelsMissing(
+            "fdserve's CUDA kernels are not compiled: run `python kernels/cuda/build.py` in the checkout that fdserve "
+            "is installed from (see docs/gpu.md), or give --device cpu."
+        )
     if _library is not None:
         raise RuntimeError("the kernels of another device are in use already")
     _library = _Library(path, gpu=True)

@@ -46,7 +46,7 @@ class SampledRows(NamedTuple):
 
     def take(self, logits: Tensor, which: Ints) -> SampledRows:
         """The rows of these numbers, which `logits` are of already."""
-        index = to_tensor(which)
+        index = _index(which)
         history, history_offsets = _ragged(self.history_offsets, which, self.history)
         bias_ids, bias_values, bias_offsets = _ragged(self.bias_offsets, which, self.bias_ids, self.bias_values)
         return SampledRows(
@@ -96,12 +96,17 @@ def _settle(
     results: list[Tensor], which: Ints, rows: SampledRows, vocab_size: int, num_top: int, ranks: Gathering
 ) -> None:
     """Put what the whole logits of some rows give into the results."""
-    index = to_tensor(which)
+    index = _index(which)
     whole = ranks.join_columns(rows.logits[index], vocabulary_starts(vocab_size, ranks.world_size))
     settled = run("sample", *rows.take(whole, which), vocab_size, num_top)
     for result, part in zip(results, settled, strict=True):
         if result.size:
             result[index] = part
+
+
+def _index(which: Ints) -> Tensor:
+    """Of these rows, in the one dtype that Paddle's kernels for indexing on a GPU take."""
+    return to_tensor(which.astype(np.int64))
 
 
 def _ragged(offsets: Tensor, which: Ints, *values: Tensor) -> list[Tensor]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -97,37 +98,29 @@ def pack_experts(
 ) -> PackedExperts:
     """Pack `num_experts` equal-shaped matrices, one at a time; otherwise as `pack_weight`."""
     format = _format(dtype, quantization)
+    equal = _equal(weights, num_experts)
+    first = next(equal)
+    equal = chain([first], equal)
+    out_features, in_features = _features(first, in_out)
     if on_gpu():
-        return _pack_experts_on_gpu(list(weights), num_experts, dtype, format, in_out)
-    data: Tensor | None = None
-    shape: tuple[int, ...] = ()
-    count = 0
-    for count, weight in enumerate(weights, 1):
-        if data is None:
-            shape = weight.shape
-            data = _empty_panels(num_experts, *_features(weight, in_out), format)
-        if weight.shape != shape or count > num_experts:
-            raise ValueError(f"expected {num_experts} experts of {shape}, got number {count}: {weight.shape}")
-        _pack_into(data, count - 1, weight, format, in_out)
-    if count != num_experts or data is None:
-        raise ValueError(f"expected {num_experts} experts, got {count}")
-    out_features, in_features = shape[::-1] if in_out else shape
+        data, scales = gpu.pack_all(equal, num_experts, format, in_out)
+        return PackedExperts(data, num_experts, out_features, in_features, dtype, format, scales)
+    data = _empty_panels(num_experts, out_features, in_features, format)
+    for index, weight in enumerate(equal):
+        _pack_into(data, index, weight, format, in_out)
     return PackedExperts(data, num_experts, out_features, in_features, dtype, format)
 
 
-def _pack_experts_on_gpu(
-    weights: list[npt.NDArray[Any]], num_experts: int, dtype: str, format: str, in_out: bool
-) -> PackedExperts:
-    import paddle
-
-    if len(weights) != num_experts or len({weight.shape for weight in weights}) != 1:
-        raise ValueError(f"expected {num_experts} experts of one shape, got {[weight.shape for weight in weights]}")
-    packed = [gpu.pack(weight, format, in_out) for weight in weights]
-    scales = [each for _, each in packed if each is not None]
-    out_features, in_features = _features(weights[0], in_out)
-    data = paddle.stack([each for each, _ in packed])
-    stacked = paddle.stack(scales) if scales else None
-    return PackedExperts(data, num_experts, out_features, in_features, dtype, format, stacked)
+def _equal(weights: Iterable[npt.NDArray[Any]], num_experts: int) -> Iterator[npt.NDArray[Any]]:
+    """The experts' matrices, which must be so many and of one shape."""
+    count, shape = 0, None
+    for count, weight in enumerate(weights, 1):
+        shape = shape or weight.shape
+        if weight.shape != shape or count > num_experts:
+            raise ValueError(f"expected {num_experts} experts of {shape}, got number {count}: {weight.shape}")
+        yield weight
+    if count != num_experts or shape is None:
+        raise ValueError(f"expected {num_experts} experts, got {count}")
 
 
 def _format(dtype: str, quantization: str | None) -> str:

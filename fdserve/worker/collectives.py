@@ -44,7 +44,10 @@ class Collectives:
 def _gathering(load: Load) -> ops.Gathering:
     # The kernels of a GPU may be emulated, and tensors then lie on the CPU.
     backend = "nccl" if paddle.device.get_device().startswith("gpu") else "gloo"
-    return ops.Gathering(join(backend), rank=load.rank, world_size=load.world_size)
+    gather = join(backend)
+    # NCCL connects the ranks at its first call, and takes memory for it: before the weights are loaded, and counted.
+    gather(paddle.zeros([1]))
+    return ops.Gathering(gather, rank=load.rank, world_size=load.world_size)
 
 
 def _shared_memory(load: Load) -> ops.SharedMemory:

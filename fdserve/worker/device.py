@@ -10,8 +10,8 @@ from fdserve import ops
 from fdserve.errors import StartupError
 from fdserve.ops import KernelsMissing
 
-MEMORY_SHARE = 0.9
-"""Of a GPU's memory, what weights and cache may take together; the rest is for activations and for Paddle itself."""
+RESERVED_SHARE = 0.1
+"""Of a GPU's memory, what weights and cache leave to activations, recorded steps, and Paddle itself."""
 
 
 def select_device(asked: str, number: int) -> None:
@@ -24,16 +24,33 @@ def select_device(asked: str, number: int) -> None:
         return
     if not paddle.is_compiled_with_cuda():
         raise StartupError("--device gpu needs Paddle's GPU build: see docs/gpu.md.")
+    if gpus == 0:
+        raise StartupError(
+            "--device gpu finds no GPU: look whether nvidia-smi does, and what CUDA_VISIBLE_DEVICES says, or give "
+            "--device cpu."
+        )
     if gpus <= number:
         raise StartupError(
-            f"--device {asked} finds {gpus} GPUs, and a rank needs number {number} for itself: give --device cpu, or a "
-            "smaller --tensor-parallel-size."
+            f"--device {asked} finds {gpus} GPUs, and a rank needs number {number} for itself: give a smaller "
+            "--tensor-parallel-size, or --device cpu."
         )
     paddle.set_device(f"gpu:{number}")
+    _use_gpu()
+
+
+def _use_gpu() -> None:
     try:
         ops.use_gpu()
+        # The least of them tells whether they are compiled for this kind of GPU.
+        ops.swiglu(paddle.zeros([1, 16], "bfloat16"))
     except KernelsMissing as error:
         raise StartupError(str(error)) from None
+    except (OSError, RuntimeError) as error:
+        major, minor = paddle.device.cuda.get_device_capability()
+        raise StartupError(
+            f"fdserve's CUDA kernels do not run on this GPU, of compute capability {major}.{minor}: compile them for "
+            f"it, and against the Paddle that is installed (see docs/gpu.md). {' '.join(str(error).split())}"
+        ) from error
 
 
 def check_formats(dtype: str, quantization: str, kv_dtype: str) -> None:
@@ -48,7 +65,10 @@ def check_formats(dtype: str, quantization: str, kv_dtype: str) -> None:
         raise StartupError(f"A GPU has no kernels for --quantization {quantization}: it has them for wint8 and wint4.")
 
 
-def free_gpu_bytes(cuda: Any = paddle.device.cuda) -> int:
-    """What the KV cache can have of the current GPU once the weights are loaded."""
-    total = int(cuda.get_device_properties().total_memory)
-    return max(0, int(total * MEMORY_SHARE) - int(cuda.memory_reserved()))
+def free_gpu_bytes(cuda: Any = paddle.cuda) -> int:
+    """What the KV cache can have of the current GPU once the weights are loaded: of what neither they nor anybody else
+    on that GPU has, all but `RESERVED_SHARE` of the whole.
+    """
+    cuda.empty_cache()
+    free, total = cuda.mem_get_info()
+    return max(0, int(free - total * RESERVED_SHARE))

@@ -64,14 +64,14 @@ class Runner:
         self.ready = Ready(num_blocks, kv_dtype, num_blocks * bytes_per_block)
         max_model_len = min(load.max_model_len or self.config.max_position_embeddings, num_blocks * load.block_size)
         recorded = ops.on_gpu() and collectives is None
+        self._graphs: DecodeGraphs | None = None
         try:
             self.caches = self.model.new_caches(num_blocks + recorded, load.block_size, kv_dtype)  # one to spare
+            if recorded:
+                sizes = {"max_num_seqs": load.max_num_seqs, "max_model_len": max_model_len, "spare_block": num_blocks}
+                self._graphs = DecodeGraphs(self.model, self.caches, record=record_cuda_graph, **sizes)
         except MemoryError as error:
             raise StartupError(f"No KV cache of {num_blocks} blocks fits the memory: {error}.") from error
-        self._graphs: DecodeGraphs | None = None
-        if recorded:
-            sizes = {"max_model_len": max_model_len, "spare_block": num_blocks}
-            self._graphs = DecodeGraphs(self.model, self.caches, record=record_cuda_graph, **sizes)
         self.rows = Rows(load.max_num_seqs, max_model_len, load.block_size, self.config.vocab_size)
         self._sampler = Sampler(self.rows, self.config.vocab_size, self._sample_op)
 

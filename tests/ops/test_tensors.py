@@ -8,6 +8,12 @@ import pytest
 from fdserve import ops
 
 
+@pytest.fixture(params=[False, True], ids=["cpu", "gpu"], autouse=True)
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a CPU, and as on a GPU whose tensors lie on the CPU."""
+    monkeypatch.setattr("fdserve.ops.tensors.on_gpu", lambda: request.param)
+
+
 @pytest.mark.parametrize("dtype", ["int32", "int64", "float32"])
 @pytest.mark.parametrize("shape", [(0,), (3,), (2, 5), (0, 4)])
 def test_values_shape_and_dtype_are_those_of_the_array(dtype: str, shape: tuple[int, ...]) -> None:

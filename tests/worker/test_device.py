@@ -9,6 +9,7 @@ from typing import Any
 import paddle
 import pytest
 
+from fdserve import ops
 from fdserve.errors import StartupError
 from fdserve.executor.wire import Load
 from fdserve.worker.device import check_formats, free_gpu_bytes, select_device
@@ -44,7 +45,7 @@ def test_a_gpu_needs_the_build_for_it() -> None:
 
 def test_a_gpu_must_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
     with_gpus(monkeypatch, 0)
-    with pytest.raises(StartupError, match="finds 0 GPUs"):
+    with pytest.raises(StartupError, match="finds no GPU: look"):
         select_device("gpu", 0)
 
 
@@ -53,14 +54,14 @@ def test_every_rank_needs_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch, aske
     used = with_gpus(monkeypatch, 2)
     with pytest.raises(StartupError, match="finds 2 GPUs, and a rank needs number 2"):
         select_device(asked, 2)
-    with pytest.raises(StartupError, match="make kernels-cuda"):
+    with pytest.raises(StartupError, match=r"kernels/cuda/build\.py"):
         select_device(asked, 1)
     assert used == ["gpu:1"]
 
 
 def test_the_kernels_must_be_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     used = with_gpus(monkeypatch, 1)
-    with pytest.raises(StartupError, match="make kernels-cuda"):
+    with pytest.raises(StartupError, match=r"kernels/cuda/build\.py"):
         select_device("auto", 0)
     assert used == ["gpu:0"]
 
@@ -89,10 +90,25 @@ def test_float16_is_for_gpus(tmp_path: Path) -> None:
         Runner(load, lambda what, done, total: None)
 
 
-def test_the_cache_has_what_the_weights_leave() -> None:
+def test_kernels_for_another_gpu_are_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_gpus(monkeypatch, 1)
+    monkeypatch.setattr(paddle.device.cuda, "get_device_capability", lambda: (8, 6))
+    monkeypatch.setattr(ops, "use_gpu", lambda: None)
+
+    def swiglu(x: paddle.Tensor) -> None:
+        raise OSError("(External) swiglu: CUDA error 209,\n no kernel image is available")
+
+    monkeypatch.setattr(ops, "swiglu", swiglu)
+    with pytest.raises(StartupError, match=r"compute capability 8.6.* CUDA error 209, no kernel image"):
+        select_device("gpu", 0)
+
+
+def test_the_cache_has_what_all_else_leaves() -> None:
+    done: list[str] = []
     cuda: Any = SimpleNamespace(
-        get_device_properties=lambda: SimpleNamespace(total_memory=1000), memory_reserved=lambda: 300
+        empty_cache=lambda: done.append("emptied"), mem_get_info=lambda: done.append("asked") or (700, 1000)
     )
     assert free_gpu_bytes(cuda) == 600
-    cuda.memory_reserved = lambda: 2000
+    assert done == ["emptied", "asked"]
+    cuda.mem_get_info = lambda: (50, 1000)
     assert free_gpu_bytes(cuda) == 0

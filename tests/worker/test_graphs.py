@@ -10,10 +10,12 @@ import numpy as np
 import paddle
 import pytest
 
+from fdserve import ops
 from fdserve.models.config import read_config
+from fdserve.models.layers import ForwardBatch
 from fdserve.models.loader import load_model
 from fdserve.worker.batch import Batch
-from fdserve.worker.graphs import SIZES, DecodeGraphs, record_cuda_graph
+from fdserve.worker.graphs import DecodeGraphs, record_cuda_graph
 from tests.e2e.engines import random_checkpoint
 from tests.models.checkpoints import DENSE
 from tests.models.stepping import BLOCK_SIZE, BLOCKS_PER_SEQUENCE, Chunk, Stepper
@@ -79,6 +81,7 @@ def test_replays_give_what_a_step_gives(stepper: Stepper) -> None:
     graphs = DecodeGraphs(
         stepper.model,
         stepper.caches,
+        max_num_seqs=3,
         max_model_len=longest,
         spare_block=4 * BLOCKS_PER_SEQUENCE,
         record=recorder,
@@ -89,25 +92,49 @@ def test_replays_give_what_a_step_gives(stepper: Stepper) -> None:
         # The same step once more: it writes the same keys and values to the same places.
         expected = stepper.step([Chunk(sequence, [token]) for sequence, token in tokens.items()])
         assert (logits.numpy() == expected).all()
-    # Sizes 4, 1 and 2; every step is a replay.
+    # Sizes 1, 2 and 4 beforehand; every step is a replay.
     assert (recorder.recorded, recorder.replayed) == (3, 4)
 
 
 def test_other_steps_are_left_to_others(stepper: Stepper) -> None:
-    graphs = DecodeGraphs(stepper.model, stepper.caches, max_model_len=64, spare_block=0, record=Recorder())
+    sizes = {"max_num_seqs": 2, "max_model_len": 64, "spare_block": 4 * BLOCKS_PER_SEQUENCE}
+    graphs = DecodeGraphs(stepper.model, stepper.caches, record=Recorder(), **sizes)
     one = decode(stepper, {0: 3})
     two_tokens = {**vars(one), "token_ids": np.array([3, 4], np.int32)}
     nothing_sampled = {**vars(one), "sample_rows": NOTHING}
     asks_for_prompt = {**vars(one), "prompt_indices": np.zeros(1, np.int32)}
-    too_many = {**vars(one), "context_lens": np.zeros(max(SIZES) + 1, np.int32)}
-    for fields in (two_tokens, nothing_sampled, asks_for_prompt, too_many):
+    for fields in (two_tokens, nothing_sampled, asks_for_prompt):
         assert graphs.logits(Batch(**fields)) is None
+    assert graphs.logits(decode(stepper, {0: 3, 1: 4, 2: 5})) is None, "larger than any recorded"
+    assert graphs.logits(one) is not None
+
+
+def test_a_step_is_one_copy_to_where_the_inputs_are(stepper: Stepper, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs: list[ForwardBatch] = []
+    copies: list[paddle.Tensor] = []
+    forward, send = stepper.model.forward, ops.send
+    monkeypatch.setattr(stepper.model, "forward", lambda batch, caches: inputs.append(batch) or forward(batch, caches))
+    monkeypatch.setattr(ops, "send", lambda values, to: copies.append(to) or send(values, to))
+    sizes = {"max_num_seqs": 2, "max_model_len": 65, "spare_block": 4 * BLOCKS_PER_SEQUENCE}
+    graphs = DecodeGraphs(stepper.model, stepper.caches, record=Recorder(), **sizes)
+    held = inputs[-1]
+    monkeypatch.setattr(ops, "to_tensor", None)
+    for token in (3, 4):
+        graphs.logits(decode(stepper, {0: token, 2: 5}))
+        assert held.token_ids.tolist() == [token, 5]
+        assert held.context_lens.tolist() == [stepper.lengths[0], stepper.lengths[2]]
+    (address,) = {copy.data_ptr() for copy in copies}
+    assert len(copies) == 2
+    for part in (held.token_ids, held.context_lens, held.block_tables, held.rope):
+        assert address <= part.data_ptr() < address + 4 * copies[0].size
+        assert part.data_ptr() % 16 == 0
 
 
 class FakeGraph:
     """Notes what is done to it."""
 
     made: list[FakeGraph] = []  # noqa: RUF012
+    broken = False
 
     def __init__(self, place: object) -> None:
         self.place, self.done = place, ["begun"]
@@ -118,6 +145,8 @@ class FakeGraph:
 
     def capture_end(self) -> None:
         self.done.append("captured")
+        if self.broken:
+            raise OSError("operation failed due to a previous error during capture")
 
     def replay(self) -> None:
         self.done.append("replayed")
@@ -139,6 +168,7 @@ def test_a_cuda_graph_is_ended_on_the_rank_s_own_gpu_whatever_happens(monkeypatc
     result, replay = record_cuda_graph(work)
     replay()
     assert result == 2
+    monkeypatch.setattr(FakeGraph, "broken", True)
     with pytest.raises(RuntimeError, match="not to be captured"):
         record_cuda_graph(work)
     assert [graph.place for graph in FakeGraph.made] == ["GPU 3"] * 2

@@ -13,8 +13,10 @@ from pathlib import Path
 import paddle
 import pytest
 
+from fdserve import ops
 from fdserve.executor.executor import connected, free_port
 from fdserve.executor.wire import Load
+from fdserve.worker import collectives
 from fdserve.worker.group import gpu_number, group_variables, interface_of, join
 
 ROOT = Path(__file__).parents[2]
@@ -58,6 +60,14 @@ def test_the_gpu_is_the_one_that_the_launcher_chose(
     if value is not None:
         monkeypatch.setenv("FLAGS_selected_gpus", value)
     assert gpu_number() == number
+
+
+def test_ranks_are_connected_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    gathered: list[paddle.Tensor] = []
+    monkeypatch.setattr(ops, "on_gpu", lambda: True)
+    monkeypatch.setattr(collectives, "join", lambda backend: gathered.append)
+    collectives.Collectives(load_of(1))
+    assert len(gathered) == 1
 
 
 def test_interfaces_are_found_by_address() -> None:
