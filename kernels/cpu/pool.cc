@@ -1,6 +1,7 @@
 #include "pool.h"
 
 #include <sched.h>
+#include <sys/mman.h>
 
 #include <atomic>
 #include <chrono>
@@ -166,14 +167,19 @@ void set_num_threads(int count) {
   p.threads = count;
 }
 
+// What a prompt's step keeps between its layers is some tens of MB: looking up small pages took 2 % of such a step.
+constexpr int64_t SMALL_PAGE = 4096, HUGE_PAGE = 2 << 20;
+
 void* scratch_bytes(ScratchSlot slot, int64_t bytes) {
   static thread_local Buffers buffers;
   if (buffers.bytes[slot] < bytes) {
     std::free(buffers.data[slot]);
-    int64_t rounded = (bytes + bytes / 4 + 4095) / 4096 * 4096;
-    buffers.data[slot] = std::aligned_alloc(64, static_cast<size_t>(rounded));
+    const int64_t page = bytes < HUGE_PAGE ? SMALL_PAGE : HUGE_PAGE;
+    const int64_t rounded = (bytes + bytes / 4 + page - 1) / page * page;
+    buffers.data[slot] = std::aligned_alloc(static_cast<size_t>(page), static_cast<size_t>(rounded));
     buffers.bytes[slot] = buffers.data[slot] == nullptr ? 0 : rounded;
     if (buffers.data[slot] == nullptr) throw std::bad_alloc();
+    if (page == HUGE_PAGE) madvise(buffers.data[slot], static_cast<size_t>(rounded), MADV_HUGEPAGE);
   }
   return buffers.data[slot];
 }
