@@ -94,7 +94,8 @@ async def test_logprobs_are_no_part_of_a_stored_conversation() -> None:
     """They would be most of it."""
     async with serving() as client:
         first = whole(await respond(client, "one", top_logprobs=20))
-        stored = client.app.server.responses.get(first["id"])
+        stored = client.server.responses.get(first["id"])
+        assert stored is not None
         assert len(stored.body) > 10_000
         assert sum(map(len, stored.conversation)) < 1000
 

@@ -174,7 +174,7 @@ async def test_an_unknown_error_keeps_its_secrets(
         def render(*args: Any, **kwargs: Any) -> str:
             raise KeyError("secret")
 
-        monkeypatch.setattr(client.app.server.template, "render", render)
+        monkeypatch.setattr(client.server.template, "render", render)
         response = await client.chat()
         assert (response.status, response.error["code"]) == (500, "internal_error")
         assert b"secret" not in response.body
