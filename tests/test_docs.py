@@ -99,7 +99,7 @@ def range_in_words(field_type: msgspec.inspect.Type) -> str | None:
 
 def number(value: float | None) -> str:
     assert value is not None
-    powers = {2**63 - 1: "2⁶³-1", 2**31 - 1: "2³¹-1", -(2**31): "-2³¹"}
+    powers: dict[float, str] = {2**63 - 1: "2⁶³-1", 2**31 - 1: "2³¹-1", -(2**31): "-2³¹"}
     return powers.get(value, f"{value:g}")
 
 

@@ -7,19 +7,21 @@ import uuid
 from collections.abc import Sequence
 
 import msgspec
+from msgspec import structs
 
 from fdserve.api.chat import prepare_chat
 from fdserve.api.choice import Choice, Piece
 from fdserve.api.fields import read_request
-from fdserve.api.generation import gathered, running
+from fdserve.api.generation import gathered, off_loop_if_long, running
 from fdserve.api.responses_input import as_own_fields, chat_request, input_items, wants_logprobs
 from fdserve.api.responses_output import OutputWriter
 from fdserve.api.responses_truncation import drop_oldest_turns
 from fdserve.api.text_logprobs import TextLogprobs
 from fdserve.api.usage import usage
-from fdserve.errors import InvalidRequest, NotFound, Overloaded, ServerError
+from fdserve.errors import InvalidRequest, NotFound, Overloaded, PayloadTooLarge, ServerError
+from fdserve.http.body_values import check_values
 from fdserve.http.request import Request
-from fdserve.http.response import Reply, named_event
+from fdserve.http.response import Reply, encode, named_event
 from fdserve.protocol.response_events import (
     ResponseCompleted,
     ResponseCreated,
@@ -33,6 +35,8 @@ from fdserve.protocol.responses import (
     IncompleteDetails,
     InputItem,
     InputTokensDetails,
+    OutputItem,
+    OutputMessage,
     OutputTokensDetails,
     Reasoning,
     Response,
@@ -46,12 +50,13 @@ from fdserve.server.response_store import StoredResponse
 from fdserve.server.server import Server
 
 _ITEMS = msgspec.json.Decoder(list[InputItem])
+_ITEM = msgspec.json.Decoder(InputItem)
 
 
 async def create_response(server: Server, http: Request, reply: Reply) -> None:
     """Generate a response. Cancelling it cancels the generation, and then nothing is stored."""
     request = read_request(http.take_body(), ResponsesRequest)
-    history = _history(server, request.previous_response_id)
+    history = await _history(server, request.previous_response_id)
     own = _resolved(server, input_items(request))
     chat = chat_request(request, history, own)
     with as_own_fields():
@@ -89,26 +94,36 @@ def _unknown(id: str) -> NotFound:
     return NotFound(f"Response with id '{id[:200]}' not found.", code="response_not_found")
 
 
-def _history(server: Server, id: str | None) -> list[InputItem]:
+async def _history(server: Server, id: str | None) -> list[InputItem]:
+    """The conversation up to a stored response, and with it. PayloadTooLarge where no body may be so large."""
     if id is None:
         return []
     stored = server.responses.get(id)
     if stored is None:
         message = f"Previous response with id '{id[:200]}' not found."
         raise InvalidRequest(message, param="previous_response_id", code="previous_response_not_found")
-    return _ITEMS.decode(stored.items)
+    texts = stored.conversation
+    size = sum(map(len, texts))
+    if size > server.config.max_request_bytes:
+        message = f"The conversation is larger than the limit of {server.config.max_request_bytes} bytes for a request."
+        raise PayloadTooLarge(message, param="previous_response_id")
+
+    def decoded() -> list[InputItem]:
+        check_values(*texts, holder="The conversation")
+        return [*_ITEMS.decode(stored.history), *map(_ITEM.decode, stored.output.values())]
+
+    # Python's lock is held all the same, but others get on between one conversation and the next.
+    return await off_loop_if_long(server.tokenizing, size, decoded)
 
 
 def _resolved(server: Server, items: Sequence[InputItem]) -> list[InputItem]:
-    """The items, with those that references lead to in their places. Each stored response is read once at most."""
-    known: dict[str | None, InputItem] = {}
+    """The items, with those that references lead to in their places. Each stored item is read once at most."""
+    known: dict[str, InputItem] = {}
     result = []
     for index, item in enumerate(items):
         if item.type == "item_reference" and item.id is not None:
-            if item.id not in known and (holder := server.responses.holder(item.id)) is not None:
-                known.update(
-                    (stored.id, stored) for stored in _ITEMS.decode(holder.items) if stored.id in holder.item_ids
-                )
+            if item.id not in known and (stored := server.responses.item(item.id)) is not None:
+                known[item.id] = _ITEM.decode(stored)
             if item.id not in known:
                 message = f"Item with id '{item.id[:200]}' not found: send the item itself."
                 raise NotFound(message, param=f"input[{index}].id", code="item_not_found")
@@ -220,12 +235,17 @@ class _Answer:
         )
 
     def _store(self, response: Response) -> None:
-        # What came out is a fit input as it is.
-        items = msgspec.json.encode([*self._conversation, *response.output])
-        # Ids that a client made up are no secret: they must lead nobody to an item.
-        ids = tuple(item.id for item in response.output)
-        stored = StoredResponse(msgspec.json.encode(response), items, ids)
+        # What came out is a fit input as it is; no model is given logprobs. Ids that a client made up are no secret:
+        # they must lead nobody to an item.
+        output = {item.id: encode(_without_logprobs(item)) for item in response.output}
+        stored = StoredResponse(encode(response), encode(self._conversation), output)
         self._server.responses.put(response.id, stored)
+
+
+def _without_logprobs(item: OutputItem) -> OutputItem:
+    if not isinstance(item, OutputMessage):
+        return item
+    return structs.replace(item, content=[structs.replace(part, logprobs=[]) for part in item.content])
 
 
 def _begun(id: str, request: ResponsesRequest, server: Server) -> Response:

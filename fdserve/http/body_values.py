@@ -15,13 +15,13 @@ MAX_NUMBERS = 1 << 20
 _DULL = bytes(set(range(256)) - set(b'[{",'))
 
 
-def check_values(*texts: bytes) -> None:
+def check_values(*texts: bytes, holder: str = "The request body") -> None:
     """Raise PayloadTooLarge where the texts have more values than that together. What is no JSON may pass, or not."""
     if sum(map(len, texts)) <= MAX_VALUES or _excess(map(_most, texts)) is None:
         return
     # Perhaps only its strings have so many brackets, quotes and commas.
     if (excess := _excess(map(_exactly, texts))) is not None:
-        raise PayloadTooLarge(f"The request body has more than {excess}.")
+        raise PayloadTooLarge(f"{holder} has more than {excess}.")
 
 
 def _excess(counts: Iterable[tuple[int, int]]) -> str | None:

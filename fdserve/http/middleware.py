@@ -28,6 +28,8 @@ _KEY_REQUIRED = "An API key is required: send it as the header 'Authorization: B
 _INVISIBLE = re.compile(r"[^!-~]")
 LONG_BODY_BYTES = 65_536
 """About a millisecond's work to decode."""
+TURN_SECONDS = 0.02
+"""From one long body to the next: a token of a stream takes several rounds of the event loop, and waits in each."""
 GOODBYE_SECONDS = 1.0
 """For a client to take the last words of a server that stops."""
 CLIENT_CLOSED = 499  # nginx's status for a client that left; it is only logged and counted
@@ -92,6 +94,8 @@ class Dispatcher:
                         # Those that came together are decoded one by one, so that others get on in between.
                         async with self._turnstile:
                             check_values(request.body)
+                            if self._turnstile.statistics().tasks_waiting:
+                                await anyio.sleep(TURN_SECONDS)
                     with self._answering(route):
                         await _answer(route, request, reply)
             except ServerError as error:  # refused before the handler

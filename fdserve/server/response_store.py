@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 MAX_RESPONSES = 1024
@@ -13,16 +14,21 @@ _ID_BYTES = 256  # what an id takes in the index, about
 
 @dataclass(frozen=True, slots=True)
 class StoredResponse:
-    """A response's body, and its whole conversation as input items: both are JSON. `item_ids` are its output's."""
+    """A response's body, a list of the items that it was given, and those of its output by their ids: all are JSON."""
 
     body: bytes
-    items: bytes
-    item_ids: tuple[str, ...] = ()
+    history: bytes
+    output: Mapping[str, bytes]
+
+    @property
+    def conversation(self) -> tuple[bytes, ...]:
+        """What a response that goes on from it is given."""
+        return self.history, *self.output.values()
 
     @property
     def size(self) -> int:
         """Bytes that it takes, about."""
-        return len(self.body) + len(self.items) + _ID_BYTES * len(self.item_ids)
+        return len(self.body) + sum(map(len, self.conversation)) + _ID_BYTES * len(self.output)
 
 
 class ResponseStore:
@@ -44,7 +50,7 @@ class ResponseStore:
             return
         self._responses[id] = response
         self.size += response.size
-        self._holders.update(dict.fromkeys(response.item_ids, id))
+        self._holders.update(dict.fromkeys(response.output, id))
         while len(self._responses) > self._max_responses or self.size > self._max_bytes:
             self.delete(next(iter(self._responses)))
 
@@ -55,10 +61,11 @@ class ResponseStore:
             self._responses.move_to_end(id)
         return response
 
-    def holder(self, item_id: str) -> StoredResponse | None:
-        """The response that the item came out in, which counts as used now."""
+    def item(self, item_id: str) -> bytes | None:
+        """The item, whose response counts as used now."""
         id = self._holders.get(item_id)
-        return None if id is None else self.get(id)
+        response = None if id is None else self.get(id)
+        return None if response is None else response.output[item_id]
 
     def delete(self, id: str) -> bool:
         """Forget the response; False if there is none."""
@@ -66,6 +73,6 @@ class ResponseStore:
         if response is None:
             return False
         self.size -= response.size
-        for item_id in response.item_ids:
+        for item_id in response.output:
             del self._holders[item_id]
         return True

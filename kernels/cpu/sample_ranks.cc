@@ -1,12 +1,12 @@
 // Sampling where ranks share the vocabulary out: each looks at its own columns of the logits alone, and what they exchange
-// is small: a row's peaks; the weight of its parts and their few largest logits; how a leading set is found; the token. All
-// ranks merge the same numbers and so decide the same.
+// is small: a row's peaks and few largest logits; the weight of its parts; how a leading set is found; the token. All ranks
+// merge the same numbers and so decide the same.
 //
 // The result is what one rank gives for the whole row, bit for bit, because weights add up exactly in any order, and what
 // is kept of a row is defined by values and ids alone. The few rows that are not sampled by parts are those of
 // sample_whole.h.
 //
-// Floor: the passes over the part, and exchanges of a few microseconds: one if all rows are greedy, two for top_k, three to
+// Floor: the passes over the part, and exchanges of a few microseconds: one if all rows are greedy or have a top_k, three to
 // five for top_p; one more for the log-probability of a token.
 #include "sample_ranks.h"
 
@@ -32,7 +32,7 @@ struct Answer {
   float logprob;
 };
 
-// What is exchanged for a row: first its peaks and a survey; then the weights of all, the report of a split, the candidates
+// What is exchanged for a row: first its peaks, and a survey or the candidates; then the weights of all, the report of a split
 // and the most probable.
 constexpr int64_t PEAKS_BYTES = sizeof(Peaks), WEIGHTS_BYTES = sizeof(Weights), ENTRY_BYTES = sizeof(Entry);
 static_assert(PEAKS_BYTES % 8 == 0 && WEIGHTS_BYTES % 8 == 0 && ENTRY_BYTES == 8, "each begins aligned");
@@ -45,7 +45,7 @@ class Sampling : private Shares {
   bool run() { return exchange_peaks() && exchange_parts() && exchange_splits() && sample_whole(*this) && exchange_answers(); }
 
  private:
-  int64_t max_candidates = 0, num_top = 0, survey_bytes = 0;
+  int64_t num_top = 0, survey_bytes = 0;
 
   template <class Body>
   void for_rows(const Body& body) {
@@ -64,37 +64,49 @@ class Sampling : private Shares {
   // -- the peaks, and from them what is to be done --------------------------------------------------------------------
 
   bool exchange_peaks() {
-    for (int64_t i = 0; i < rows; ++i)
+    int64_t max_candidates = 0;
+    for (int64_t i = 0; i < rows; ++i) {
       if (draw_of(i) == Draw::kNucleus) survey_bytes = report_bytes(shared.ranks);
-    const int64_t bytes = PEAKS_BYTES + survey_bytes;
+      max_candidates = std::max(max_candidates, candidates(i));
+    }
+    const int64_t entries = PEAKS_BYTES + survey_bytes, bytes = entries + max_candidates * ENTRY_BYTES;
     char* to = room(shared);
-    for_rows([&](int64_t i, const Work&) {
-      const bool surveyed = draw_of(i) == Draw::kNucleus;
-      *reinterpret_cast<Peaks*>(to + i * bytes) =
-          peaks_of(i, surveyed ? reinterpret_cast<Report*>(to + i * bytes + PEAKS_BYTES) : nullptr);
-    });
+    for_rows([&](int64_t i, const Work&) { first_look(i, to + i * bytes, entries); });
     if (!meet(shared, rows * bytes)) return false;
     for_rows([&](int64_t i, Work& row) {
       for (int rank = 0; rank < shared.ranks; ++rank)
         add_peaks(*reinterpret_cast<const Peaks*>(from_rank(rank, i, bytes)), row.peaks);
       decide(i);
+      if (row.draw == Draw::kFew)
+        row.token = static_cast<int32_t>(row_of(i).draw_few(merged(i, bytes, entries, candidates(i)), drawn(i)));
       if (row.draw == Draw::kNucleus)
         row.search = std::make_unique<LeadingSearch>(drawn(i), row_of(i).goal(drawn(i)), reports_at(i, bytes, PEAKS_BYTES));
     });
-    for (const Work& row : work) {
-      if (!row.whole) max_candidates = std::max(max_candidates, row.candidates);
+    for (const Work& row : work)
       if (row.logprobs && !row.whole) num_top = whole.num_top;
-    }
     return true;
   }
 
-  // -- the parts' weights, first splits and candidates ------------------------------------------------------------------
+  // All that needs nothing but the part, while it is in the cache.
+  void first_look(int64_t i, char* to, int64_t entries) const {
+    Row row = part_of(i);
+    const float* changed = row.processed();
+    const float* logits = changed ? changed : row.logits();
+    Peaks& peaks = *reinterpret_cast<Peaks*>(to);
+    peaks = peaks_of(i, row.logits(), changed);
+    if (draw_of(i) == Draw::kNucleus)
+      Part::survey(logits, mine.vocab_size, shared.ranks, reinterpret_cast<Report*>(to + PEAKS_BYTES));
+    if (candidates(i) > 0 && !peaks.processed_nan && peaks.processed < INF)
+      put(largest(logits, mine.vocab_size, candidates(i)), reinterpret_cast<Entry*>(to + entries));
+  }
+
+  // -- the parts' weights, first splits and most probable ---------------------------------------------------------------
 
   bool exchange_parts() {
     bool needed = false;
-    for (const Work& row : work) needed |= !row.whole && (row.draw != Draw::kNone || row.logprobs);
+    for (const Work& row : work) needed |= !row.whole && (needs_weight(row) || row.logprobs);
     if (!needed) return true;
-    const int64_t bytes = WEIGHTS_BYTES + survey_bytes + (max_candidates + num_top) * ENTRY_BYTES;
+    const int64_t bytes = WEIGHTS_BYTES + survey_bytes + num_top * ENTRY_BYTES;
     char* to = room(shared);
     for_rows([&](int64_t i, const Work& row) {
       if (!row.whole) fill_part(i, to + i * bytes);
@@ -106,28 +118,28 @@ class Sampling : private Shares {
     return true;
   }
 
+  static bool needs_weight(const Work& row) { return row.draw == Draw::kPlain || row.draw == Draw::kNucleus; }
+
   void fill_part(int64_t i, char* to) {
     Work& todo = work[i];
     Row row = part_of(i);
     Weights& weights = *reinterpret_cast<Weights*>(to);
     Report* report = reinterpret_cast<Report*>(to + WEIGHTS_BYTES);
     Entry* entries = reinterpret_cast<Entry*>(to + WEIGHTS_BYTES + survey_bytes);
-    if (todo.draw != Draw::kNone) {
+    if (needs_weight(todo)) {
       const float* changed = row.processed();
       const float* logits = changed ? changed : row.logits();
       if (todo.draw == Draw::kPlain) weights.drawn = todo.part.weigh(logits, mine.vocab_size, drawn(i));
       if (todo.draw == Draw::kNucleus) split(i, logits, report), weights.drawn = report->split.all;
-      put(largest(logits, mine.vocab_size, todo.candidates), entries);
     }
     if (!todo.logprobs) return;
     weights.told = told_is_drawn(i) ? weights.drawn : Part().weigh(row.logits(), mine.vocab_size, told(i));
-    put(largest(row.logits(), mine.vocab_size, num_top), entries + max_candidates);
+    put(largest(row.logits(), mine.vocab_size, num_top), entries);
   }
 
   // Whether the weight of all of the distribution that is drawn from is that of the one that is told.
   bool told_is_drawn(int64_t i) const {
-    const bool weighed = work[i].draw == Draw::kPlain || work[i].draw == Draw::kNucleus;
-    return weighed && !row_of(i).is_changed() && told(i).inverse == drawn(i).inverse;
+    return needs_weight(work[i]) && !row_of(i).is_changed() && told(i).inverse == drawn(i).inverse;
   }
 
   void split(int64_t i, const float* logits, Report* report) {
@@ -142,21 +154,17 @@ class Sampling : private Shares {
   void merge(int64_t i, int64_t bytes) {
     Work& row = work[i];
     const auto weights = [&](int rank) { return *reinterpret_cast<const Weights*>(from_rank(rank, i, bytes)); };
-    const int64_t entries = WEIGHTS_BYTES + survey_bytes;
     double drawn_total = 0, told_total = 0;
     for (int rank = 0; rank < shared.ranks; ++rank) drawn_total += weights(rank).drawn, told_total += weights(rank).told;
-    if (row.draw == Draw::kFew) {
-      row.token = static_cast<int32_t>(row_of(i).draw_few(merged(i, bytes, entries, row.candidates), drawn(i)));
-    } else if (row.draw == Draw::kPlain) {
+    if (row.draw == Draw::kPlain) {
       find_owner(i, drawn_total, [&](int rank) { return weights(rank).drawn; });
     } else if (row.draw == Draw::kNucleus) {
       take_reports(i, reports_at(i, bytes, WEIGHTS_BYTES));
     }
     if (!row.logprobs) return;
-    if (row.draw != Draw::kPlain && row.draw != Draw::kNucleus && row.token >= 0 && row.token < whole.vocab_size)
-      row.owner = owner_of(row.token);
+    if (!needs_weight(row) && row.token >= 0 && row.token < whole.vocab_size) row.owner = owner_of(row.token);
     row.log_total = std::log(told_total);
-    const std::vector<Candidate> top = merged(i, bytes, entries + max_candidates * ENTRY_BYTES, num_top);
+    const std::vector<Candidate> top = merged(i, bytes, WEIGHTS_BYTES + survey_bytes, num_top);
     for (size_t k = 0; k < top.size(); ++k) {
       const int64_t at = (begin + i) * whole.num_top + static_cast<int64_t>(k);
       whole.top_ids[at] = top[k].id;
@@ -169,9 +177,10 @@ class Sampling : private Shares {
     std::vector<Candidate> all;
     for (int rank = 0; rank < shared.ranks; ++rank) {
       const Entry* entries = reinterpret_cast<const Entry*>(from_rank(rank, i, bytes) + offset);
+      const auto merged = static_cast<int64_t>(all.size());
       for (int64_t k = 0; k < std::min(count, width(rank)); ++k) all.push_back({entries[k].logit, 0, entries[k].id});
+      std::inplace_merge(all.begin(), all.begin() + merged, all.end(), before);
     }
-    std::sort(all.begin(), all.end(), before);
     if (static_cast<int64_t>(all.size()) > count) all.resize(static_cast<size_t>(count));
     return all;
   }
@@ -246,7 +255,7 @@ class Sampling : private Shares {
       std::memcpy(to + 8 + bytes, whole.top_logprobs + (begin + i) * whole.num_top, bytes);
     } else {
       Row row = part_of(i);
-      if (work[i].draw == Draw::kPlain || work[i].draw == Draw::kNucleus) answer.token = picked(i, row);
+      if (needs_weight(work[i])) answer.token = picked(i, row);
       if (work[i].logprobs) answer.logprob = logprob(i, row.logits()[answer.token - mine.first_id]);
     }
     std::memcpy(to, &answer, sizeof(answer));

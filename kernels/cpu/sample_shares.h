@@ -11,7 +11,7 @@ namespace fdserve {
 
 struct Peaks {
   float raw, processed;
-  int32_t first;  // id of the processed logits' peak
+  int32_t first;  // id of the processed logits' peak, where that is the token
   bool raw_nan, processed_nan;
 };
 
@@ -23,7 +23,6 @@ struct Work {
   Draw draw = Draw::kNone;
   bool logprobs = false;
   bool whole = false;  // on the gathered row
-  int64_t candidates = 0;
   int32_t token = BROKEN;
   int owner = -1;         // the rank that answers for the row, -1 if none needs to
   double target = 0;      // what the running weight of the owner's part must pass
@@ -77,20 +76,22 @@ struct Shares {
     return params(i)[1] < 1 || params(i)[2] > 0 ? Draw::kNucleus : Draw::kPlain;
   }
 
-  // Of the rank's part; with a survey, unless it is null.
-  Peaks peaks_of(int64_t i, Report* survey) const {
+  // How many of a row's largest it is drawn from, if they are exchanged one by one.
+  int64_t candidates(int64_t i) const { return draw_of(i) == Draw::kFew && ints(i)[0] <= FEW ? ints(i)[0] : 0; }
+
+  // Of the rank's part; `changed` is null where no bias, penalty or mask applies.
+  Peaks peaks_of(int64_t i, const float* raw, const float* changed) const {
     const FloatKernels& floats = float_kernels();
-    Row row = part_of(i);
     Peaks peaks = {};
-    peaks.raw = floats.peak(row.logits(), mine.vocab_size, &peaks.raw_nan);
-    const float* changed = row.processed();
-    const float* logits = changed ? changed : row.logits();
+    peaks.first = static_cast<int32_t>(mine.first_id);
+    peaks.raw = floats.peak(raw, mine.vocab_size, &peaks.raw_nan);
     peaks.processed = peaks.raw, peaks.processed_nan = peaks.raw_nan;
     if (changed) peaks.processed = floats.peak(changed, mine.vocab_size, &peaks.processed_nan);
-    int32_t first = 0;
-    floats.at_least(logits, mine.vocab_size, peaks.processed, &first, 1);
-    peaks.first = first + static_cast<int32_t>(mine.first_id);
-    if (survey) Part::survey(logits, mine.vocab_size, shared.ranks, survey);
+    if (draw_of(i) == Draw::kNone) {
+      int32_t at = 0;
+      floats.at_least(changed ? changed : raw, mine.vocab_size, peaks.processed, &at, 1);
+      peaks.first += at;
+    }
     return peaks;
   }
 
@@ -118,7 +119,7 @@ struct Shares {
       row.token = peaks.first;
     } else {
       row.draw = draw_of(i);
-      if (row.draw == Draw::kFew) row.candidates = ints(i)[0], row.whole |= row.candidates > FEW;
+      row.whole |= row.draw == Draw::kFew && candidates(i) == 0;
     }
     if (row.whole) row.draw = Draw::kNone;
   }

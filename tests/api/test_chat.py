@@ -138,7 +138,7 @@ async def test_what_the_template_gets() -> None:
     )
     call = {"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}
     async with serving(template=template) as client:
-        fields = {
+        fields: dict[str, Any] = {
             "messages": [call],
             "tools": [{"type": "function", "function": {"name": "f"}}],
             "chat_template_kwargs": {"style": "terse"},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from fdserve.config import Config
@@ -163,7 +165,7 @@ async def test_an_unfinished_character_is_flushed() -> None:
 
 async def test_special_tokens_can_be_kept() -> None:
     async with serving(FakeEngine(follow([*b"a", EOS, *b"b"]))) as client:
-        fields = {"ignore_eos": True, "max_tokens": 3}
+        fields: dict[str, Any] = {"ignore_eos": True, "max_tokens": 3}
         assert choice(await client.chat(**fields))["message"]["content"] == "ab"
         assert choice(await client.chat(**fields, skip_special_tokens=False))["message"]["content"] == "a</s>b"
 

@@ -212,7 +212,7 @@ async def test_what_is_told_of_a_prompt_is_let_go_with_its_last_choice(monkeypat
         reports.append(self)
 
     monkeypatch.setattr(PromptReport, "take", taken)
-    fields = {
+    fields: dict[str, Any] = {
         "prompt": ["one", "two", "three"],
         "n": 2,
         "best_of": 3,
@@ -244,7 +244,9 @@ async def test_large_answers_do_not_wait_for_long_prompts(monkeypatch: pytest.Mo
             await anyio.sleep(0.05)
             began = anyio.current_time()
             for call in (client.chat, client.complete):
-                fields = {"logprobs": True, "top_logprobs": 5} if call == client.chat else {"logprobs": 5}
+                fields: dict[str, Any] = (
+                    {"logprobs": True, "top_logprobs": 5} if call == client.chat else {"logprobs": 5}
+                )
                 assert (await call(**fields, n=3, stream=stream)).status == 200
             waited = anyio.current_time() - began
             go.set()

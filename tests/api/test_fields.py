@@ -14,7 +14,7 @@ from fdserve.api import generation as generation_module
 from fdserve.api import params as params_module
 from fdserve.api.choice import Choice
 from fdserve.api.fields import read_request
-from fdserve.api.token_rules import token_rules
+from fdserve.api.token_rules import TokenRules, token_rules
 from fdserve.config import Config
 from fdserve.errors import InvalidRequest
 from fdserve.protocol.chat import ChatRequest
@@ -56,13 +56,15 @@ async def test_lists_of_ids_are_small_however_long_they_are() -> None:
     everything = list(range(VOCAB_SIZE))
     async with serving(config=Config(max_concurrency=64)) as client:
         for field in ("allowed_token_ids", "bad_words_token_ids"):
-            assert (await client.chat(n=64, **{field: everything})).status == 200
+            fields: dict[str, Any] = {field: everything}
+            assert (await client.chat(n=64, **fields)).status == 200
             requests = client.engine.requests[-64:]
             masks = [request.params.allowed_ids + request.params.banned_ids for request in requests]
             assert [ids_in(mask) for mask in masks] == [everything] * 64
             assert len(masks[0]) == 36  # a bit an id, in words of 32
             # One more can only be there twice.
-            response = await client.chat(**{field: [*everything, 0]})
+            fields[field] = [*everything, 0]
+            response = await client.chat(**fields)
             assert (response.status, response.error["param"]) == (400, field)
             assert f"has {VOCAB_SIZE + 1} ids, and the model only {VOCAB_SIZE}" in response.error["message"]
 
@@ -70,8 +72,10 @@ async def test_lists_of_ids_are_small_however_long_they_are() -> None:
 async def test_long_words_are_refused() -> None:
     async with serving() as client:
         for field in ("stop", "bad_words"):
-            assert (await client.chat(**{field: ["a" * 8192, "b" * 8192]})).status == 200
-            response = await client.chat(**{field: ["a" * 8192, "b" * 8193]})
+            fields: dict[str, Any] = {field: ["a" * 8192, "b" * 8192]}
+            assert (await client.chat(**fields)).status == 200
+            fields[field] = ["a" * 8192, "b" * 8193]
+            response = await client.chat(**fields)
             assert (response.status, response.error["param"]) == (400, field)
             assert "16384 characters together" in response.error["message"]
 
@@ -84,8 +88,13 @@ async def test_words_are_prepared_once_for_all_choices(monkeypatch: pytest.Monke
         return tables[-1]
 
     monkeypatch.setattr(params_module, "StopTable", table)
-    rules = []
-    monkeypatch.setattr(generation_module, "token_rules", lambda *given: rules.append(token_rules(*given)) or rules[-1])
+    rules: list[TokenRules] = []
+
+    def noted(*given: Any) -> TokenRules:
+        rules.append(token_rules(*given))
+        return rules[-1]
+
+    monkeypatch.setattr(generation_module, "token_rules", noted)
     async with serving() as client:
         assert (await client.complete(["a", "b", "c"], n=2, stop=["x" * 1000], bad_words=["y"])).status == 200
         assert len(client.engine.requests) == 6

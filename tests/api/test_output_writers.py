@@ -44,7 +44,7 @@ def answers(draw: st.DrawFn) -> tuple[str, list[str | dict[str, int]], list[Piec
         calls += 1
     pieces: list[Piece] = []
     for delta in deltas:
-        if pieces and draw(st.booleans()):
+        if pieces and bool(draw(st.booleans())):
             pieces[-1] = join([pieces[-1], delta])
         else:
             pieces.append(delta)
@@ -67,7 +67,7 @@ def test_logprobs_become_json_once() -> None:
     writer = OutputWriter(summarize=False, logprobs=source)
     for text in ("a", "b", "c"):
         writer.push(Piece(parts=[text]))
-    events = writer.finish(complete=True)
+    events: list[Any] = [*writer.finish(complete=True)]
     source.entry.logprob = 0.0  # too late
     told = [{"token": "x", "logprob": -1.0, "bytes": [120], "top_logprobs": []}] * 2
     assert [events[0].logprobs, events[1].part.logprobs, events[2].item.content[0].logprobs] == [

@@ -130,7 +130,7 @@ async def test_edges_of_sampling() -> None:
         assert np.float32(1) / np.float32(MAX_TEMPERATURE) > np.finfo(np.float32).tiny
         assert (await params_of(client, top_p=0)).top_p > 0
         assert (await params_of(client, top_k=-1)).top_k == 0
-        vocab_size = client.app.server.model.vocab_size  # no integer is too large for a rank
+        vocab_size = client.server.model.vocab_size  # no integer is too large for a rank
         assert (await params_of(client, top_k=2**64)).top_k == vocab_size
         assert (await params_of(client, ignore_eos=True, max_tokens=5)).eos_token_ids == ()
 
@@ -228,7 +228,7 @@ async def test_fields_that_cannot_be_honoured() -> None:
             response = await client.chat(**fields)
             assert (response.status, response.error["param"]) == (400, param), fields
             assert response.error["type"] == "invalid_request_error"
-        for fields, param in [
+        bad_completions: list[tuple[dict[str, Any], str]] = [
             ({"suffix": "x"}, "suffix"),
             ({"best_of": 2, "stream": True}, "best_of"),
             ({"n": 3, "best_of": 2}, "best_of"),
@@ -236,7 +236,8 @@ async def test_fields_that_cannot_be_honoured() -> None:
             ({"prompt": ["x"], "n": 65}, "n"),
             ({"prompt_token_ids": [1000]}, "prompt_token_ids"),
             ({"prompt": ["x"] * 33, "n": 2}, "prompt"),
-        ]:
+        ]
+        for fields, param in bad_completions:
             response = await client.complete(**fields)
             assert (response.status, response.error["param"]) == (400, param), fields
         assert not client.engine.requests
@@ -245,8 +246,8 @@ async def test_fields_that_cannot_be_honoured() -> None:
 @pytest.mark.anyio
 async def test_values_that_change_nothing() -> None:
     async with serving() as client:
-        neutral = {"logit_bias": {}, "response_format": {"type": "text"}, "tools": [], "tool_choice": "auto"}
-        assert (await client.chat(**neutral, modalities=["text"], functions=[])).status == 200
+        neutral: dict[str, Any] = {"logit_bias": {}, "response_format": {"type": "text"}, "tools": []}
+        assert (await client.chat(**neutral, tool_choice="auto", modalities=["text"], functions=[])).status == 200
         assert (await client.complete(suffix="", echo=False, n=2, best_of=2)).status == 200
 
 

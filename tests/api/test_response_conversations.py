@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fdserve.server.response_store import ResponseStore, StoredResponse
+from fdserve.server.response_store import ResponseStore
 from tests.api.responses import ADD, CALLS, THINKS, config, events, respond, whole
 from tests.http.client import serving
 from tests.http.fake_engine import ByteTokenizer, FakeEngine, say
@@ -73,21 +73,47 @@ async def test_items_by_reference() -> None:
             assert (unknown.status, unknown.error["param"]) == (404, "input[0].id")
 
 
-async def test_many_references_read_a_stored_response_once(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_many_references_read_a_stored_item_once(monkeypatch: pytest.MonkeyPatch) -> None:
     async with serving() as client:
         first = whole(await respond(client, "one"))
         looked_up: list[str] = []
-        holder = ResponseStore.holder
+        item = ResponseStore.item
 
-        def watched(self: ResponseStore, item_id: str) -> StoredResponse | None:
+        def watched(self: ResponseStore, item_id: str) -> bytes | None:
             looked_up.append(item_id)
-            return holder(self, item_id)
+            return item(self, item_id)
 
-        monkeypatch.setattr(ResponseStore, "holder", watched)
+        monkeypatch.setattr(ResponseStore, "item", watched)
         ids = [item["id"] for item in first["output"]]
         again = await respond(client, [{"type": "item_reference", "id": id} for id in ids * 3])
         assert again.status == 200
-        assert looked_up == ids[:1]
+        assert looked_up == ids
+
+
+async def test_logprobs_are_no_part_of_a_stored_conversation() -> None:
+    """They would be most of it."""
+    async with serving() as client:
+        first = whole(await respond(client, "one", top_logprobs=20))
+        stored = client.server.responses.get(first["id"])
+        assert stored is not None
+        assert len(stored.body) > 10_000
+        assert sum(map(len, stored.conversation)) < 1000
+
+
+@pytest.mark.parametrize("limits", [{"max_request_bytes": 1024}, {}])
+async def test_a_conversation_is_no_larger_than_a_body(monkeypatch: pytest.MonkeyPatch, limits: dict[str, int]) -> None:
+    if not limits:
+        monkeypatch.setattr("fdserve.http.body_values.MAX_VALUES", 60)
+    async with serving(config=config(**limits)) as client:
+        turns: list[dict[str, Any]] = []
+        answer = await respond(client, "x" * 200)
+        while answer.status == 200 and len(turns) < 20:
+            turns.append(whole(answer))
+            answer = await respond(client, "x" * 200, previous_response_id=turns[-1]["id"])
+        assert (answer.status, answer.error["code"]) == (413, "request_too_large")
+        assert answer.error["message"].startswith("The conversation ")
+        assert len(turns) > 1
+        assert whole(await client.get(f"/v1/responses/{turns[-1]['id']}")) == turns[-1]
 
 
 async def test_a_long_stored_conversation_is_tokenized_in_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:

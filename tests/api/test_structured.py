@@ -18,8 +18,8 @@ from tests.http.client import serving
 from tests.http.fake_engine import EOS, FakeEngine, ids, say
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"], "additionalProperties": False}
-TAG = {"structures": [{"begin": "<f>", "schema": SCHEMA, "end": "</f>"}], "triggers": ["<f>"]}
-TOOL = {"type": "function", "function": {"name": "add", "parameters": SCHEMA}}
+TAG: dict[str, Any] = {"structures": [{"begin": "<f>", "schema": SCHEMA, "end": "</f>"}], "triggers": ["<f>"]}
+TOOL: dict[str, Any] = {"type": "function", "function": {"name": "add", "parameters": SCHEMA}}
 CONFIG = Config(tool_call_parser="hermes")
 
 
@@ -181,15 +181,17 @@ async def test_calls_or_a_form_after_a_thought() -> None:
 @pytest.mark.anyio
 async def test_nothing_cuts_json() -> None:
     async with serving(FakeEngine(say('{"a": 1}')), CONFIG) as client:
-        stops = {"stop": ['"', "a"], "stop_token_ids": [ord("1")]}
-        for fields in ({"response_format": FORM}, {"guided_json": SCHEMA}):
+        stops: dict[str, Any] = {"stop": ['"', "a"], "stop_token_ids": [ord("1")]}
+        forms: list[dict[str, Any]] = [{"response_format": FORM}, {"guided_json": SCHEMA}]
+        for fields in forms:
             for response in (await client.chat(**stops, **fields), await client.complete(**stops, **fields)):
                 (choice,) = response.json()["choices"]
                 assert choice.get("text", choice.get("message", {}).get("content")) == '{"a": 1}'
                 assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", None)
         await client.chat(**stops, tools=[TOOL], tool_choice="required")
         assert client.engine.requests[-1].params.stop_token_ids == ()
-        for fields in ({}, {"guided_regex": ".*"}):
+        forms = [{}, {"guided_regex": ".*"}]
+        for fields in forms:
             (choice,) = (await client.chat(**stops, **fields)).json()["choices"]
             assert (choice["message"]["content"], choice["stop_reason"]) == ("{", '"')
         response = await client.chat(guided_json=SCHEMA, stop="x" * 20_000)

@@ -34,7 +34,8 @@ async def test_a_prompt(path: str) -> None:
 
 async def test_messages_are_tokenized_as_a_chat_tokenizes_them() -> None:
     async with serving() as client:
-        for fields in ({}, {"chat_template_kwargs": {"think": True}}):
+        several: list[dict[str, Any]] = [{}, {"chat_template_kwargs": {"think": True}}]
+        for fields in several:
             chat = await client.chat(messages=MESSAGES, return_token_ids=True, **fields)
             prompt = chat.json()["choices"][0]["message"]["prompt_token_ids"]
             response = await client.post("/tokenize", {"messages": MESSAGES, **fields, "return_token_strs": True})

@@ -50,7 +50,8 @@ async def test_text_and_calls() -> None:
 
 async def test_calls_are_text_unless_tools_may_be_called() -> None:
     async with serving(FakeEngine(say(CALL)), CONFIG) as client:
-        for fields in ({}, {"tools": []}, {"tools": [TOOL], "tool_choice": "none"}):
+        several: list[dict[str, Any]] = [{}, {"tools": []}, {"tools": [TOOL], "tool_choice": "none"}]
+        for fields in several:
             choice = await answer(client, **fields)
             assert (choice["message"]["content"], choice["finish_reason"]) == (CALL, "stop")
             assert "tool_calls" not in choice["message"]

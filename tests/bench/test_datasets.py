@@ -28,7 +28,7 @@ def samples(*arguments: str, seed: int = 0, as_text: bool = False) -> list[Sampl
 def test_random_prompts_are_of_the_lengths_asked() -> None:
     exact = samples("--random-input-len", "20", "--random-output-len", "7", "--vocab-size", "50", "--num-prompts", "9")
     assert [(len(sample.prompt), sample.output_len) for sample in exact] == [(20, 7)] * 9
-    assert all(10 <= token < 50 for sample in exact for token in sample.prompt)
+    assert all(isinstance(token, int) and 10 <= token < 50 for sample in exact for token in sample.prompt)
     varied = samples("--random-input-len", "100", "--random-range-ratio", "0.5", "--num-prompts", "400")
     lengths = {len(sample.prompt) for sample in varied}
     assert (min(lengths), max(lengths)) == (50, 150)

@@ -82,7 +82,7 @@ def test_log_likelihoods_are_those_of_a_direct_forward(
     for sample in results["samples"]["local_choice"]:
         question = QUESTIONS[sample["doc_id"]]
         told = [response[0] if isinstance(response[0], tuple | list) else response for response in sample["resps"]]
-        expected = [direct(str(question["question"]), choice) for choice in question["choices"]]  # type: ignore[attr-defined]
+        expected = [direct(str(question["question"]), choice) for choice in question["choices"]]
         assert [greedy for _, greedy in told] == [greedy for _, greedy in expected]
         assert np.allclose([total for total, _ in told], [total for total, _ in expected], atol=1e-3)
         right += int(np.argmax([total for total, _ in expected]) == question["answer"])

@@ -144,7 +144,7 @@ def moe(
         count = len(x[rows])
         inputs = [device.put(to_bits(each[rows], dtype)) for each in (x, shared)]
         out = device.empty((count, hidden), np.uint16)
-        pointers = [buffer.pointer for buffer in (inputs[0], *routing, *weights)]
+        pointers: list[ctypes.c_void_p | None] = [buffer.pointer for buffer in (inputs[0], *routing, *weights)]
         pointers += [buffer.pointer for buffer in scales] or [None, None]
         pointers += [inputs[1].pointer, out.pointer]
         call = CMoe(*pointers, count, hidden, inner, experts, top_k, bits, GROUP, 1e-12)

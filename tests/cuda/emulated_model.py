@@ -67,8 +67,8 @@ def write(checkpoint: Path, dtype: str, quantization: str | None, out: Path) -> 
     logits = logits_of(checkpoint, dtype, quantization)
     rows, vocab = logits.shape
     zeros = paddle.zeros([rows + 1], "int32")
-    empty, floats = paddle.zeros([0], "int32"), np.tile(np.float32([0, 1, 0, 1, 0, 0]), (rows, 1))
-    ints = np.tile(np.int64([0, 1, 0, -1]), (rows, 1))
+    empty, floats = paddle.zeros([0], "int32"), np.tile(np.array([0, 1, 0, 1, 0, 0], np.float32), (rows, 1))
+    ints = np.tile(np.array([0, 1, 0, -1], np.int64), (rows, 1))
     tokens, logprobs, top_ids, _ = ops.sample(
         paddle.to_tensor(logits), paddle.to_tensor(floats), paddle.to_tensor(ints), empty, zeros, zeros[:-1], empty,
         empty.cast("float32"), zeros, vocab_size=vocab, num_top=3,

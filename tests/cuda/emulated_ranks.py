@@ -76,13 +76,19 @@ def main() -> None:
     inputs.arrays["float_params"][:, 0] = 0
     inputs.arrays["logprob_modes"][:] = NO_LOGPROBS
     gathering = Gathering(join("gloo"), rank=load.rank, world_size=WORLD_SIZE)
-    gather, calls = gathering.gather, []
-    gathering.gather = lambda x: calls.append(x) or gather(x)
+    gather, calls = gathering.gather, 0
+
+    def counted(x: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return gather(x)
+
+    gathering.gather = counted
     greedy = sampled(inputs, part, partial(ops.sample, shared=gathering), all_greedy=True)
     assert greedy[0].tolist() == sampled(inputs, whole, ops.sample)[0].tolist()
-    assert len(calls) == 1, "greedy rows need one gathering"
+    assert calls == 1, "greedy rows need one gathering"
 
-    ranks = {"rank": load.rank, "world_size": WORLD_SIZE, "all_reduce": collectives.all_reduce}
+    ranks: dict[str, Any] = {"rank": load.rank, "world_size": WORLD_SIZE, "all_reduce": collectives.all_reduce}
     np.save(out, logits_of(Path(checkpoint), "bfloat16", **ranks))
 
 

@@ -71,7 +71,7 @@ def seconds(work: Callable[[], object], repeats: int = 20) -> float:
     for _ in range(3):
         work()
     torch.cuda.synchronize()
-    times = []
+    times: list[float] = []
     for _ in range(repeats):
         # It takes longer than the host needs to launch the work, so that the device never waits in between. It reads:
         # what it wrote would lie in the cache still, and be written to memory in the work's time.

@@ -109,7 +109,7 @@ class Device(ABC):
 
     def call(self, launcher: str, *arguments: Any) -> None:
         """Run a launcher on the default stream: buffers by their address, ints as int64 unless already of ctypes."""
-        converted = []
+        converted: list[Any] = []
         for argument in arguments:
             if isinstance(argument, Buffer):
                 converted.append(argument.pointer)

@@ -150,7 +150,7 @@ def sample(device: Device, rng: Generator, rows: int, stride: int, vocab_size: i
     """Right, and a row alone has the same bits."""
     inputs = random_inputs(rng, rows, stride, vocab_size, num_top)
     actual = run(device, inputs)
-    expected = reference.sample(**inputs.arrays, vocab_size=vocab_size, num_top=num_top)  # type: ignore[arg-type]
+    expected = reference.sample(**inputs.arrays, vocab_size=vocab_size, num_top=num_top)
     tokens, logprobs, top_ids, top_logprobs = actual
     for row in np.flatnonzero(tokens != expected[0]).tolist():
         assert min(tokens[row], expected[0][row]) >= 0, f"row {row}: token {tokens[row]} for {expected[0][row]}"

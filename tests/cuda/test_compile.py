@@ -107,7 +107,7 @@ def test_the_structures_are_those_of_the_launchers(tmp_path: Path) -> None:
     for name, kind in kinds:
         lines.append(f'std::printf("%zu\\n", sizeof({name}));')
         expected.append(ctypes.sizeof(kind))
-        for field, _ in kind._fields_:
+        for field, *_ in kind._fields_:
             lines.append(f'std::printf("%zu\\n", offsetof({name}, {field}));')
             expected.append(getattr(kind, field).offset)
     source = tmp_path / "layout.cc"

@@ -69,7 +69,7 @@ async def test_an_engine_serves_with_two_ranks_and_survives_the_loss_of_one(
     settings: Any = {"tensor_parallel_size": 2, "max_model_len": 64, "kv_cache_memory": "1M"}
     async with serving(checkpoint, **settings) as engine:
 
-        async def generate(**params: float) -> list[int]:
+        async def generate(**params: Any) -> list[int]:
             request = Request(id="r", prompt=[3, 1, 4, 1, 5], params=SamplingParams(**{"max_tokens": 6, **params}))
             tokens: list[int] = []
             with engine.submit(request) as generation, anyio.fail_after(30):

@@ -10,7 +10,7 @@ import pytest
 
 def ask(client: openai.OpenAI, question: Any = "Hello!", extra: dict[str, Any] | None = None, **fields: Any) -> Any:
     """A chat at temperature 0; `extra` goes into the body as it is."""
-    messages = [{"role": "user", "content": question}] if isinstance(question, str) else question
+    messages: Any = [{"role": "user", "content": question}] if isinstance(question, str) else question
     fields = {"temperature": 0, "max_tokens": 200, **fields}
     return client.chat.completions.create(model="default", messages=messages, extra_body=extra, **fields)
 
@@ -44,7 +44,7 @@ def ids_of(client: openai.OpenAI, **fields: Any) -> list[int]:
 
 def chat(client: openai.OpenAI, question: str, **fields: Any) -> Any:
     """A chat with these fields and no others."""
-    messages = [{"role": "user", "content": question}]
+    messages: Any = [{"role": "user", "content": question}]
     return client.chat.completions.create(model="null", messages=messages, **fields)
 
 

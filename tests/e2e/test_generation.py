@@ -51,7 +51,8 @@ def test_thinking_can_be_switched_off_and_cut_short(client: openai.OpenAI) -> No
 
 def test_prompts_of_every_form(client: openai.OpenAI) -> None:
     text = "Chunked prefill is"
-    answer = client.completions.create(model="null", prompt=text, temperature=0, extra_body={"return_token_ids": True})
+    fields = {"return_token_ids": True}
+    answer: Any = client.completions.create(model="null", prompt=text, temperature=0, extra_body=fields)
     ids = answer.choices[0].prompt_token_ids
     assert "long prompt" in answer.choices[0].text
     assert answer.usage is not None
@@ -86,7 +87,7 @@ def test_min_tokens_and_stop_token_ids(client: openai.OpenAI) -> None:
 def test_penalties_make_repetition_rarer(client: openai.OpenAI) -> None:
     def distinct(**penalty: float) -> int:
         fields = {"ignore_eos": True, "return_token_ids": True, **penalty}
-        answer = client.completions.create(
+        answer: Any = client.completions.create(
             model="null", prompt="Once upon a time", temperature=0, max_tokens=200, extra_body=fields
         )
         return len(set(answer.choices[0].completion_token_ids))

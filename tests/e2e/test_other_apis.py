@@ -87,6 +87,7 @@ def test_a_stream_of_a_response_adds_up(client: openai.OpenAI, fields: dict[str,
     given = [part.text for item in whole.output if item.type == "reasoning" for part in item.summary or item.content]
     assert [thoughts] * bool(thoughts) == given
     assert bool(thoughts) == (fields.get("reasoning", {}).get("effort") != "none")
+    assert final.usage is not None
     assert final.usage.output_tokens == whole.usage.output_tokens
 
 
@@ -97,7 +98,8 @@ def test_a_function_is_called_and_answers(client: openai.OpenAI) -> None:
     assert "Paris" in call.arguments
     with client.responses.stream(model="null", input=WEATHER, temperature=0, tools=[FUNCTION]) as stream:
         deltas = [event.delta for event in stream if event.type == "response.function_call_arguments.delta"]
-        assert "".join(deltas) == stream.get_final_response().output[-1].arguments == call.arguments
+        last: Any = stream.get_final_response().output[-1]
+        assert "".join(deltas) == last.arguments == call.arguments
     result: Any = {"type": "function_call_output", "call_id": call.call_id, "output": "sunny, 21 degrees"}
     assert "sunny" in respond(client, [result], previous_response_id=first.id, tools=[FUNCTION]).output_text
 

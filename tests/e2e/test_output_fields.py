@@ -116,7 +116,8 @@ def test_tools(client: openai.OpenAI) -> None:
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "get_weather"}}])
 def test_forced_calls_fit_their_schemas(client: openai.OpenAI, choice: Any) -> None:
     for question in ("Hello!", "What is 1 + 1?"):
-        for fields in ({"temperature": 0}, {"temperature": 1, "seed": 4}):
+        several: list[dict[str, Any]] = [{"temperature": 0}, {"temperature": 1, "seed": 4}]
+        for fields in several:
             answer = ask(
                 client, question, tools=[WEATHER], tool_choice=choice, parallel_tool_calls=False, **fields
             ).choices[0]
@@ -126,12 +127,12 @@ def test_forced_calls_fit_their_schemas(client: openai.OpenAI, choice: Any) -> N
 
 
 def test_streamed_calls(client: openai.OpenAI) -> None:
-    fields = {"tools": [WEATHER], "tool_choice": "required", "seed": 1}
+    fields: dict[str, Any] = {"tools": [WEATHER], "tool_choice": "required", "seed": 1}
     whole = ask(client, QUESTION, **fields).choices[0].message.tool_calls
     with client.chat.completions.stream(
         model="default", messages=[{"role": "user", "content": QUESTION}], temperature=0, max_tokens=200, **fields
     ) as stream:
-        streamed = stream.get_final_completion().choices[0].message.tool_calls
+        streamed: Any = stream.get_final_completion().choices[0].message.tool_calls
     assert [call.function.arguments for call in streamed] == [call.function.arguments for call in whole]
     assert [call.function.name for call in streamed] == [call.function.name for call in whole]
 

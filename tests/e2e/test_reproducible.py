@@ -18,14 +18,14 @@ Output = tuple[list[int], list[TokenLogprobs], int]
 
 # Long enough for several blocks and several chunks, and ends in the middle of a block.
 TEXT = "Chunked prefill is what a server does with a long prompt. " * 9 + "The sum of 12 and 30 is"
-SAMPLING = {"max_tokens": 40, "seed": 7, "temperature": 0.0, "logprobs": 5}
+SAMPLING: dict[str, Any] = {"max_tokens": 40, "seed": 7, "temperature": 0.0, "logprobs": 5}
 
 
 def prompt() -> list[int]:
     return load_tokenizer(CHECKPOINT).encode(TEXT)
 
 
-async def generate(engine: Engine, ids: list[int], **changes: float) -> Output:
+async def generate(engine: Engine, ids: list[int], **changes: Any) -> Output:
     params = SamplingParams(**{**SAMPLING, **changes})
     tokens: list[int] = []
     logprobs: list[TokenLogprobs] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import anyio
 import numpy as np
@@ -42,7 +43,7 @@ def direct(tokens: list[int]) -> Logprobs:
 
 
 async def deltas(
-    engine: Engine, ids: list[int], *, constraint: Constraint | None = None, **params: object
+    engine: Engine, ids: list[int], *, constraint: Constraint | None = None, **params: Any
 ) -> list[TokenDelta]:
     asked = SamplingParams(**{"max_tokens": 8, "seed": 7, "temperature": 0.0, **params})
     got: list[TokenDelta] = []
@@ -52,7 +53,7 @@ async def deltas(
     return got
 
 
-async def generate(engine: Engine, ids: list[int], **params: object) -> list[int]:
+async def generate(engine: Engine, ids: list[int], **params: Any) -> list[int]:
     return [token for delta in await deltas(engine, ids, **params) for token in delta.token_ids]
 
 
@@ -111,7 +112,8 @@ async def test_a_model_that_gives_no_numbers_is_an_error_for_prompts_too(tmp_pat
     tensors["model.norm.weight"][:] = np.nan
     write_file(checkpoint / "model.safetensors", tensors)
     async with serving(checkpoint, tensor_parallel_size=ranks) as engine:
-        for params in ({"prompt_logprobs": 1, "max_tokens": 0}, {"prompt_logprobs": 0}, {}):
+        several: list[dict[str, Any]] = [{"prompt_logprobs": 1, "max_tokens": 0}, {"prompt_logprobs": 0}, {}]
+        for params in several:
             (delta,) = await deltas(engine, [3, 4, 5], **params)
             assert isinstance(delta.error, InternalError)
         assert engine.stats().kv_blocks_used == 0
@@ -195,7 +197,7 @@ async def test_the_highest_temperatures_draw_from_all_tokens_alike() -> None:
 async def test_logprob_modes() -> None:
     ids = prompt()[:PROMPT]
     raw = direct(ids)[-1]
-    asks = {"temperature": 2.0, "top_p": 0.9, "logprobs": 20, "max_tokens": 1}
+    asks: dict[str, Any] = {"temperature": 2.0, "top_p": 0.9, "logprobs": 20, "max_tokens": 1}
     async with serving(dtype="float32") as engine:
         for scaled in (False, True):
             for normalized in (False, True):

@@ -14,7 +14,7 @@ import openai
 import pytest
 
 from fdserve.engine.engine import Engine
-from fdserve.engine.request import Request, SamplingParams, TokenDelta
+from fdserve.engine.request import Request, SamplingParams, TokenDelta, TokenLogprobs
 from fdserve.engine.speculation import StepCost
 from fdserve.engine.stats import EngineStats
 from fdserve.text.tokenizer import load_tokenizer
@@ -62,14 +62,15 @@ def requests(seed: int, count: int, lengths: tuple[int, ...] = (1, 7, 33, 60)) -
 
 async def generate(engine: Engine, request: Request) -> TokenDelta:
     """All deltas of a request as one."""
-    whole = TokenDelta([], logprobs=[])
+    logprobs: list[TokenLogprobs] = []
+    whole = TokenDelta([], logprobs=logprobs)
     with engine.submit(request) as generation:
         while whole.finish_reason is None:
             for delta in await generation.receive():
                 assert delta.error is None
                 assert delta.logprobs is None or len(delta.logprobs) == len(delta.token_ids)
                 whole.token_ids += delta.token_ids
-                whole.logprobs += delta.logprobs or []
+                logprobs += delta.logprobs or []
                 whole.prompt_logprobs = delta.prompt_logprobs or whole.prompt_logprobs
                 whole.finish_reason, whole.stop_token_id = delta.finish_reason, delta.stop_token_id
     return whole
@@ -181,7 +182,11 @@ def servers() -> Iterator[list[openai.OpenAI]]:
             client.close()
 
 
-LOOP = {"prompt": TEXT, "temperature": 0, "extra_body": {"allowed_token_ids": list(FEW), "ignore_eos": True}}
+LOOP: dict[str, Any] = {
+    "prompt": TEXT,
+    "temperature": 0,
+    "extra_body": {"allowed_token_ids": list(FEW), "ignore_eos": True},
+}
 
 
 @pytest.mark.parametrize(

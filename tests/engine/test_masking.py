@@ -24,7 +24,7 @@ pytestmark = pytest.mark.anyio
 class Script:
     """Allows the ids of one set after the other; finished after the last. Checks how it is driven."""
 
-    def __init__(self, *sets: set[int] | None, at: Callable[[int], None] = lambda step: None) -> None:
+    def __init__(self, *sets: set[int] | None, at: Callable[[int], object] = lambda step: None) -> None:
         self.sets = sets
         self.seen: list[int] = []
         self.at = at
@@ -134,7 +134,7 @@ async def test_constraints_that_hang_hold_up_nobody_for_long(monkeypatch: pytest
     monkeypatch.setattr("fdserve.engine.masking.BUDGET_SECONDS", 0.1)
     monkeypatch.setattr("fdserve.engine.masking.HANG_SECONDS", 0.2)
     release = threading.Event()
-    hang = [Script({1}, {2}, at=lambda step: release.wait(30) and None) for _ in range(2)]
+    hang = [Script({1}, {2}, at=lambda step: release.wait(30)) for _ in range(2)]
     good = Script({1}, {2}, {3})
     free = make_request([9], name="free")
     started = time.monotonic()
@@ -220,7 +220,7 @@ async def test_shutting_down_does_not_wait_for_a_constraint() -> None:
     release = threading.Event()
     started = time.monotonic()
     async with serving(FakeRanks()) as engine:
-        script = Script({1}, at=lambda step: release.wait(30) and None)
+        script = Script({1}, at=lambda step: release.wait(30))
         generation = engine.submit(make_request([1], constraint=script))
         await anyio.sleep(0.05)
     _, last = await drain(generation)
@@ -266,7 +266,7 @@ def test_whatever_runs_together_each_output_follows_its_own_constraint(
                     last = delta.finish_reason
         if until < 20 and last is None:
             return
-        assert last == ("stop" if script is not None and length <= count else "length")
+        assert last == ("stop" if length is not None and length <= count else "length")
         assert len(tokens) == min(count, count if length is None else length)
         if script is None:
             assert tokens == expected_output(request, 64)

@@ -188,7 +188,7 @@ def test_out_of_blocks_preempts_the_newest_of_the_lowest_priority() -> None:
     low_old = scheduler.add(make_request([1] * 15, name="low old", priority=1, max_tokens=30))
     low_new = scheduler.add(make_request([2] * 15, name="low new", priority=1, max_tokens=30))
     high = scheduler.add(make_request([3] * 15, name="high", priority=0, max_tokens=30))
-    order = []
+    order: list[Sequence] = []
     for _ in range(500):
         plan = scheduler.schedule()
         if plan is None:

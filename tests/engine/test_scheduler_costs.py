@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import pytest
 
@@ -37,7 +38,7 @@ def test_what_a_plan_weighs_is_bounded_however_heavy_its_requests_are(monkeypatc
     monkeypatch.setattr("fdserve.engine.scheduler.MAX_NEW_ROWS_BYTES", limit)
     scheduler = make_scheduler(seqs=16, budget=64)
     rank = SimulatedRank(scheduler)
-    heavy = {
+    heavy: dict[str, Any] = {
         "logit_bias": tuple((index, 1.5) for index in range(300)),
         "bad_words": tuple((70_000 + index, 80_000) for index in range(500)),
         "allowed_ids": bytes(12928),

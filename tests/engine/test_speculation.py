@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -36,8 +37,9 @@ class Oracle(Speculation):
         return tokens[len(sequence.tokens) :]
 
 
-def make_scheduler(speculation: Speculation | None, **changes: object) -> Scheduler:
-    limits = {"num_blocks": 64, "block_size": 4, "max_num_seqs": 8, "max_num_batched_tokens": 32, "max_model_len": 64}
+def make_scheduler(speculation: Speculation | None, **changes: Any) -> Scheduler:
+    limits: dict[str, Any] = {"num_blocks": 64, "block_size": 4, "max_num_seqs": 8}
+    limits |= {"max_num_batched_tokens": 32, "max_model_len": 64}
     return Scheduler(**{**limits, "speculation": speculation, **changes})
 
 

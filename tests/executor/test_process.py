@@ -10,6 +10,7 @@ import sys
 import time
 from array import array
 from pathlib import Path
+from typing import Any
 
 import anyio
 import pytest
@@ -30,8 +31,9 @@ def checkpoint(tmp_path: Path) -> Path:
 
 
 def make_load(directory: Path, **changes: int) -> Load:
-    values = {"rank": 0, "world_size": 1, "block_size": 16, "num_blocks": 8, "kv_cache_bytes": 0, "max_num_seqs": 4}
-    values |= {"host_cache_bytes": 0, "max_model_len": 64, "num_threads": 1, "parent": os.getpid(), **changes}
+    values: dict[str, Any] = {"rank": 0, "world_size": 1, "block_size": 16, "num_blocks": 8, "kv_cache_bytes": 0}
+    values |= {"max_num_seqs": 4, "host_cache_bytes": 0, "max_model_len": 64, "num_threads": 1, "parent": os.getpid()}
+    values |= changes
     return Load(directory=str(directory), device="cpu", dtype="float32", **values)
 
 

@@ -13,6 +13,7 @@ import anyio
 
 from fdserve.app import App, create_app
 from fdserve.config import Config
+from fdserve.server.server import Server
 from tests.http.fake_engine import FakeEngine, builder
 
 TIMEOUT = 10.0
@@ -38,8 +39,9 @@ class Response:
     def error(self) -> dict[str, Any]:
         content = self.json()
         assert list(content) == ["error"]
-        assert list(content["error"]) == ["message", "type", "param", "code"]
-        return content["error"]
+        error: dict[str, Any] = content["error"]
+        assert list(error) == ["message", "type", "param", "code"]
+        return error
 
     @property
     def events(self) -> list[Any]:
@@ -69,6 +71,11 @@ class Client:
 
     app: App
     engine: FakeEngine
+
+    @property
+    def server(self) -> Server:
+        assert self.app.server is not None
+        return self.app.server
 
     async def get(self, path: str, **headers: str) -> Response:
         return await self.request("GET", path, headers=headers)

@@ -36,8 +36,8 @@ class ByteTokenizer:
     vocab_size = VOCAB_SIZE
     special_ids = frozenset({EOS})
     special_tokens = {"eos_token": "</s>"}  # noqa: RUF012
-    eos_token_id = EOS
-    chat_template = TEMPLATE
+    eos_token_id: int | None = EOS
+    chat_template: str | None = TEMPLATE
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = []

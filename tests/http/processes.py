@@ -95,8 +95,8 @@ class ServerProcess:
         finally:
             connection.close()
 
-    def post(self, text: str, **fields: Any) -> tuple[int, bytes]:
-        """A completion of the prompt `text`."""
+    def post(self, text: str | list[int], **fields: Any) -> tuple[int, bytes]:
+        """A completion of the prompt `text`, or of these ids."""
         connection = self.connect()
         try:
             connection.request("POST", "/v1/completions", body(text, **fields))
@@ -138,7 +138,7 @@ class ServerProcess:
         return int(match[1]) << 10
 
 
-def body(text: str, **fields: Any) -> bytes:
+def body(text: str | list[int], **fields: Any) -> bytes:
     return json.dumps({"prompt": text, "max_tokens": 50_000, **fields}).encode()
 
 

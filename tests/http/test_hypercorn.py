@@ -6,6 +6,7 @@ import json
 import socket
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import openai
 import pytest
@@ -27,7 +28,7 @@ def client(server: ServerProcess) -> Iterator[openai.OpenAI]:
 
 
 def test_openais_client(client: openai.OpenAI) -> None:
-    messages = [{"role": "user", "content": "Hi"}]
+    messages: Any = [{"role": "user", "content": "Hi"}]
     chat = client.chat.completions.create(model="null", messages=messages, logprobs=True, top_logprobs=2, n=2)
     assert [choice.message.content for choice in chat.choices] == ["Hello, world!"] * 2
     assert chat.choices[0].logprobs is not None
@@ -37,6 +38,7 @@ def test_openais_client(client: openai.OpenAI) -> None:
     )
     chunks = list(stream)
     assert "".join(c.choices[0].delta.content or "" for c in chunks[:-1]) == "Hello, world!"
+    assert chunks[-1].usage is not None
     assert chunks[-1].usage.completion_tokens == 14
     completion = client.completions.create(model="default", prompt=["a", "b"])
     assert [choice.text for choice in completion.choices] == ["Hello, world!"] * 2
@@ -45,9 +47,10 @@ def test_openais_client(client: openai.OpenAI) -> None:
 
 
 def test_openais_client_on_errors(client: openai.OpenAI) -> None:
-    messages = [{"role": "user", "content": "broken"}]
+    messages: Any = [{"role": "user", "content": "broken"}]
+    number: Any = [{"role": "user", "content": 5}]
     with pytest.raises(openai.BadRequestError) as bad:
-        client.chat.completions.create(model="null", messages=[{"role": "user", "content": 5}])
+        client.chat.completions.create(model="null", messages=number)
     assert bad.value.param == "messages[0].content"
     with pytest.raises(openai.NotFoundError) as unknown:
         client.chat.completions.create(model="gpt-4", messages=messages)

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import time
 import tracemalloc
-from typing import Literal
+from typing import Any, Literal
 
 import anyio
 import msgspec
@@ -10,6 +10,7 @@ import pytest
 
 from fdserve.errors import InvalidRequest, RequestTimeout
 from fdserve.http import request as request_module
+from fdserve.http.asgi import Message
 from fdserve.http.request import Request, decode
 from tests.http.client import serving
 
@@ -150,14 +151,14 @@ async def test_bodies_that_nobody_reads_take_no_memory() -> None:
 async def test_a_client_that_leaves_while_it_sends() -> None:
     async with serving() as client:
 
-        async def receive() -> dict[str, object]:
+        async def receive() -> Message:
             return {"type": "http.disconnect"}
 
         async def send(message: object) -> None:
             raise AssertionError("nobody is there")
 
         for path in ("/v1/completions", "/nowhere"):
-            scope = {"type": "http", "method": "POST", "path": path, "headers": []}
+            scope: dict[str, Any] = {"type": "http", "method": "POST", "path": path, "headers": []}
             await client.app(scope, receive, send)
         assert client.app.active == 0
         assert not client.engine.requests
@@ -167,17 +168,17 @@ async def test_a_client_that_leaves_while_it_sends() -> None:
 @pytest.mark.anyio
 async def test_the_disconnect_after_an_answer_does_not_interrupt_its_last_send() -> None:
     """Servers report the end of every answer as a disconnect, while they still close the connection in that send."""
-    steps = []
+    steps: list[Any] = []
     gone = anyio.Event()
 
-    async def receive() -> dict[str, object]:
+    async def receive() -> Message:
         if not steps:
             steps.append("body")
             return {"type": "http.request", "body": b"{", "more_body": True}
         await gone.wait()
         return {"type": "http.disconnect"}
 
-    async def send(message: dict[str, object]) -> None:
+    async def send(message: Message) -> None:
         if message["type"] == "http.response.body":
             gone.set()
             for _ in range(5):
@@ -189,7 +190,12 @@ async def test_the_disconnect_after_an_answer_does_not_interrupt_its_last_send()
         with anyio.fail_after(5):
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(request_module, "DISCARD_BYTES", 1)
-                scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": headers}
+                scope: dict[str, Any] = {
+                    "type": "http",
+                    "method": "POST",
+                    "path": "/v1/completions",
+                    "headers": headers,
+                }
                 await client.app(scope, receive, send)
         assert steps == ["body", "closed"]
         assert b'endpoint="/v1/completions",status="413"} 1.0' in (await client.get("/metrics")).body
@@ -199,7 +205,7 @@ async def test_the_disconnect_after_an_answer_does_not_interrupt_its_last_send()
 async def test_a_body_that_never_ends_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fdserve.http.request.BODY_SECONDS", 0.05)
 
-    async def receive() -> dict[str, object]:
+    async def receive() -> Message:
         await anyio.sleep(0.02)
         return {"type": "http.request", "body": b" ", "more_body": True}
 

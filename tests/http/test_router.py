@@ -5,6 +5,7 @@ import time
 import pytest
 
 from fdserve.errors import MethodNotAllowed, NotFound
+from fdserve.http.asgi import Message
 from fdserve.http.error_forms import ANTHROPIC, OPENAI
 from fdserve.http.request import Request
 from fdserve.http.response import Reply
@@ -106,10 +107,10 @@ async def test_over_http() -> None:
 async def test_websockets_are_turned_away() -> None:
     sent = []
 
-    async def receive() -> dict[str, str]:
+    async def receive() -> Message:
         return {"type": "websocket.connect"}
 
-    async def send(message: dict[str, str]) -> None:
+    async def send(message: Message) -> None:
         sent.append(message)
 
     async with serving() as client:

@@ -88,7 +88,7 @@ def random_logits(rng: np.random.Generator, rows: int, vocab: int) -> Float:
     """Rows from nearly flat to peaked; some of them coarse, so that they are full of ties."""
     spread = rng.choice([0.001, 0.3, 1, 3, 6], (rows, 1))
     grain = rng.choice([1e-6, 1e-6, 0.5], (rows, 1))
-    return (np.round(rng.standard_normal((rows, vocab)) * spread / grain) * grain).astype(np.float32)
+    return np.asarray(np.round(rng.standard_normal((rows, vocab)) * spread / grain) * grain, np.float32)
 
 
 def random_row(rng: np.random.Generator, vocab: int) -> Row:

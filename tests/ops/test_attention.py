@@ -201,8 +201,8 @@ def test_long_rows_are_shared_out_among_threads(dtype: str, cache: str) -> None:
         answers.append(model.run(rows, contexts, tables))
         for row, context, table, answer in zip(rows, contexts, tables, answers[0], strict=True):
             assert (model.run([row], [context], [table])[0] == answer).all()
-    for answer in answers[1:]:
-        assert all((left == right).all() for left, right in zip(answer, answers[0], strict=True))
+    for others in answers[1:]:
+        assert all((left == right).all() for left, right in zip(others, answers[0], strict=True))
 
 
 def test_a_sequence_may_read_what_another_of_the_call_writes(dtype: str, cache: str) -> None:

@@ -111,7 +111,9 @@ def test_top_logprobs() -> None:
     ],
 )
 def test_messages(message: dict[str, Any]) -> None:
-    assert chat(messages=[message]).messages[0].role == message["role"]
+    messages = chat(messages=[message]).messages
+    assert messages is not None
+    assert messages[0].role == message["role"]
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from fdserve.server.response_store import ResponseStore, StoredResponse
 
 
 def stored(size: int) -> StoredResponse:
-    return StoredResponse(b"b" * (size // 2), b"i" * (size - size // 2))
+    return StoredResponse(b"b" * (size // 2), b"i" * (size - size // 2), {})
 
 
 def test_a_response_is_found_until_it_is_deleted() -> None:
@@ -20,15 +20,15 @@ def test_a_response_is_found_until_it_is_deleted() -> None:
 
 def test_items_are_found_as_long_as_their_response_is() -> None:
     store = ResponseStore(max_responses=2)
-    store.put("a", StoredResponse(b"", b"a", ("y",)))
-    store.put("b", StoredResponse(b"", b"b", ("x",)))
-    assert [store.holder(name) and store.holder(name).items for name in "xyz"] == [b"b", b"a", None]  # type: ignore[union-attr]
+    store.put("a", StoredResponse(b"", b"", {"y": b"a"}))
+    store.put("b", StoredResponse(b"", b"", {"x": b"b", "w": b"c"}))
+    assert [store.item(name) for name in "wxyz"] == [b"c", b"b", b"a", None]
     store.delete("a")
-    assert store.holder("y") is None
-    assert store.holder("x") is not None
+    assert store.item("y") is None
+    assert store.item("x") == b"b"
     store.put("c", stored(1))
     store.put("d", stored(1))
-    assert store.holder("x") is None
+    assert store.item("x") is None
     assert store.size == 2
 
 

@@ -10,6 +10,7 @@ import pytest
 import sentencepiece
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+from fdserve.text.tokenizer import Tokenizer as NativeTokenizer
 from fdserve.text.tokenizer import load_tokenizer
 from tests.text.grammar_model import Model
 
@@ -124,17 +125,17 @@ def byte_level_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def ernie(sentencepiece_dir: Path):
+def ernie(sentencepiece_dir: Path) -> NativeTokenizer:
     return load_tokenizer(sentencepiece_dir)
 
 
 @pytest.fixture(scope="session", params=["sentencepiece_dir", "llama_json_dir", "byte_level_dir"])
-def tokenizer(request: pytest.FixtureRequest):
+def tokenizer(request: pytest.FixtureRequest) -> NativeTokenizer:
     """Each native tokenizer in turn."""
     return load_tokenizer(request.getfixturevalue(request.param))
 
 
 @pytest.fixture
-def model(ernie):
+def model(ernie: NativeTokenizer) -> Model:
     """One that does not think, with ERNIE's kind of tokenizer."""
     return Model(ernie)

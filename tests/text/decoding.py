@@ -24,7 +24,8 @@ class Decoded:
 
 
 def allowed_ids(mask: bytes) -> list[int]:
-    return np.flatnonzero(np.unpackbits(np.frombuffer(mask, np.uint8), bitorder="little")).tolist()
+    bits = np.unpackbits(np.frombuffer(mask, np.uint8), bitorder="little")
+    return [int(each) for each in np.flatnonzero(bits)]
 
 
 def decode(

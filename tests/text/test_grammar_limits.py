@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import anyio
@@ -177,7 +177,7 @@ async def test_costly_ones_compile_and_go_on_or_end_their_request(ernie: Tokeniz
 
 
 @pytest.fixture
-def gate(monkeypatch: pytest.MonkeyPatch):
+def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """Compiling waits here until the gate is set, but for the choice of "quick"."""
     gate = threading.Event()
     real = grammar.compiled

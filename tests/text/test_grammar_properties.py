@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Mapping
 from typing import Any
 
 import jsonschema
@@ -110,7 +111,7 @@ def generate(spec: Spec, seed: int, thinking: bool | None) -> tuple[str, str, st
     return delta.reasoning + rest.reasoning, content_of([*delta.parts, *rest.parts]), out.ended
 
 
-def check(schema: object, text: str) -> None:
+def check(schema: Mapping[str, Any] | bool, text: str) -> None:
     value = json.loads(text)
     jsonschema.Draft202012Validator(schema, format_checker=jsonschema.FormatChecker()).validate(value)
 

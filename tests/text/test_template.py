@@ -80,7 +80,7 @@ class TestThinkingFamily:
     @pytest.mark.parametrize("arguments", ['{"city": "北京"}', {"city": "北京"}])
     def test_tools(self, arguments: object) -> None:
         call = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": arguments}}
-        messages = [
+        messages: list[Any] = [
             U1,
             {"role": "assistant", "content": None, "tool_calls": [call]},
             {"role": "tool", "tool_call_id": "1", "content": "sunny"},

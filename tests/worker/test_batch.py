@@ -133,7 +133,7 @@ def test_chunks_cover_every_token_once(data: st.DataObject) -> None:
     rows = Rows(8, 64, block_size=16, vocab_size=100)
     new = [new_row(r, [100 * r + i for i in range(n)], blocks=(0, 1, 2)) for r, n in enumerate(lengths)]
     seen: dict[int, list[int]] = {row: [] for row in range(len(lengths))}
-    sampled = []
+    sampled: list[int] = []
     plan = Plan(1, new, [], [], [])
     while any(len(seen[row]) < length for row, length in enumerate(lengths)):
         left = [row for row, length in enumerate(lengths) if len(seen[row]) < length]

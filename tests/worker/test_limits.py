@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from fdserve.executor.wire import SamplingParams
@@ -11,18 +13,18 @@ from fdserve.worker.limits import Limits, id_mask, leaves_one, read_mask
 VOCAB = 70
 
 
-def limits(**params: object) -> Limits:
+def limits(**params: Any) -> Limits:
     """The ids of `allowed_ids` and `banned_ids` are given as a tuple."""
     for name in params.keys() & {"allowed_ids", "banned_ids"}:
-        params[name] = id_mask(params[name], VOCAB).tobytes()  # type: ignore[arg-type]
+        params[name] = id_mask(params[name], VOCAB).tobytes()
     return Limits(SamplingParams(**{"max_tokens": 20, "seed": 1, **params}), VOCAB)
 
 
-def output(*ids: int) -> np.ndarray:
+def output(*ids: int) -> npt.NDArray[np.int32]:
     return np.array(ids, np.int32)
 
 
-def bans(asked: Limits, *ids: int, mask: np.ndarray | None = None) -> list[int]:
+def bans(asked: Limits, *ids: int, mask: npt.NDArray[np.int32] | None = None) -> list[int]:
     tokens, values = asked.biases(output(*ids), mask)
     assert (values == -np.inf).all()
     return sorted(tokens.tolist())
@@ -106,7 +108,7 @@ def test_bans_are_taken_from_whatever_is_allowed() -> None:
         {"min_tokens": 1, "eos_token_ids": (2,)},
     ],
 )
-def test_only_rows_with_limits_have_any(params: dict[str, object]) -> None:
+def test_only_rows_with_limits_have_any(params: dict[str, Any]) -> None:
     params = {name: bytes(12) if name in ("allowed_ids", "banned_ids") else value for name, value in params.items()}
     assert Limits.needed(SamplingParams(max_tokens=1, seed=0, **params))
     assert not Limits.needed(SamplingParams(max_tokens=1, seed=0, min_tokens=1, top_k=4))

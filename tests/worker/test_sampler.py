@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+import numpy.typing as npt
 import paddle
 import pytest
 
@@ -25,14 +28,14 @@ def make_rows(*states: tuple[list[int], list[int], SamplingParams]) -> Rows:
     return rows
 
 
-def params(**changes: object) -> SamplingParams:
+def params(**changes: Any) -> SamplingParams:
     """The ids of `allowed_ids` and `banned_ids` may be given as a tuple."""
     for name in changes.keys() & {"allowed_ids", "banned_ids"}:
-        changes[name] = id_mask(changes[name], VOCAB).tobytes()  # type: ignore[arg-type]
+        changes[name] = id_mask(changes[name], VOCAB).tobytes()
     return SamplingParams(**{"max_tokens": 20, "seed": 1, "temperature": 0.0, "eos_token_ids": (EOS,), **changes})
 
 
-def run(rows: Rows, logits: np.ndarray, masks: dict[int, bytes] | None = None) -> Sampled:
+def run(rows: Rows, logits: npt.NDArray[Any], masks: dict[int, bytes] | None = None) -> Sampled:
     row_ids = np.arange(len(logits), dtype=np.int32)
     sampled = Sampler(rows, VOCAB).sample(
         row_ids, rows.num_tokens[row_ids], paddle.to_tensor(logits.astype(np.float32)), masks or {}
@@ -41,7 +44,7 @@ def run(rows: Rows, logits: np.ndarray, masks: dict[int, bytes] | None = None) -
     return sampled
 
 
-def logits_favouring(*ids: int) -> np.ndarray:
+def logits_favouring(*ids: int) -> npt.NDArray[Any]:
     """Logits that fall in the order of `ids`, everything else far behind."""
     logits = np.full(VOCAB, -20.0)
     for place, token in enumerate(ids):
@@ -127,7 +130,7 @@ def test_ranks_are_told_that_nothing_is_drawn(asks: dict[str, object], all_greed
     rows = make_rows(([1], [], params()), ([1], [], params(**asks)))
     given: list[object] = []
 
-    def sample(*arguments: object, **options: object) -> object:
+    def sample(*arguments: Any, **options: Any) -> object:
         given.append(options["all_greedy"])
         return ops.sample(*arguments, **options)
 
@@ -145,7 +148,7 @@ def test_a_row_that_another_sequence_enters_is_sampled_as_that_one_asks() -> Non
     def tokens(*row_ids: int) -> list[int]:
         ids = np.array(row_ids, np.int32)
         logits_of = paddle.to_tensor(logits[: len(ids)].astype(np.float32))
-        return sampler.sample(ids, rows.num_tokens[ids], logits_of).token_ids.tolist()
+        return list(sampler.sample(ids, rows.num_tokens[ids], logits_of).token_ids)
 
     assert tokens(0, 1) == [5, 5]
     for asks, expected in (
@@ -199,12 +202,13 @@ def test_the_only_token_of_a_form_comes_whatever_is_banned() -> None:
 def test_bans_give_what_biases_of_minus_infinity_give() -> None:
     logits = np.random.default_rng(2).normal(size=(1, VOCAB))
     ids = (1, 3, 4, 6, 8, 9, *range(20, 45))
-    for changes in (
+    several: list[dict[str, Any]] = [
         {},
         {"temperature": 1.0, "top_p": 0.7, "logprobs": 3, "temp_scaled_logprobs": True},
         {"temperature": 1.3, "top_k": 4, "min_p": 0.1, "repetition_penalty": 1.4, "presence_penalty": 0.3},
         {"temperature": 1.0, "min_tokens": 9, "eos_token_ids": (7,), "logit_bias": ((8, 5.0), (7, 9.0))},
-    ):
+    ]
+    for changes in several:
         biased = changes | {"logit_bias": (*changes.get("logit_bias", ()), *((token, -np.inf) for token in ids))}
         for seed in range(20):
             one = run(make_rows(([1, 3], [5, 7], params(seed=seed, **changes, banned_ids=ids))), logits)
