@@ -23,24 +23,27 @@ COUNT = 6
 
 async def generate(engine: Engine, prompt: list[int] = PROMPT, **params: Any) -> TokenDelta:
     """All of an answer in one; greedy."""
-    whole = TokenDelta([], logprobs=[])
+    whole, logprobs = TokenDelta([]), []
     chosen = SamplingParams(**{"max_tokens": COUNT, "seed": 1, "temperature": 0.0, **params})
     with engine.submit(Request(id="r", prompt=prompt, params=chosen)) as generation, anyio.fail_after(60):
         while True:
             for delta in await generation.receive():
                 whole.token_ids += delta.token_ids
-                whole.logprobs += delta.logprobs or []
+                logprobs += delta.logprobs or []
                 whole.prompt_logprobs = delta.prompt_logprobs or whole.prompt_logprobs
                 if delta.finish_reason is not None:
                     assert delta.finish_reason == "length", delta.error
+                    whole.logprobs = logprobs
                     return whole
 
 
 async def check_logprobs(engine: Engine) -> list[int]:
     """What recorded decodes report is what a prefill reports of the same tokens; returns them."""
     answer = await generate(engine, logprobs=3)
+    assert answer.logprobs is not None
     assert [each.logprob for each in answer.logprobs] == [each.top_logprobs[0] for each in answer.logprobs]
     scored = await generate(engine, PROMPT + answer.token_ids, max_tokens=0, prompt_logprobs=3)
+    assert scored.prompt_logprobs is not None
     for decoded, prefilled in zip(answer.logprobs, scored.prompt_logprobs[-COUNT:], strict=True):
         assert np.allclose(decoded.logprob, prefilled.logprob, atol=0.05)
         assert np.allclose(decoded.top_logprobs, prefilled.top_logprobs, atol=0.05)

@@ -48,7 +48,12 @@ def test_both_layouts_give_the_same_rows(format: str, source: str) -> None:
 def test_the_host_turns_nothing(format: str, source: str, monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[Array] = []
     to_tensor = paddle.to_tensor
-    monkeypatch.setattr(paddle, "to_tensor", lambda values: sent.append(values) or to_tensor(values))
+
+    def noted(values: Array) -> paddle.Tensor:
+        sent.append(values)
+        return to_tensor(values)
+
+    monkeypatch.setattr(paddle, "to_tensor", noted)
     gpu.pack(np.ascontiguousarray(weight(source).T), format, in_out=True)
     (array,) = sent
     assert array.shape == (128, 192)
@@ -97,7 +102,12 @@ def test_matrices_are_put_one_after_the_other(format: str, monkeypatch: pytest.M
     each = [gpu.pack(matrix, format, in_out=False) for matrix in weights]
     order: list[str] = []
     pack = gpu.pack
-    monkeypatch.setattr(gpu, "pack", lambda *arguments: order.append("packed") or pack(*arguments))
+
+    def noted(*arguments: Any) -> Any:
+        order.append("packed")
+        return pack(*arguments)
+
+    monkeypatch.setattr(gpu, "pack", noted)
 
     def read() -> Any:
         for matrix in weights:

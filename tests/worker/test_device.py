@@ -105,9 +105,12 @@ def test_kernels_for_another_gpu_are_told_at_once(monkeypatch: pytest.MonkeyPatc
 
 def test_the_cache_has_what_all_else_leaves() -> None:
     done: list[str] = []
-    cuda: Any = SimpleNamespace(
-        empty_cache=lambda: done.append("emptied"), mem_get_info=lambda: done.append("asked") or (700, 1000)
-    )
+
+    def asked() -> tuple[int, int]:
+        done.append("asked")
+        return 700, 1000
+
+    cuda: Any = SimpleNamespace(empty_cache=lambda: done.append("emptied"), mem_get_info=asked)
     assert free_gpu_bytes(cuda) == 600
     assert done == ["emptied", "asked"]
     cuda.mem_get_info = lambda: (50, 1000)

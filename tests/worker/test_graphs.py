@@ -12,7 +12,7 @@ import pytest
 
 from fdserve import ops
 from fdserve.models.config import read_config
-from fdserve.models.layers import ForwardBatch
+from fdserve.models.layers import ForwardBatch, KvCaches
 from fdserve.models.loader import load_model
 from fdserve.worker.batch import Batch
 from fdserve.worker.graphs import DecodeGraphs, record_cuda_graph
@@ -113,8 +113,17 @@ def test_a_step_is_one_copy_to_where_the_inputs_are(stepper: Stepper, monkeypatc
     inputs: list[ForwardBatch] = []
     copies: list[paddle.Tensor] = []
     forward, send = stepper.model.forward, ops.send
-    monkeypatch.setattr(stepper.model, "forward", lambda batch, caches: inputs.append(batch) or forward(batch, caches))
-    monkeypatch.setattr(ops, "send", lambda values, to: copies.append(to) or send(values, to))
+
+    def noted_forward(batch: ForwardBatch, caches: KvCaches) -> paddle.Tensor:
+        inputs.append(batch)
+        return forward(batch, caches)
+
+    def noted_send(values: paddle.Tensor, to: paddle.Tensor) -> None:
+        copies.append(to)
+        send(values, to)
+
+    monkeypatch.setattr(stepper.model, "forward", noted_forward)
+    monkeypatch.setattr(ops, "send", noted_send)
     sizes = {"max_num_seqs": 2, "max_model_len": 65, "spare_block": 4 * BLOCKS_PER_SEQUENCE}
     graphs = DecodeGraphs(stepper.model, stepper.caches, record=Recorder(), **sizes)
     held = inputs[-1]
