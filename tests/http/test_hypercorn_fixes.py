@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -109,6 +110,26 @@ async def connection() -> tuple[PromptServer, trio.SocketStream]:
     context = hypercorn.trio.worker_context.WorkerContext(None)
     app: Any = None
     return PromptServer(app, hypercorn.config.Config(), context, {}, trio.SocketStream(ours)), trio.SocketStream(theirs)
+
+
+@pytest.mark.parametrize("command", [("-m", "tests.http.fake_main", "--port", "0"), HYPERCORN], ids=["own", "plain"])
+def test_connections_that_cannot_be_accepted_are_one_line_of_the_log(command: tuple[str, ...]) -> None:
+    program = [sys.executable, *command]
+    few_files = "import os, resource; resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40));"
+    with ServerProcess("-c", f"{few_files} os.execv({program[0]!r}, {program!r})") as server:
+        server.listening()
+        socks = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(60)]
+        server.wait_line("accept returned EMFILE")
+        time.sleep(1.0)  # trio tries ten times
+        for sock in socks:
+            sock.close()
+        until(lambda: half_open(server.port) == 0)
+        assert server.get("/health")[0] == 200
+        server.stop()
+        server.wait()
+        output = "".join(server.output)
+        assert output.count("accept returned EMFILE") == 1
+        assert "Traceback" not in output
 
 
 def test_sending_lets_no_other_task_run() -> None:
