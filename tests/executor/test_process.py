@@ -84,6 +84,14 @@ async def test_a_cache_that_is_too_small_is_one_sentence(checkpoint: Path) -> No
             pass
 
 
+async def test_a_cache_beyond_all_memory_is_one_sentence(checkpoint: Path) -> None:
+    """The system would grant each of its four parts, and kill the rank once they are written."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with anyio.fail_after(60), pytest.raises(RankError, match="is more than the machine's memory of"):
+        async with open_executor(make_load(checkpoint, num_blocks=memory * 3 // 2 // 8192), lambda loading: None):
+            pass
+
+
 async def test_a_system_without_processes_to_give_is_a_lost_rank(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
