@@ -47,8 +47,7 @@ class Request:
     def __init__(self, scope: Scope, receive: Receive) -> None:
         self.started = time.monotonic()
         self.method: str = scope["method"]
-        # A proxy's client sends the whole URL.
-        self.path: str = re.sub(r"^https?://[^/]*", "", scope["path"])
+        self.path = _path(scope)
         self.http_version: str = scope.get("http_version", "1.1")
         self.path_parameters: dict[str, str] = {}
         self.headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
@@ -162,6 +161,13 @@ class Request:
                 return
             if not message.get("more_body", False):
                 self.body_complete = True
+
+
+def _path(scope: Scope) -> str:
+    """The path, without the one under which a proxy has the server, if the server is told of that and the proxy not."""
+    path = re.sub(r"^https?://[^/]*", "", scope["path"])  # a proxy's client sends the whole URL
+    root: str = scope.get("root_path", "").rstrip("/")
+    return path.removeprefix(root) if path.startswith(f"{root}/") else path
 
 
 def decode(body: bytes, decoder: msgspec.json.Decoder[T]) -> T:
