@@ -143,6 +143,10 @@ def _read_flags(fields: Fields, argv: Sequence[str]) -> dict[str, Any]:
         if not flag.startswith("-"):
             raise StartupError(f"{flag!r} belongs to no flag: settings are written as --name value.")
         raise _unknown("the flag", flag, parser.flags, "--")
+    for name, text in vars(known).items():
+        # Of a variable that is not set, mostly: a server open to everybody is not what was meant.
+        if not text and name in fields and not fields[name].repr:
+            raise StartupError(f"--{name.replace('_', '-')} is empty: leave it out where none is wanted.")
     return {
         name: text if name == "config" else _convert(fields[name], text, "--" + name.replace("_", "-"))
         for name, text in vars(known).items()

@@ -130,6 +130,8 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["--max-model-len", "9" * 5000], {}, "9: expected an integer."),
         (["--block-size", "40"], {}, "block_size is 40: it must be a multiple of 16."),
         (["--host", ""], {}, "host is empty"),
+        (["--api-key", ""], {}, "--api-key is empty: leave it out where none is wanted."),
+        (["--cluster-secret="], {}, "--cluster-secret is empty: leave it out where none is wanted."),
         (["--speculative-config", "ngram"], {}, "speculative_config is 'ngram': expected a JSON object"),
         (["--speculative-config", "[]"], {}, "speculative_config: Expected `object`, got `array`."),
         (
