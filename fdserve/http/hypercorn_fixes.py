@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
+import select
 import uuid
 
 import h11
@@ -27,7 +27,6 @@ log = logging.getLogger("fdserve.http")
 LOOK_SECONDS = 0.5
 """How often to look whether a client is gone from whom nothing is read."""
 SILENT_SECONDS = 60.0
-_ESTABLISHED = 1
 
 
 class PromptServer(TCPServer):
@@ -88,13 +87,14 @@ class _WatchfulEvent(EventWrapper):
 
     def __init__(self, sock: trio.socket.SocketType) -> None:
         super().__init__()
-        self._sock = sock
+        self._closed = select.poll()  # over a socket of any family
+        self._closed.register(sock.fileno(), select.POLLRDHUP)
 
     async def wait(self) -> None:
         while not self.is_set():
             with trio.move_on_after(LOOK_SECONDS):
                 await super().wait()
-            if not self.is_set() and self._sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] != _ESTABLISHED:
+            if not self.is_set() and self._closed.poll(0):
                 raise _ClientGone
 
 

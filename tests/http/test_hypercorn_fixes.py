@@ -19,7 +19,7 @@ import trio.testing
 from hypercorn.events import Closed, RawData
 
 from fdserve.http.hypercorn_fixes import PromptServer
-from tests.http.processes import ServerProcess, read_until, until
+from tests.http.processes import ServerProcess, body, read_until, until
 
 CLOSE_WAIT = "08"
 
@@ -88,6 +88,30 @@ def test_requests_behind_one_that_takes_long_are_answered(server: ServerProcess)
             data += read_until(sock, b"}")
         assert data.count(b"HTTP/1.1 200") == 3
         assert data.index(b"[DONE]") < data.index(b'"ok"')
+
+
+def test_requests_behind_others_over_a_unix_socket(tmp_path: Path) -> None:
+    path = str(tmp_path / "socket")
+    with ServerProcess(*HYPERCORN, "-b", f"unix:{path}") as server:
+        server.wait_line("unix:")
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.settimeout(10)
+            sock.connect(path)
+            content = body("slow")
+            request = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(content) + content
+            sock.sendall(request + b"GET /load HTTP/1.1\r\nHost: x\r\n\r\n" + request)
+            data = read_until(sock, b'"server_load":0')
+            assert data.count(b"HTTP/1.1 200") == 2
+        with socket.socket(socket.AF_UNIX) as other:
+            other.settimeout(10)
+            other.connect(path)
+
+            def load() -> bytes:
+                other.sendall(b"GET /load HTTP/1.1\r\nHost: x\r\n\r\n")
+                return read_until(other, b"}")
+
+            # The second one is not finished for a client that has left.
+            assert until(lambda: b'"server_load":0' in load(), 5) < 1.5
 
 
 def test_what_a_connection_fails_on_ends_it_alone(server: ServerProcess) -> None:
