@@ -7,6 +7,8 @@ import socket
 import sys
 import time
 
+import h2.config
+import h2.connection
 import pytest
 
 from tests.http.processes import ServerProcess, read_until, until
@@ -214,3 +216,19 @@ def test_hypercorns_messages_are_logged_once() -> None:
         server.stop()
         server.wait()
         assert sum("Running on" in line for line in server.output) == 1
+
+
+def test_no_library_logs_keys() -> None:
+    """That of HTTP/2 tells all headers at the level debug."""
+    client = h2.connection.H2Connection(h2.config.H2Configuration(header_encoding="utf-8"))
+    client.initiate_connection()
+    headers = [(":method", "GET"), (":path", "/v1/models"), (":scheme", "http"), (":authority", "x")]
+    client.send_headers(1, [*headers, ("authorization", "Bearer my-secret")], end_stream=True)
+    with ServerProcess(*FAKE, "--log-level", "debug", "--api-key", "my-secret") as server:
+        server.listening().wait_line("ready")
+        with socket.create_connection(("127.0.0.1", server.port), 10) as sock:
+            sock.sendall(client.data_to_send())
+            server.wait_line("GET /v1/models 200")
+        server.stop()
+        server.wait()
+        assert "my-secret" not in "".join(server.output)
