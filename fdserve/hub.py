@@ -65,6 +65,8 @@ def _cached(name: str) -> Path | None:
         return None
     except ValueError as error:  # not a repository's name
         raise StartupError(f"--model {name} is neither a directory nor a repository's name: {_line(error)}") from None
+    except RuntimeError:  # a user that the system has no entry for, as in a container
+        raise StartupError(f"--model {name}: there is no home directory for the hub's cache: set HF_HOME.") from None
     return directory if _complete(directory) else None
 
 

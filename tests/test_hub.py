@@ -172,6 +172,16 @@ def test_neither_a_directory_nor_a_hub_name(name: str) -> None:
         resolve_model(name)
 
 
+def test_a_user_without_a_home_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home(path: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", "~/.cache/huggingface/hub")
+    monkeypatch.setattr(Path, "expanduser", no_home)
+    with pytest.raises(StartupError, match="owner/model: there is no home directory for the hub's cache: set HF_HOME"):
+        resolve_model("owner/model")
+
+
 def test_a_name_that_the_system_refuses() -> None:
     with pytest.raises(StartupError, match=r"^--model a{200}: File name too long\.$"):
         resolve_model("a" * 5000)
