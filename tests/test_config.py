@@ -227,6 +227,13 @@ def test_an_empty_file_says_nothing(tmp_path: Path) -> None:
     assert Config.load(["--config", str(file)], {}) == Config()
 
 
+@pytest.mark.parametrize("text", ["0123", "0x1F", "1_000", "12:30:45", "1234", "0b1", "+5", "-5", "0"])
+def test_text_in_a_file_that_reads_like_a_number_stays_as_it_is(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_text(f"api_key: {text}\n")
+    assert Config.load(["--config", str(file)], {}).api_key == text
+
+
 @pytest.mark.parametrize(
     ("text", "size"), [("1", 1), ("2k", 2048), ("1.5M", 3 << 19), ("4GiB", 4 << 30), ("4 GB", 4 << 30)]
 )
