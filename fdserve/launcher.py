@@ -94,6 +94,8 @@ def listen(host: str, port: int) -> socket.socket:
             sock.close()
         problem = f"cannot listen on {host} port {port}: {error.strerror}"
         raise StartupError(f"{problem}; choose another --host or --port.") from None
+    except UnicodeError:  # of an empty or a long part of a name
+        raise StartupError(f"cannot listen on {host:.200}: it is no host's name; choose another --host.") from None
     return sock
 
 

@@ -176,6 +176,7 @@ def test_an_address_in_use() -> None:
     [
         (["--prot", "1"], 1, "fdserve: the flag --prot is unknown: did you mean --port?\n"),
         (["--host", "999.0.0.1"], 1, "; choose another --host or --port.\n"),
+        (["--host", "a..b"], 1, "fdserve: cannot listen on a..b: it is no host's name; choose another --host.\n"),
         (["--version"], 0, "fdserve "),
         (["--port", "0", "--model", "/no/where"], 1, "there is no such directory.\n"),
     ],
