@@ -196,5 +196,7 @@ def _say(message: str) -> None:
     """Announce it on stdout. Where nobody reads that any more, or the disk is full, the server goes on."""
     try:
         print(message, flush=True)
+    except UnicodeEncodeError:  # a model's name, where stdout's encoding has not all characters
+        _say(message.encode("ascii", "backslashreplace").decode("ascii"))
     except OSError:
         sys.stdout = None  # what it still holds would fail again at the end

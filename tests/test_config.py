@@ -131,6 +131,8 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["--block-size", "40"], {}, "block_size is 40: it must be a multiple of 16."),
         (["--host", ""], {}, "host is empty"),
         (["--api-key", ""], {}, "--api-key is empty: leave it out where none is wanted."),
+        (["--model", "a\udcff"], {}, "model is not text in the encoding of the environment."),
+        ([], {"FDSERVE_API_KEY": "\udcff"}, "api_key is not text in the encoding of the environment."),
         (["--cluster-secret="], {}, "--cluster-secret is empty: leave it out where none is wanted."),
         (["--speculative-config", "ngram"], {}, "speculative_config is 'ngram': expected a JSON object"),
         (["--speculative-config", "[]"], {}, "speculative_config: Expected `object`, got `array`."),

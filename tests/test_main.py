@@ -136,6 +136,11 @@ def test_announcements_that_cannot_be_written_end_nothing() -> None:
         assert server.wait() == 0
 
 
+def test_a_name_that_stdout_has_no_characters_for_ends_nothing() -> None:
+    with ServerProcess(*FAKE, "--served-model-name", "modèle", PYTHONIOENCODING="ascii", PYTHONUTF8="1") as server:
+        server.listening().wait_line(r"ready in .*: mod\\xe8le")
+
+
 def is_up(server: ServerProcess) -> bool:
     try:
         return server.get("/health")[0] == 200
