@@ -6,6 +6,8 @@ import importlib
 import signal
 import sys
 
+from fdserve.errors import StartupError
+
 COMMANDS = {
     "serve": "load a server; throughput and latencies",
     "compare": "load several servers in turn; ratios",
@@ -21,13 +23,16 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command with the rest of the arguments; its exit status, 2 for an unknown one."""
+    """Run a command with the rest of the arguments; its exit status, 2 for an unknown one, 1 for no such checkpoint."""
     arguments = sys.argv[1:] if argv is None else argv
     if arguments and arguments[0] in COMMANDS:
         try:
             status: int | None = importlib.import_module(f"bench.{arguments[0]}").main(arguments[1:])
         except KeyboardInterrupt:
             return 128 + signal.SIGINT
+        except StartupError as error:
+            print(f"bench {arguments[0]}: {error}", file=sys.stderr)
+            return 1
         return status or 0
     usage = ["usage: python -m bench COMMAND [OPTIONS]; COMMAND --help tells the options", ""]
     usage += [f"  {name:18} {what}" for name, what in COMMANDS.items()]

@@ -134,13 +134,20 @@ class App:
 
 
 def configure_logging(config: Config) -> None:
-    """Log to stderr from the configured level on, unless logging was configured already."""
+    """Log to stderr from the configured level on, unless logging was configured already.
+
+    Libraries log from "info" on: below it, that of HTTP/2 tells all headers, with the keys of clients.
+    """
+    if logging.getLogger().handlers:
+        return
     handler = logging.StreamHandler(sys.stderr)
     # Hypercorn's own loggers write what they are told, and pass it on besides.
     handler.addFilter(lambda record: not logging.getLogger(record.name).handlers)
+    level: int = getattr(logging, config.log_level.upper())
     logging.basicConfig(
-        level=config.log_level.upper(), handlers=[handler], format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+        level=max(level, logging.INFO), handlers=[handler], format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
+    log.setLevel(level)
 
 
 def create_app(config: Config | None = None, build: Build = build) -> App:

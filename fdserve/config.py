@@ -210,6 +210,9 @@ def _check_value(field: dataclasses.Field[Any], value: Any) -> None:
     low, high, choices = (field.metadata[key] for key in ("low", "high", "choices"))
     if choices and value not in choices:
         raise StartupError(f"{field.name} is {value!r}: choose one of {', '.join(choices)}.")
+    # Bytes that are no text in the encoding of the environment come as surrogates, which no answer can hold.
+    if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
+        raise StartupError(f"{field.name} is not text in the encoding of the environment.")
     if isinstance(value, int) and value > MAX_INTEGER:
         raise StartupError(f"{field.name} is too large: it must be at most {MAX_INTEGER}.")
     # Written so that a NaN fails.

@@ -98,7 +98,10 @@ def _read_variables(fields: Fields, environ: Mapping[str, str]) -> dict[str, Any
 
 
 class _Loader(yaml.SafeLoader):
-    """Raises StartupError for a key that stands twice, be it once with hyphens, where YAML takes the later one."""
+    """Raises StartupError for a key that stands twice, be it once with hyphens, where YAML takes the later one.
+
+    What is a number in octal or sexagesimal to YAML, 0123 or 12:30, stays the text that it is: a key or a name, mostly.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -109,6 +112,14 @@ class _Loader(yaml.SafeLoader):
                 raise StartupError(f"{where}, the setting {key.value} stands for the second time.")
             seen.add(name)
         return super().construct_mapping(node, deep)
+
+
+_INTEGER = "tag:yaml.org,2002:int"
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != _INTEGER]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(_INTEGER, re.compile(r"(0|-?[1-9][0-9]*)\Z"), list("-0123456789"))
 
 
 def _read_file(fields: Fields, path: Path) -> dict[str, Any]:
@@ -143,6 +154,10 @@ def _read_flags(fields: Fields, argv: Sequence[str]) -> dict[str, Any]:
         if not flag.startswith("-"):
             raise StartupError(f"{flag!r} belongs to no flag: settings are written as --name value.")
         raise _unknown("the flag", flag, parser.flags, "--")
+    for name, text in vars(known).items():
+        # Of a variable that is not set, mostly: a server open to everybody is not what was meant.
+        if not text and name in fields and not fields[name].repr:
+            raise StartupError(f"--{name.replace('_', '-')} is empty: leave it out where none is wanted.")
     return {
         name: text if name == "config" else _convert(fields[name], text, "--" + name.replace("_", "-"))
         for name, text in vars(known).items()

@@ -26,13 +26,19 @@ def resolve_model(name: str) -> Path:
         if not DEMO.is_dir():
             raise StartupError("the bundled demo checkpoint is missing from this installation: give a --model.")
         return DEMO
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise StartupError(f"--model {name} is a file: give the directory that holds the checkpoint.")
+    try:
+        path = Path(name).expanduser()
+        if path.is_dir():
+            return path
+        if path.exists():
+            raise StartupError(f"--model {name} is a file: give the directory that holds the checkpoint.")
+    except OSError as error:  # a directory above it that cannot be searched, or too long a name
+        raise StartupError(f"--model {name:.200}: {error.strerror}.") from None
+    except RuntimeError:
+        pass  # nobody has the home directory that it begins with
     if not _looks_like_repository(name):
-        raise StartupError(f"--model {name}: there is no such directory.")
+        or_hub = "" if name[0] in "./~" else ", and it is no hub name such as baidu/ERNIE-4.5-0.3B-Paddle"
+        raise StartupError(f"--model {name:.200}: there is no such directory{or_hub}.")
     return _cached(name) or _download(name)
 
 
@@ -59,6 +65,8 @@ def _cached(name: str) -> Path | None:
         return None
     except ValueError as error:  # not a repository's name
         raise StartupError(f"--model {name} is neither a directory nor a repository's name: {_line(error)}") from None
+    except RuntimeError:  # a user that the system has no entry for, as in a container
+        raise StartupError(f"--model {name}: there is no home directory for the hub's cache: set HF_HOME.") from None
     return directory if _complete(directory) else None
 
 

@@ -94,6 +94,8 @@ def listen(host: str, port: int) -> socket.socket:
             sock.close()
         problem = f"cannot listen on {host} port {port}: {error.strerror}"
         raise StartupError(f"{problem}; choose another --host or --port.") from None
+    except UnicodeError:  # of an empty or a long part of a name
+        raise StartupError(f"cannot listen on {host:.200}: it is no host's name; choose another --host.") from None
     return sock
 
 
@@ -194,5 +196,7 @@ def _say(message: str) -> None:
     """Announce it on stdout. Where nobody reads that any more, or the disk is full, the server goes on."""
     try:
         print(message, flush=True)
+    except UnicodeEncodeError:  # a model's name, where stdout's encoding has not all characters
+        _say(message.encode("ascii", "backslashreplace").decode("ascii"))
     except OSError:
         sys.stdout = None  # what it still holds would fail again at the end

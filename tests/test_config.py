@@ -130,6 +130,10 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["--max-model-len", "9" * 5000], {}, "9: expected an integer."),
         (["--block-size", "40"], {}, "block_size is 40: it must be a multiple of 16."),
         (["--host", ""], {}, "host is empty"),
+        (["--api-key", ""], {}, "--api-key is empty: leave it out where none is wanted."),
+        (["--model", "a\udcff"], {}, "model is not text in the encoding of the environment."),
+        ([], {"FDSERVE_API_KEY": "\udcff"}, "api_key is not text in the encoding of the environment."),
+        (["--cluster-secret="], {}, "--cluster-secret is empty: leave it out where none is wanted."),
         (["--speculative-config", "ngram"], {}, "speculative_config is 'ngram': expected a JSON object"),
         (["--speculative-config", "[]"], {}, "speculative_config: Expected `object`, got `array`."),
         (
@@ -223,6 +227,13 @@ def test_an_empty_file_says_nothing(tmp_path: Path) -> None:
     file = tmp_path / "settings.yaml"
     file.write_text("# port: 1\nport:\n")
     assert Config.load(["--config", str(file)], {}) == Config()
+
+
+@pytest.mark.parametrize("text", ["0123", "0x1F", "1_000", "12:30:45", "1234", "0b1", "+5", "-5", "0"])
+def test_text_in_a_file_that_reads_like_a_number_stays_as_it_is(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_text(f"api_key: {text}\n")
+    assert Config.load(["--config", str(file)], {}).api_key == text
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -155,13 +156,35 @@ def test_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         resolve_model("")
 
 
-@pytest.mark.parametrize("name", ["/no/where", "./here", "~/x", "one", "a/b/c", "../x", "owner/", "~nobody/x"])
+@pytest.mark.parametrize("name", ["/no/where", "./here", "~/x", "../x", "~nobody/x", "~no one/x"])
 def test_no_such_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "empty")
     with pytest.raises(StartupError) as error:
         resolve_model(name)
     assert str(error.value) == f"--model {name}: there is no such directory."
+
+
+@pytest.mark.parametrize("name", ["one", "a/b/c", "owner/", "https://hub.co/a/b"])
+def test_neither_a_directory_nor_a_hub_name(name: str) -> None:
+    problem = "there is no such directory, and it is no hub name such as baidu/ERNIE-4.5-0.3B-Paddle."
+    with pytest.raises(StartupError, match=re.escape(f"--model {name}: {problem}")):
+        resolve_model(name)
+
+
+def test_a_user_without_a_home_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home(path: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", "~/.cache/huggingface/hub")
+    monkeypatch.setattr(Path, "expanduser", no_home)
+    with pytest.raises(StartupError, match="owner/model: there is no home directory for the hub's cache: set HF_HOME"):
+        resolve_model("owner/model")
+
+
+def test_a_name_that_the_system_refuses() -> None:
+    with pytest.raises(StartupError, match=r"^--model a{200}: File name too long\.$"):
+        resolve_model("a" * 5000)
 
 
 def test_a_name_that_no_repository_can_have() -> None:

@@ -7,6 +7,8 @@ import socket
 import sys
 import time
 
+import h2.config
+import h2.connection
 import pytest
 
 from tests.http.processes import ServerProcess, read_until, until
@@ -134,6 +136,11 @@ def test_announcements_that_cannot_be_written_end_nothing() -> None:
         assert server.wait() == 0
 
 
+def test_a_name_that_stdout_has_no_characters_for_ends_nothing() -> None:
+    with ServerProcess(*FAKE, "--served-model-name", "modèle", PYTHONIOENCODING="ascii", PYTHONUTF8="1") as server:
+        server.listening().wait_line(r"ready in .*: mod\\xe8le")
+
+
 def is_up(server: ServerProcess) -> bool:
     try:
         return server.get("/health")[0] == 200
@@ -174,6 +181,7 @@ def test_an_address_in_use() -> None:
     [
         (["--prot", "1"], 1, "fdserve: the flag --prot is unknown: did you mean --port?\n"),
         (["--host", "999.0.0.1"], 1, "; choose another --host or --port.\n"),
+        (["--host", "a..b"], 1, "fdserve: cannot listen on a..b: it is no host's name; choose another --host.\n"),
         (["--version"], 0, "fdserve "),
         (["--port", "0", "--model", "/no/where"], 1, "there is no such directory.\n"),
     ],
@@ -214,3 +222,19 @@ def test_hypercorns_messages_are_logged_once() -> None:
         server.stop()
         server.wait()
         assert sum("Running on" in line for line in server.output) == 1
+
+
+def test_no_library_logs_keys() -> None:
+    """That of HTTP/2 tells all headers at the level debug."""
+    client = h2.connection.H2Connection(h2.config.H2Configuration(header_encoding="utf-8"))
+    client.initiate_connection()
+    headers = [(":method", "GET"), (":path", "/v1/models"), (":scheme", "http"), (":authority", "x")]
+    client.send_headers(1, [*headers, ("authorization", "Bearer my-secret")], end_stream=True)
+    with ServerProcess(*FAKE, "--log-level", "debug", "--api-key", "my-secret") as server:
+        server.listening().wait_line("ready")
+        with socket.create_connection(("127.0.0.1", server.port), 10) as sock:
+            sock.sendall(client.data_to_send())
+            server.wait_line("GET /v1/models 200")
+        server.stop()
+        server.wait()
+        assert "my-secret" not in "".join(server.output)

@@ -212,6 +212,7 @@ class _Answer:
 
     def _fail(self, error: ServerError) -> list[ResponseEvent]:
         """The last event of a stream that an error ends."""
+        self._http.failure = error.code
         self._writer.finish(complete=False)
         response = self._snapshot()
         response.status = "failed"

@@ -6,6 +6,7 @@ The engine's loop only appends a record to a list; a thread encodes and writes w
 from __future__ import annotations
 
 import logging
+import stat
 import threading
 import time
 from collections import deque
@@ -22,7 +23,7 @@ WRITE_EVERY_SECONDS = 0.5
 MAX_PENDING = 10_000
 """Records that wait to be written; where the disk does not keep up, further ones are dropped."""
 MAX_FILE_BYTES = 64 << 20
-"""A file that exceeds this is put aside, in place of the one put aside before it."""
+"""A file that exceeds this is put aside, in place of the one put aside before it: no pipe, device or link is."""
 CLOSE_SECONDS = 2.0
 
 _encoder = msgspec.json.Encoder()
@@ -57,6 +58,7 @@ class StepLog:
         self._path = path
         try:
             self._file = path.open("ab")
+            self._put_aside = stat.S_ISREG(path.lstat().st_mode)
         except OSError as error:
             raise StartupError(f"the step log {path} cannot be written: {error.strerror}.") from None
         self._since_1970 = time.time() - time.monotonic()
@@ -115,7 +117,7 @@ class StepLog:
         if self._dropped:
             logger.warning("%d steps are missing from the step log: it is written too slowly", self._dropped)
             self._dropped = 0
-        if self._file.tell() > MAX_FILE_BYTES:
+        if self._put_aside and self._file.tell() > MAX_FILE_BYTES:
             self._file.close()
             self._path.replace(self._path.with_name(self._path.name + ".1"))
             self._file = self._path.open("ab")

@@ -100,7 +100,11 @@ async def kill(processes: list[subprocess.Popen[bytes]]) -> None:
 
 def ending(status: int) -> str:
     """How a process with this return code ended."""
-    return f"was killed by {signal.Signals(-status).name}" if status < 0 else f"exited with status {status}"
+    if status >= 0:
+        return f"exited with status {status}"
+    # Nothing else tells where the log of the system is not at hand, as in most containers.
+    hint = ", as by a system that runs out of memory" if -status == signal.SIGKILL else ""
+    return f"was killed by {signal.Signals(-status).name}{hint}"
 
 
 async def _exited(process: subprocess.Popen[bytes], seconds: float) -> bool:

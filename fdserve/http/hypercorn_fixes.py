@@ -1,4 +1,4 @@
-"""Mendings of hypercorn 0.18 on trio, each with a test that shows the fault.
+"""Mendings of hypercorn 0.18 on trio, and of trio's own server, each with a test that shows the fault.
 
 The dependency is pinned to 0.18 because of this module.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
+import select
 import uuid
 
 import h11
@@ -26,7 +26,7 @@ log = logging.getLogger("fdserve.http")
 
 LOOK_SECONDS = 0.5
 """How often to look whether a client is gone from whom nothing is read."""
-_ESTABLISHED = 1
+SILENT_SECONDS = 60.0
 
 
 class PromptServer(TCPServer):
@@ -87,13 +87,14 @@ class _WatchfulEvent(EventWrapper):
 
     def __init__(self, sock: trio.socket.SocketType) -> None:
         super().__init__()
-        self._sock = sock
+        self._closed = select.poll()  # over a socket of any family
+        self._closed.register(sock.fileno(), select.POLLRDHUP)
 
     async def wait(self) -> None:
         while not self.is_set():
             with trio.move_on_after(LOOK_SECONDS):
                 await super().wait()
-            if not self.is_set() and self._sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] != _ESTABLISHED:
+            if not self.is_set() and self._closed.poll(0):
                 raise _ClientGone
 
 
@@ -126,8 +127,27 @@ async def send_error_response(self: H11Protocol, status: int) -> None:
     await self._send_h11_event(h11.EndOfMessage())
 
 
+class _OncePerMinute(logging.Filter):
+    """Of the connections that cannot be accepted for want of open files trio logs a traceback ten times a second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._silent_until = 0.0
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.created < self._silent_until:
+            return False
+        self._silent_until = record.created + SILENT_SECONDS
+        record.exc_info = None
+        return True
+
+
+_once_per_minute = _OncePerMinute()
+
+
 def apply() -> None:
-    """Have hypercorn use them."""
+    """Have hypercorn use them, and trio below it."""
+    logging.getLogger("trio.serve_listeners").addFilter(_once_per_minute)
     H11Protocol._send_error_response = send_error_response  # type: ignore[assignment, method-assign]
     # Where its `serve` looks the class up; the name is not one that the module exports.
     hypercorn.trio.run.TCPServer = PromptServer  # type: ignore[attr-defined]

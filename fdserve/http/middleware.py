@@ -175,6 +175,7 @@ async def _refuse(form: ErrorForm, request: Request, reply: Reply, error: Server
 
 async def _send_error(form: ErrorForm, request: Request, reply: Reply, error: ServerError) -> None:
     """As the answer where none has begun; as the last event of a stream."""
+    request.failure = error.code
     if reply.status is None:
         headers = error_headers(error)
         if request.closes and request.http_version.startswith("1"):
@@ -187,12 +188,14 @@ async def _send_error(form: ErrorForm, request: Request, reply: Reply, error: Se
 def _log_access(scope: Scope, request: Request, reply: Reply, status: int) -> None:
     path = scope.get("raw_path", b"").decode("latin-1") or request.path
     milliseconds = (time.monotonic() - request.started) * 1000
-    tokens = ""
+    details = ""
     if request.prompt_tokens is not None:
-        tokens = f" prompt={request.prompt_tokens} generated={request.completion_tokens or 0}"
+        details = f" prompt={request.prompt_tokens} generated={request.completion_tokens or 0}"
+    if request.failure is not None:
+        details += f" error={request.failure}"
     access_log.info(
         "%s %s %d %dB %.0fms%s id=%s",
-        _visible(request.method), _visible(path), status, reply.bytes_sent, milliseconds, tokens, request.id,
+        _visible(request.method), _visible(path), status, reply.bytes_sent, milliseconds, details, request.id,
     )  # fmt: skip
 
 

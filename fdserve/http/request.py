@@ -40,14 +40,14 @@ class Request:
 
     `id` is the client's X-Request-Id where that is fit to be echoed and logged, else a new one. `started` is
     `time.monotonic()` at arrival. `path_parameters` are those of the route. `body` is what was read, until it is taken,
-    and `body_size` its length. The token counts are for the access log; whoever knows them sets them.
+    and `body_size` its length. The token counts, and as `failure` the code of the error that ended the request, are for
+    the access log; whoever knows them sets them.
     """
 
     def __init__(self, scope: Scope, receive: Receive) -> None:
         self.started = time.monotonic()
         self.method: str = scope["method"]
-        # A proxy's client sends the whole URL.
-        self.path: str = re.sub(r"^https?://[^/]*", "", scope["path"])
+        self.path = _path(scope)
         self.http_version: str = scope.get("http_version", "1.1")
         self.path_parameters: dict[str, str] = {}
         self.headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
@@ -59,6 +59,7 @@ class Request:
         self.disconnected = False
         self.prompt_tokens: int | None = None
         self.completion_tokens: int | None = None
+        self.failure: str | None = None
         self._receive = receive
         self._reading = anyio.CancelScope()
 
@@ -160,6 +161,13 @@ class Request:
                 return
             if not message.get("more_body", False):
                 self.body_complete = True
+
+
+def _path(scope: Scope) -> str:
+    """The path, without the one under which a proxy has the server, if the server is told of that and the proxy not."""
+    path = re.sub(r"^https?://[^/]*", "", scope["path"])  # a proxy's client sends the whole URL
+    root: str = scope.get("root_path", "").rstrip("/")
+    return path.removeprefix(root) if path.startswith(f"{root}/") else path
 
 
 def decode(body: bytes, decoder: msgspec.json.Decoder[T]) -> T:

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from fdserve.errors import StartupError
 from fdserve.models.config import ModelConfig, check_world_size, read_config
 from fdserve.models.fields import read_json_object
+from fdserve.models.files import check_files
 from fdserve.models.layout import IGNORED, LAYER, Layout, detect_layout, expected_tensors
 from fdserve.models.safetensors_file import READABLE, SafetensorsFile, TensorInfo
 
@@ -99,6 +100,7 @@ def check_checkpoint(directory: Path, world_size: int = 1) -> ModelConfig:
     Reads config.json and the headers of the safetensors files, no weights. Raises StartupError with one
     sentence that names the file, field or tensor at fault.
     """
+    check_files(directory)
     config = read_config(directory)
     check_world_size(config, world_size)
     with Checkpoint(directory) as checkpoint:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -188,5 +189,12 @@ def _num_blocks(load: Load, config: ModelConfig, bytes_per_block: int) -> int:
         raise StartupError(
             "The KV cache would hold less than two blocks: give it more with --kv-cache-memory or "
             "--num-gpu-blocks-override."
+        )
+    # The system would grant it layer by layer, and kill the rank once it is written.
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if not ops.on_gpu() and num_blocks * bytes_per_block > memory:
+        raise StartupError(
+            f"A KV cache of {num_blocks * bytes_per_block >> 20} MiB is more than the machine's memory of "
+            f"{memory >> 20} MiB: lower --kv-cache-memory or --num-gpu-blocks-override."
         )
     return num_blocks

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from bench import accuracy
+from bench.__main__ import main
 
 
 def test_a_row_for_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
@@ -19,3 +22,8 @@ def test_a_row_for_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
 def test_where_two_lists_part() -> None:
     assert accuracy.same_beginning([1, 2, 3], [1, 5, 3]) == 1
     assert accuracy.same_beginning([1, 2], [1, 2]) == 2
+
+
+def test_no_such_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["accuracy", "--model", str(tmp_path)]) == 1
+    assert capsys.readouterr().err.startswith(f"bench accuracy: {tmp_path} has no config.json")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -131,6 +132,29 @@ def test_a_long_file_is_put_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert numbers == list(range(numbers[0], 21))
     assert 1 < numbers[0] < 20
     assert aside.stat().st_size < 1200
+
+
+def test_a_link_is_never_put_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """/dev/stdout is one, and a superuser could rename it."""
+    monkeypatch.setattr(step_log, "MAX_FILE_BYTES", 10)
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "steps.jsonl")
+    with StepLog(link) as log:
+        log.begin()
+        log.end(plan(1, [1]), 0.0, 1, 0)
+    assert link.is_symlink()
+    assert len(lines(tmp_path / "steps.jsonl")) == 1
+
+
+def test_into_a_pipe(caplog: pytest.LogCaptureFixture) -> None:
+    reading, writing = os.pipe()
+    os.set_blocking(reading, False)
+    with os.fdopen(reading, "rb"), os.fdopen(writing, "wb"):
+        with StepLog(Path(f"/proc/self/fd/{writing}")) as log:
+            log.begin()
+            log.end(plan(1, [1]), 0.0, 1, 0)
+        assert json.loads(os.read(reading, 1000))["step"] == 1
+    assert not caplog.records
 
 
 def test_what_a_slow_disk_does_not_take_is_dropped(

@@ -68,7 +68,7 @@ async def test_a_killed_rank_is_noticed_in_the_middle_of_a_wait(checkpoint: Path
         async with open_executor(make_load(checkpoint), lambda loading: None) as ranks:
             (pid,) = ranks.pids
             os.kill(pid, signal.SIGKILL)
-            with pytest.raises(RankError, match="killed by SIGKILL"):
+            with pytest.raises(RankError, match="killed by SIGKILL, as by a system that runs out of memory"):
                 await ranks.receive()
             with pytest.raises(RankError, match="killed by SIGKILL"):
                 await ranks.check()
@@ -83,6 +83,14 @@ async def test_a_rank_that_cannot_load_says_why(tmp_path: Path) -> None:
 async def test_a_cache_that_is_too_small_is_one_sentence(checkpoint: Path) -> None:
     with anyio.fail_after(60), pytest.raises(RankError, match="--kv-cache-memory"):
         async with open_executor(make_load(checkpoint, num_blocks=0, kv_cache_bytes=4096), lambda loading: None):
+            pass
+
+
+async def test_a_cache_beyond_all_memory_is_one_sentence(checkpoint: Path) -> None:
+    """The system would grant each of its four parts, and kill the rank once they are written."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with anyio.fail_after(60), pytest.raises(RankError, match="is more than the machine's memory of"):
+        async with open_executor(make_load(checkpoint, num_blocks=memory * 3 // 2 // 8192), lambda loading: None):
             pass
 
 

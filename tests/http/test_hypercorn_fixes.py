@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ import trio.testing
 from hypercorn.events import Closed, RawData
 
 from fdserve.http.hypercorn_fixes import PromptServer
-from tests.http.processes import ServerProcess, read_until, until
+from tests.http.processes import ServerProcess, body, read_until, until
 
 CLOSE_WAIT = "08"
 
@@ -89,6 +90,30 @@ def test_requests_behind_one_that_takes_long_are_answered(server: ServerProcess)
         assert data.index(b"[DONE]") < data.index(b'"ok"')
 
 
+def test_requests_behind_others_over_a_unix_socket(tmp_path: Path) -> None:
+    path = str(tmp_path / "socket")
+    with ServerProcess(*HYPERCORN, "-b", f"unix:{path}") as server:
+        server.wait_line("unix:")
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.settimeout(10)
+            sock.connect(path)
+            content = body("slow")
+            request = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(content) + content
+            sock.sendall(request + b"GET /load HTTP/1.1\r\nHost: x\r\n\r\n" + request)
+            data = read_until(sock, b'"server_load":0')
+            assert data.count(b"HTTP/1.1 200") == 2
+        with socket.socket(socket.AF_UNIX) as other:
+            other.settimeout(10)
+            other.connect(path)
+
+            def load() -> bytes:
+                other.sendall(b"GET /load HTTP/1.1\r\nHost: x\r\n\r\n")
+                return read_until(other, b"}")
+
+            # The second one is not finished for a client that has left.
+            assert until(lambda: b'"server_load":0' in load(), 5) < 1.5
+
+
 def test_what_a_connection_fails_on_ends_it_alone(server: ServerProcess) -> None:
     for path in ("/\u00ff", "/health"):
         client = h2.connection.H2Connection(h2.config.H2Configuration(header_encoding="utf-8"))
@@ -110,6 +135,26 @@ async def connection() -> tuple[PromptServer, trio.SocketStream]:
     app: Any = None
     stream: Any = trio.SocketStream(ours)  # hypercorn's annotation knows TLS alone
     return PromptServer(app, hypercorn.config.Config(), context, {}, stream), trio.SocketStream(theirs)
+
+
+@pytest.mark.parametrize("command", [("-m", "tests.http.fake_main", "--port", "0"), HYPERCORN], ids=["own", "plain"])
+def test_connections_that_cannot_be_accepted_are_one_line_of_the_log(command: tuple[str, ...]) -> None:
+    program = [sys.executable, *command]
+    few_files = "import os, resource; resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40));"
+    with ServerProcess("-c", f"{few_files} os.execv({program[0]!r}, {program!r})") as server:
+        server.listening()
+        socks = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(60)]
+        server.wait_line("accept returned EMFILE")
+        time.sleep(1.0)  # trio tries ten times
+        for sock in socks:
+            sock.close()
+        until(lambda: half_open(server.port) == 0)
+        assert server.get("/health")[0] == 200
+        server.stop()
+        server.wait()
+        output = "".join(server.output)
+        assert output.count("accept returned EMFILE") == 1
+        assert "Traceback" not in output
 
 
 def test_sending_lets_no_other_task_run() -> None:

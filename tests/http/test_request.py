@@ -212,3 +212,23 @@ async def test_a_body_that_never_ends_is_given_up(monkeypatch: pytest.MonkeyPatc
     request = Request({"type": "http", "method": "POST", "path": "/", "headers": []}, receive)
     with pytest.raises(RequestTimeout, match=r"within 0\.05 seconds"):
         await request.read(1024)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("root", "path", "expected"),
+    [
+        ("/llm", "/llm/v1/models", "/v1/models"),
+        ("/llm/", "/llm/v1/models", "/v1/models"),
+        ("/llm", "http://example.com/llm/v1/models", "/v1/models"),
+        ("/llm", "/v1/models", "/v1/models"),  # the proxy has taken it off
+        ("/llm", "/llms/v1/models", "/llms/v1/models"),
+        ("", "/llm/v1/models", "/llm/v1/models"),
+    ],
+)
+async def test_a_path_below_that_of_a_proxy(root: str, path: str, expected: str) -> None:
+    async def receive() -> dict[str, object]:
+        raise AssertionError("not called")
+
+    scope = {"type": "http", "method": "GET", "path": path, "root_path": root, "headers": []}
+    assert Request(scope, receive).path == expected

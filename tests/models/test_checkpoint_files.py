@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import subprocess
 import sys
@@ -166,6 +167,30 @@ def test_an_index_without_a_map(tmp_path: Path, index: Any) -> None:
     write_config(tmp_path, DENSE)
     (tmp_path / INDEX).write_text(json.dumps(index))
     assert "weight_map is missing, empty, or not an object" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["config.json", SINGLE, "tokenizer.model"])
+def test_links_to_files_that_are_not_there(tmp_path: Path, name: str) -> None:
+    """As in a snapshot of the hub's cache that was copied, or mounted, without the files that it links to."""
+    write_checkpoint(tmp_path)
+    (tmp_path / name).unlink(missing_ok=True)
+    (tmp_path / name).symlink_to("../../blobs/0123")
+    assert f"{tmp_path / name} is a link to ../../blobs/0123, and nothing is there" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("name", [SINGLE, "tokenizer.model"])
+def test_pointers_of_a_clone_without_lfs(tmp_path: Path, name: str) -> None:
+    write_checkpoint(tmp_path)
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 721509640\n")
+    assert f"{tmp_path / name} is only Git LFS's pointer to the file: run `git lfs pull`" in refusal(tmp_path)
+
+
+def test_a_directory_that_cannot_be_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(directory: Path) -> list[str]:  # modes of files do not bind the superuser
+        raise PermissionError(errno.EACCES, "Permission denied", str(directory))
+
+    monkeypatch.setattr("os.listdir", refuse)
+    assert refusal(tmp_path) == f"{tmp_path} cannot be read: Permission denied."
 
 
 def test_ranks_are_checked_with_the_rest(tmp_path: Path) -> None:
