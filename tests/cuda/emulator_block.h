@@ -21,7 +21,10 @@ struct Place {
 };
 // Of the thread that is running.
 extern Place place;
-inline int lane() { return static_cast<int>((place.thread.x + place.block.x * (place.thread.y + place.block.y * place.thread.z)) % WARP); }
+inline int lane() {
+  const unsigned row = place.thread.y + place.block.y * place.thread.z;
+  return static_cast<int>((place.thread.x + place.block.x * row) % WARP);
+}
 
 [[noreturn]] void fail(const char* what);
 

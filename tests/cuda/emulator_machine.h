@@ -60,7 +60,6 @@ struct Machine {
   char* dynamic = nullptr;  // where the block's share of it begins, aligned as device.cuh has it
   size_t shared_bytes = 0;
   Barrier barrier;
-  ucontext_t home;
   jmp_buf scheduler;
   size_t current = 0, threads = 0, alive = 0;
   bool backwards = false;

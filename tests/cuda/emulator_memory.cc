@@ -174,7 +174,8 @@ class Memory {
   }
 
   void read(Cell& cell, uintptr_t at, Region region, Access access, const void* code) {
-    if (cell.is_written && !is_write_ordered(cell)) return complain("unordered with a write", at, access, code, cell.written_at);
+    if (cell.is_written && !is_write_ordered(cell))
+      return complain("unordered with a write", at, access, code, cell.written_at);
     if (access == Access::PRODUCT) {
       if (cell.is_written && !is_shown(cell)) return complain("not shown to products", at, access, code, cell.written_at);
     } else if (region == Region::SHARED && !cell.is_written) {
@@ -217,7 +218,8 @@ class Memory {
   void complain(const char* what, uintptr_t at, Access access, const void* code, const void* other) {
     if (complaint[0] != 0) return;
     const char* names[] = {"a read", "a write", "an atomic access", "a product's read"};
-    std::snprintf(complaint, sizeof(complaint), "%s at %#" PRIxPTR " %s: block (%u,%u,%u), thread %zu, code %#" PRIx64 ", other %#" PRIx64,
+    std::snprintf(complaint, sizeof(complaint),
+                  "%s at %#" PRIxPTR " %s: block (%u,%u,%u), thread %zu, code %#" PRIx64 ", other %#" PRIx64,
                   names[static_cast<int>(access)], at, what, place.index.x, place.index.y, place.index.z, machine.current,
                   place_in_library(code), place_in_library(other));
   }

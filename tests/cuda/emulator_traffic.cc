@@ -89,7 +89,8 @@ void count_block() {
       times[time].push_back(*end);
     }
     Count& count = counts[begin->code];
-    for (const std::vector<Event>& lanes : times) lanes[0].is_global ? count_global(lanes, count) : count_shared(lanes, count);
+    for (const std::vector<Event>& lanes : times)
+      lanes[0].is_global ? count_global(lanes, count) : count_shared(lanes, count);
     begin = end;
   }
   events.clear();

@@ -43,7 +43,8 @@ inline void show_to_products() { emulator::show_to_products(); }
 template <int TRANSPOSED, int N>
 void read_right(const emulator::Product& product) {
   for (int i = emulator::lane(); i < N * 16; i += emulator::WARP)
-    emulator::read_by_product(TRANSPOSED ? place_of<1>(product, i / 16 * 8, i % 16) : place_of<0>(product, i / 2, i % 2 * 8));
+    emulator::read_by_product(TRANSPOSED ? place_of<1>(product, i / 16 * 8, i % 16)
+                                         : place_of<0>(product, i / 2, i % 2 * 8));
 }
 
 template <class T, int TRANSPOSED, int N>
