@@ -41,11 +41,12 @@ class Ernie4_5:
         # Each block's MLP is added in by the norm that follows it: the next block's first, or the final one.
         self._next_norms = [layer.input_norm for layer in layers[1:]] + [norm]
         self._num_kv_heads = layers[0].attention.num_kv_heads
-        self._decoder = self._whole_decoder(norm) if vocabulary.ranks.world_size == 1 else None
+        self._decoder = self._whole_decoder(norm)
 
     def _whole_decoder(self, norm: Tensor) -> ops.Decoder | None:
-        """All blocks as one operator, where they are dense and nothing is summed over ranks between them."""
-        if ops.on_gpu():
+        """All blocks as one operator, where they are dense and it can sum over the ranks between them."""
+        ranks = self._vocabulary.ranks
+        if ops.on_gpu() or (ranks.world_size > 1 and ranks.shared is None):
             return None
         blocks = []
         for layer in self._layers:
@@ -57,10 +58,11 @@ class Ernie4_5:
         return ops.Decoder(
             blocks,
             norm,
-            num_heads=self.config.num_heads,
+            num_heads=self._layers[0].attention.num_heads,
             num_kv_heads=self._num_kv_heads,
             head_dim=self.config.head_dim,
             eps=self.config.rms_norm_eps,
+            shared=ranks.shared,
         )
 
     def rope_table(self, positions: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:

@@ -25,7 +25,7 @@ from fdserve.models.parallel import Collective, Ranks, identity
 if TYPE_CHECKING:
     from paddle import Tensor
 
-    from fdserve.ops import PackedExperts, PackedWeight
+    from fdserve.ops import PackedExperts, PackedWeight, SharedMemory
 
 Array = npt.NDArray[Any]
 Progress = Callable[[int, int], None]
@@ -44,6 +44,7 @@ def load_model(
     dtype: str,
     quantization: str | None = None,
     all_reduce: Collective = identity,
+    shared: SharedMemory | None = None,
     progress: Progress = no_progress,
 ) -> Ernie4_5:
     """Load what `rank` of `world_size` holds of the checkpoint in `directory`.
@@ -53,6 +54,7 @@ def load_model(
         quantization: how to store the matrices, "wint8", "wint4" or "w8a8" (see `fdserve.ops.weights.FORMATS`), the
             routers' excepted; None stores them in `dtype`. The vocabulary's are "wint8" under "w8a8".
         all_reduce: sums a tensor over the ranks.
+        shared: what operators that sum by themselves do it through; None where they cannot.
         progress: called, as loading goes on, with the bytes of the checkpoint that are dealt with and all it has.
 
     Raises:
@@ -62,7 +64,7 @@ def load_model(
     with Checkpoint(directory) as checkpoint:
         validate(config, checkpoint)
         reader = _Reader(checkpoint, config, dtype, quantization, progress)
-        return _Builder(config, reader, Ranks(rank, world_size, all_reduce)).model()
+        return _Builder(config, reader, Ranks(rank, world_size, all_reduce, shared)).model()
 
 
 class _Reader:

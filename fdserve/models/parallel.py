@@ -11,6 +11,8 @@ from fdserve.ops import vocabulary_starts
 if TYPE_CHECKING:
     from paddle import Tensor
 
+    from fdserve.ops import SharedMemory
+
 Collective = Callable[["Tensor"], "Tensor"]
 """Takes this rank's tensor, blocks until every rank has given its own, and returns the joint result."""
 
@@ -27,6 +29,9 @@ class Ranks:
     rank: int = 0
     world_size: int = 1
     all_reduce: Collective = identity  # the sum over the ranks
+    shared: SharedMemory | None = (
+        None  # what operators on a CPU sum through by themselves
+    )
 
     def share(self, size: int) -> range:
         """This rank's features of `size`, which are shared out in equal parts."""

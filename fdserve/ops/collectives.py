@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from fdserve.errors import RankError
 from fdserve.ops.library import run
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("fdserve.ops")
 
 Bytes = npt.NDArray[np.uint8]
+ALONE: tuple[Any, ...] = (0, 0, 0, 1, [], 0)
 _LINE_BYTES = 64
 _SUM_BLOCK = 1024  # ids in a block of the GPU sampler's sums, as in sample_scan.cuh
 
@@ -78,11 +80,19 @@ class SharedMemory:
             self._exchange = _EXCHANGE(_exchange(gather, slot_bytes, rank, world_size))
         exchange = ctypes.cast(self._exchange, ctypes.c_void_p).value or 0
         self.attributes: tuple[Any, ...] = (address, slot_bytes, rank, world_size, list(peers), exchange)
-        """As the ops take it."""
+        """As the ops take it; ALONE where there are no other ranks."""
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum of the ranks' x (bfloat16 or float32), added in float32 in rank order and rounded once."""
         return run("all_reduce", x, *self.attributes)[0]
+
+
+def or_gone(collective: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """The result of an operator that waits for peers; RankError where one is gone."""
+    try:
+        return collective(*arguments, **options)
+    except RuntimeError as error:
+        raise RankError("a rank that it computes with is gone") from error
 
 
 _EXCHANGE = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p, ctypes.c_int64)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
+from fdserve.ops.collectives import ALONE, SharedMemory, or_gone
 from fdserve.ops.library import run
 from fdserve.ops.weights import PackedWeight
 
@@ -26,11 +28,20 @@ class Block(NamedTuple):
 class Decoder:
     """x + attention(norm(x)), then x + mlp(norm(x)), for each block; then the final norm.
 
-    The same bits as the operators one by one. What is fixed is put together once, because a step is short.
+    The same bits as the operators one by one. What is fixed is put together once, because a step is short. Ranks that
+    have a part of each matrix (`num_heads` and `num_kv_heads` are this rank's) add up through what they share.
     """
 
     def __init__(
-        self, blocks: Sequence[Block], norm: Tensor, *, num_heads: int, num_kv_heads: int, head_dim: int, eps: float
+        self,
+        blocks: Sequence[Block],
+        norm: Tensor,
+        *,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        eps: float,
+        shared: SharedMemory | None = None,
     ) -> None:
         self._norm = norm
         self._input_norms = [block.input_norm for block in blocks]
@@ -43,6 +54,9 @@ class Decoder:
         self._heads = (num_heads, num_kv_heads, head_dim)
         self._inner = blocks[0].down.in_features
         self._eps = eps
+        self._shared = shared  # kept, as the operator is only told where it is
+        self._ranks = shared.attributes if shared else ALONE
+        self._run = partial(or_gone, run) if shared else run
 
     def __call__(
         self,
@@ -58,10 +72,13 @@ class Decoder:
         """What `sample_rows` (int32 [R], R <= T) of x [T, H] D become: [R, H] D.
 
         `caches` has the (keys, values) of each block, changed in place; all else is as for `fdserve.ops.attention`.
+        Raises RankError where a peer is gone.
         """
-        return run(
+        results = self._run(
             "decoder",
             x, rope, block_tables, query_starts, context_lens, sample_rows, self._norm, self._input_norms, self._qkv,
             self._o, [keys for keys, _ in caches], [values for _, values in caches], self._post_norms, self._gate_up,
-            self._down, self._format, *self._heads, block_size, self._inner, self._eps,
-        )[0]  # fmt: skip
+            self._down, self._format, *self._heads, block_size, self._inner, self._eps, *self._ranks,
+        )  # fmt: skip
+        result: Tensor = results[0]
+        return result

@@ -9,9 +9,8 @@ import paddle
 from paddle import Tensor
 
 from fdserve import ops
-from fdserve.errors import RankError
 from fdserve.executor.wire import Load
-from fdserve.ops.collectives import Bytes
+from fdserve.ops.collectives import Bytes, or_gone
 from fdserve.worker.group import join
 
 
@@ -26,19 +25,24 @@ class Collectives:
     def __init__(self, load: Load) -> None:
         self._ranks = _gathering(load) if ops.on_gpu() else _shared_memory(load)
 
+    @property
+    def shared(self) -> ops.SharedMemory | None:
+        """What operators on a CPU add up through by themselves."""
+        return self._ranks if isinstance(self._ranks, ops.SharedMemory) else None
+
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum of the ranks' tensors, added in float32 in rank order and rounded once to their dtype."""
-        return _or_gone(self._ranks.all_reduce, x)
+        return or_gone(self._ranks.all_reduce, x)
 
     def sample(self, *arguments: Any, **options: Any) -> Any:
         """`ops.sample` from each rank's part of the logits; the same on all ranks."""
-        return _or_gone(ops.sample, *arguments, shared=self._ranks, **options)
+        return or_gone(ops.sample, *arguments, shared=self._ranks, **options)
 
     def least(self, value: int) -> int:
         """The smallest of what the ranks have measured on GPUs of their own; on a CPU all were told the same."""
         if isinstance(self._ranks, ops.SharedMemory):
             return value
-        return int(_or_gone(self._ranks.gather, paddle.full([1], value, "int64")).min())
+        return int(or_gone(self._ranks.gather, paddle.full([1], value, "int64")).min())
 
 
 def _gathering(load: Load) -> ops.Gathering:
@@ -69,10 +73,3 @@ def _gather_bytes() -> Callable[[Bytes], Bytes]:
         return everyone
 
     return gather_bytes
-
-
-def _or_gone(collective: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-    try:
-        return collective(*arguments, **options)
-    except RuntimeError as error:
-        raise RankError("a rank that it computes with is gone") from error

@@ -56,6 +56,7 @@ class Runner:
             dtype=self.dtype,
             quantization=None if load.quantization == "none" else load.quantization,
             all_reduce=collectives.all_reduce if collectives else identity,
+            shared=collectives.shared if collectives else None,
             progress=lambda done, total: progress("weights", done, total),
         )
         bytes_per_block = self.model.kv_bytes_per_block(load.block_size, kv_dtype)

@@ -1,10 +1,11 @@
 // Attention and whole decoders as Paddle custom ops: see bindings.cc for what such a file does.
-#include "bindings.h"
+#include "bindings_shared.h"
 
 namespace {
 
 using namespace fdserve::bindings;
 using fdserve::AttentionCall;
+using fdserve::Shared;
 
 // What the kernel reads through: a wrong index would be a wild access.
 void check_sequences(const fdserve::AttentionCall& call, int64_t blocks) {
@@ -81,7 +82,8 @@ std::vector<Tensor> decoder(const Tensor& x, const Tensor& rope, const Tensor& b
                             const Tensors& input_norms, const Tensors& qkv, const Tensors& o, const Tensors& k_caches,
                             const Tensors& v_caches, const Tensors& post_norms, const Tensors& gate_up,
                             const Tensors& down, int64_t format, int64_t heads, int64_t kv_heads, int64_t head_dim,
-                            int64_t block_size, int64_t inner, float eps) {
+                            int64_t block_size, int64_t inner, float eps, int64_t memory, int64_t slot_bytes, int rank,
+                            int ranks, const std::vector<int>& peers, int64_t exchange) {
   const size_t count = input_norms.size();
   require(x.dims().size() == 2 && count > 0, "decoder: x must be [T, H], and there must be layers");
   for (const Tensors* each : {&qkv, &o, &k_caches, &v_caches, &post_norms, &gate_up, &down})
@@ -106,9 +108,11 @@ std::vector<Tensor> decoder(const Tensor& x, const Tensor& rope, const Tensor& b
                       matrix_of(down[l], format, hidden, inner, x.dtype())});
   }
   Tensor out = make({samples, hidden}, x.dtype());
-  if (tokens > 0)
-    fdserve::decoder({call, layers.data(), static_cast<int64_t>(count), hidden, norm_of(norm, x), eps, x.data(), rows,
-                      samples, samples > 0 ? out.data() : nullptr});
+  if (tokens == 0) return {out};
+  Shared shared = {};
+  if (ranks > 1) shared = shared_of(memory, slot_bytes, rank, ranks, peers, exchange);
+  require_peers(fdserve::decoder({call, layers.data(), static_cast<int64_t>(count), hidden, norm_of(norm, x), eps, x.data(),
+                                  rows, samples, samples > 0 ? out.data() : nullptr, ranks > 1 ? &shared : nullptr}));
   return {out};
 }
 
@@ -126,5 +130,5 @@ PD_BUILD_OP(fdserve_decoder)
              paddle::Vec("post_norms"), paddle::Vec("gate_up"), paddle::Vec("down")})
     .Outputs({"out"})
     .Attrs({"format: int64_t", "heads: int64_t", "kv_heads: int64_t", "head_dim: int64_t", "block_size: int64_t",
-            "inner: int64_t", "eps: float"})
+            "inner: int64_t", "eps: float", FDSERVE_SHARED})
     .SetKernelFn(PD_KERNEL(Guarded<decoder>::call));

@@ -1,9 +1,11 @@
 // All blocks of a dense model in one call: for a few tokens, calling an operator costs as much as some of them compute.
 //
-// The operators are those of the other files, in the same order and on the same bits. Floor: memory, the weights once.
+// The operators are those of the other files, in the same order and on the same bits; where ranks have a part of each
+// matrix, their parts of a sum are added up between them. Floor: memory, the weights once.
 #include <cstring>
 #include <initializer_list>
 
+#include "collectives.h"
 #include "kernels.h"
 #include "pool.h"
 
@@ -36,9 +38,14 @@ void keep_rows(char* x, char* spare, const int32_t* ids, int64_t count, int64_t 
   std::memcpy(x, spare, static_cast<size_t>(count * row));
 }
 
+// The ranks' parts of x become their sum.
+bool add_up(const Shared* shared, char* x, int64_t size, Dtype dtype) {
+  return shared == nullptr || all_reduce(*shared, x, size, dtype, x);
+}
+
 }  // namespace
 
-void decoder(const DecoderCall& call) {
+bool decoder(const DecoderCall& call) {
   const Dtype dtype = call.attention.dtype;
   const DecoderLayer* layers = call.layers;
   const int64_t hidden = call.hidden, row = hidden * size_of(dtype), heads = layers[0].o.k, inner = layers[0].down.k;
@@ -57,18 +64,21 @@ void decoder(const DecoderCall& call) {
     attention(attend);
     if (last) {
       // No token looks at another any more: only the rows asked for go on.
-      if (call.samples == 0) return;
+      if (call.samples == 0) return true;
       keep_rows(attended, qkv, call.sample_rows, call.samples, heads * size_of(dtype));
       keep_rows(residual, answer, call.sample_rows, call.samples, row);
       rows = call.samples;
     }
     linear(attended, rows, dtype, layer.o, answer, dtype);
+    if (!add_up(call.shared, answer, rows * hidden, dtype)) return false;
     rms_norm(answer, residual, layer.post_norm, call.eps, rows, hidden, dtype, x, residual);
     linear_swiglu(x, rows, dtype, layer.gate_up, both, activated);
     linear(activated, rows, dtype, layer.down, answer, dtype);
+    if (!add_up(call.shared, answer, rows * hidden, dtype)) return false;
     rms_norm(answer, residual, last ? call.norm : layers[l + 1].input_norm, call.eps, rows, hidden, dtype,
              last ? static_cast<char*>(call.out) : x, residual);
   }
+  return true;
 }
 
 }  // namespace fdserve

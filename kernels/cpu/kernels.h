@@ -250,6 +250,8 @@ struct DecoderLayer {
   Matrix gate_up, down;
 };
 
+struct Shared;
+
 struct DecoderCall {
   AttentionCall attention;  // but for qkv, caches and out, which are each layer's own
   const DecoderLayer* layers;
@@ -260,8 +262,10 @@ struct DecoderCall {
   const int32_t* sample_rows;
   int64_t samples;
   void* out;  // [samples][hidden]
+  const Shared* shared;  // of ranks that have a part of each matrix, see collectives.h; null: all of it is here
 };
-void decoder(const DecoderCall& call);
+// False if a peer is gone.
+bool decoder(const DecoderCall& call);
 
 struct MoeCall {
   Dtype dtype;

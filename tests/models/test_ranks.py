@@ -1,0 +1,42 @@
+"""The blocks as one operator on several ranks, which sums between them by itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.engines import SHAPE, random_checkpoint
+from tests.models.checkpoints import DENSE
+from tests.ops.test_collectives import ranks_of
+
+# Prefills, a chunk beside a decode, a step of which no row is asked for, decodes.
+FORWARD = """
+from pathlib import Path
+from fdserve.models.config import read_config
+from fdserve.models.loader import load_model
+from tests.models.stepping import Chunk, Stepper
+directory = Path({directory!r})
+def logits(**options):
+    model = load_model(directory, read_config(directory), rank=rank, world_size=ranks, dtype={dtype!r},
+                       quantization={quantization!r}, all_reduce=shared.all_reduce, **options)
+    assert (model._decoder is None) == (not options)
+    stepper = Stepper(model)
+    steps = [([Chunk(0, range(3, 33))], None), ([Chunk(1, [9] * 5), Chunk(0, [4])], [4, 5]), ([Chunk(2, [8] * 7)], []),
+             ([Chunk(0, [1]), Chunk(1, [2]), Chunk(2, [3])], None)]
+    return [stepper.step(*step) for step in steps]
+for one, each in zip(logits(shared=shared), logits(), strict=True):
+    assert one.shape == each.shape and one.tobytes() == each.tobytes()
+print("the same bits")
+"""
+
+
+@pytest.mark.parametrize(
+    ("count", "dtype", "quantization"),
+    [(4, "float32", None), (2, "bfloat16", None), (2, "bfloat16", "wint4"), (2, "bfloat16", "w8a8")],
+)
+def test_one_operator_has_the_bits_of_many(tmp_path: Path, count: int, dtype: str, quantization: str | None) -> None:
+    directory = str(random_checkpoint(tmp_path / "model", {**DENSE, **SHAPE}))
+    code = FORWARD.format(directory=directory, dtype=dtype, quantization=quantization)
+    with ranks_of(code, count) as processes:
+        assert [process.communicate(timeout=120)[0] for process in processes] == ["the same bits\n"] * count
