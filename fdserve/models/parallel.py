@@ -29,9 +29,7 @@ class Ranks:
     rank: int = 0
     world_size: int = 1
     all_reduce: Collective = identity  # the sum over the ranks
-    shared: SharedMemory | None = (
-        None  # what operators on a CPU sum through by themselves
-    )
+    shared: SharedMemory | None = None  # what operators on a CPU sum through by themselves
 
     def share(self, size: int) -> range:
         """This rank's features of `size`, which are shared out in equal parts."""
