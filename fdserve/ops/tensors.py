@@ -30,7 +30,7 @@ def to_tensor(values: npt.NDArray[Any]) -> Tensor:
     ctypes.memmove(tensor.data_ptr(), values.ctypes.data, values.nbytes)
     if not on_gpu():
         return tensor
-    there = paddle._C_ops.empty(values.shape, dtype, _own_place())
+    there = paddle._C_ops.empty(values.shape, dtype, own_place())
     if values.size:
         send(tensor, there)
     return there
@@ -44,6 +44,7 @@ def send(values: Tensor, to: Tensor) -> None:
     to.copy_(values, False)
 
 
+@cache
 def own_place() -> Any:
     """Where Paddle computes in this process: the GPU that `set_device` chose, or the CPU."""
     import paddle
@@ -51,9 +52,6 @@ def own_place() -> Any:
     # The kernels of a GPU may be emulated, and tensors then lie on the CPU.
     device, _, number = paddle.get_device().partition(":")
     return paddle.CUDAPlace(int(number)) if device == "gpu" else paddle.CPUPlace()
-
-
-_own_place = cache(own_place)
 
 
 @cache

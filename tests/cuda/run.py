@@ -159,9 +159,12 @@ def _do(arguments: argparse.Namespace) -> None:
         return
     from tests.cuda import timings
 
+    def figures(measure: Callable[[gpu.Gpu], Figure]) -> Any:
+        return measure(device).plain()
+
     jobs: list[tuple[str, Callable[[], Any]]] = [(LIMITS, lambda: vars(gpu.measured_limits()))]
     for each in group.split(","):
-        jobs += [(name, lambda m=measure: m(device).plain()) for name, measure in timings.groups()[each]]  # type: ignore[misc]
+        jobs += [(name, partial(figures, measure)) for name, measure in timings.groups()[each]]
     do_all(jobs, first, device.is_usable)
 
 

@@ -31,6 +31,30 @@ print("the same bits")
 """
 
 
+UNTIL_LOST = """
+from pathlib import Path
+from types import SimpleNamespace
+from fdserve.errors import RankError
+from fdserve.models.config import read_config
+from fdserve.models.loader import load_model
+from tests.models.stepping import Chunk, Stepper
+directory = Path({directory!r})
+model = load_model(directory, read_config(directory), rank=rank, world_size=ranks, dtype="float32", shared=shared,
+                   all_reduce=shared.all_reduce)
+stepper = Stepper(model)
+stepper.step([Chunk(0, [3, 4])])
+print("ready", flush=True)
+if rank == 1:
+    time.sleep(3600)
+# Past the embedding, whose sum is its own operator's.
+model._vocabulary = SimpleNamespace(embed=lambda ids: paddle.zeros([len(ids), model.config.hidden_size]))
+try:
+    stepper.step([Chunk(0, [5])])
+except RankError as error:
+    print(error)
+"""
+
+
 @pytest.mark.parametrize(
     ("count", "dtype", "quantization"),
     [(4, "float32", None), (2, "bfloat16", None), (2, "bfloat16", "wint4"), (2, "bfloat16", "w8a8")],
@@ -40,3 +64,13 @@ def test_one_operator_has_the_bits_of_many(tmp_path: Path, count: int, dtype: st
     code = FORWARD.format(directory=directory, dtype=dtype, quantization=quantization)
     with ranks_of(code, count) as processes:
         assert [process.communicate(timeout=120)[0] for process in processes] == ["the same bits\n"] * count
+
+
+def test_a_lost_rank_is_told_from_within_the_operator(tmp_path: Path) -> None:
+    code = UNTIL_LOST.format(directory=str(random_checkpoint(tmp_path / "model", {**DENSE, **SHAPE})))
+    with ranks_of(code, 2) as (waiting, killed):
+        for process in (waiting, killed):
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+        killed.kill()
+        assert waiting.communicate(timeout=10)[0] == "a rank that it computes with is gone\n"
