@@ -40,7 +40,7 @@ def moe_cases(
         for row, experts in enumerate(chosen):
             gate[experts, row] = 8
         tokens, gates, bias = paddle.to_tensor(x).astype(dtype), paddle.to_tensor(gate), paddle.zeros([EXPERTS])
-        call = partial(ops.moe, tokens, gates, bias, up_gate, down, top_k=TOP_K, norm_min=1e-12)
+        call = partial(ops.moe, tokens, ops.Experts(gates, bias, up_gate, down, TOP_K, 1e-12))
         took = seconds(call, budget=floors.budget)
         touched = len({expert for experts in chosen for expert in experts})
         moved = touched * 3 * hidden * inner * width / took

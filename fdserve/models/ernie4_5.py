@@ -44,19 +44,12 @@ class Ernie4_5:
         self._decoder = self._whole_decoder(norm)
 
     def _whole_decoder(self, norm: Tensor) -> ops.Decoder | None:
-        """All blocks as one operator, where they are dense and it can sum over the ranks between them."""
+        """All blocks as one operator, where it can sum over the ranks between them."""
         ranks = self._vocabulary.ranks
         if ops.on_gpu() or (ranks.world_size > 1 and ranks.shared is None):
             return None
-        blocks = []
-        for layer in self._layers:
-            attention, mlp = layer.attention, layer.mlp
-            if isinstance(mlp, MoeMlp):
-                return None
-            norms = layer.input_norm, layer.post_attention_norm
-            blocks.append(ops.Block(norms[0], attention.qkv, attention.o, norms[1], mlp.gate_up, mlp.down))
         return ops.Decoder(
-            blocks,
+            [_block(layer) for layer in self._layers],
             norm,
             num_heads=self._layers[0].attention.num_heads,
             num_kv_heads=self._num_kv_heads,
@@ -128,3 +121,17 @@ class Ernie4_5:
             x, residual = ops.add_rms_norm(x, residual, layer.post_attention_norm, eps)
             x, residual = ops.add_rms_norm(layer.mlp(x), residual, next_norm, eps)
         return x
+
+
+def _block(layer: Layer) -> ops.Block:
+    attention, mlp = layer.attention, layer.mlp
+    dense, experts = (mlp.shared, mlp.experts) if isinstance(mlp, MoeMlp) else (mlp, None)
+    return ops.Block(
+        layer.input_norm,
+        attention.qkv,
+        attention.o,
+        layer.post_attention_norm,
+        None if dense is None else dense.gate_up,
+        None if dense is None else dense.down,
+        experts,
+    )

@@ -12,8 +12,6 @@ from fdserve.models.parallel import Collective
 if TYPE_CHECKING:
     from paddle import Tensor
 
-    from fdserve.ops import PackedExperts
-
 
 @dataclass(frozen=True)
 class MoeMlp:
@@ -22,27 +20,11 @@ class MoeMlp:
     Every rank routes alike and holds a slice of every expert.
     """
 
-    gate: Tensor  # [E, H] float32
-    correction_bias: Tensor  # [E] float32; moves the choice of experts and not their weights
-    gate_up: PackedExperts  # H -> [gate | up]
-    down: PackedExperts
+    experts: ops.Experts
     shared: Mlp | None
-    top_k: int
-    norm_min: float
     all_reduce: Collective
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [T, H] -> [T, H]."""
         shared = None if self.shared is None else self.shared.partial(x)
-        return self.all_reduce(
-            ops.moe(
-                x,
-                self.gate,
-                self.correction_bias,
-                self.gate_up,
-                self.down,
-                top_k=self.top_k,
-                norm_min=self.norm_min,
-                shared=shared,
-            )
-        )
+        return self.all_reduce(ops.moe(x, self.experts, shared))

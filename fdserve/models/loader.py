@@ -228,16 +228,18 @@ class _Builder:
             bias = reader.floats(f"{name}moe_statics.e_score_correction_bias").flatten()
         else:
             bias = paddle.zeros([moe.num_experts], "float32")
-        return MoeMlp(
+        experts = ops.Experts(
             reader.floats(f"{name}gate.weight"),
             bias,
             reader.experts([layout.gate_up(expert, width, columns) for expert in names], self._hidden),
             reader.experts([[self._whole(f"{expert}down_proj.weight")] for expert in names], columns),
-            self._dense(f"{name}shared_experts.", width * moe.num_shared_experts) if moe.num_shared_experts else None,
             moe.top_k,
             moe.norm_min,
-            self._ranks.all_reduce,
         )
+        shared = None
+        if moe.num_shared_experts:
+            shared = self._dense(f"{name}shared_experts.", width * moe.num_shared_experts)
+        return MoeMlp(experts, shared, self._ranks.all_reduce)
 
     def _down(self, name: str, inputs: range) -> PackedWeight:
         """A matrix back to the hidden size, of which this rank has some inputs."""

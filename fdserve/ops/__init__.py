@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from fdserve.ops.collectives import SharedMemory, sampling_slot_bytes, vocabulary_starts
 from fdserve.ops.decoder import Block, Decoder
-from fdserve.ops.experts import moe
+from fdserve.ops.experts import Experts, moe
 from fdserve.ops.gathering import Gathering
 from fdserve.ops.layers import add_rms_norm, embedding, linear, rms_norm, swiglu
 from fdserve.ops.library import (
@@ -35,6 +35,7 @@ from fdserve.ops.weights import PackedExperts, PackedWeight, pack_experts, pack_
 __all__ = [
     "Block",
     "Decoder",
+    "Experts",
     "Gathering",
     "KernelsMissing",
     "PackedExperts",

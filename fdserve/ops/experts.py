@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from fdserve.ops import gpu
@@ -12,17 +13,19 @@ if TYPE_CHECKING:
     from paddle import Tensor
 
 
-def moe(
-    x: Tensor,
-    gate: Tensor,
-    correction_bias: Tensor,
-    up_gate: PackedExperts,
-    down: PackedExperts,
-    *,
-    top_k: int,
-    norm_min: float,
-    shared: Tensor | None = None,
-) -> Tensor:
+@dataclass(frozen=True)
+class Experts:
+    """The E experts of a layer and the router that chooses `top_k` of them for each token."""
+
+    gate: Tensor  # [E, H] float32
+    correction_bias: Tensor  # [E] float32; moves the choice of experts and not their weights
+    up_gate: PackedExperts  # E matrices [2I, H], the gate's rows first
+    down: PackedExperts  # E matrices [H, I]
+    top_k: int
+    norm_min: float
+
+
+def moe(x: Tensor, experts: Experts, shared: Tensor | None = None) -> Tensor:
     """Route each token to its experts and sum what they answer, weighted, plus `shared`.
 
     p = softmax(x @ gate.T) in float32; the experts with the top_k largest p + correction_bias (lowest id on
@@ -31,20 +34,16 @@ def moe(
 
     Args:
         x: [T, H] D.
-        gate: [E, H] float32.
-        correction_bias: [E] float32.
-        up_gate: E matrices [2I, H], the gate's rows first.
-        down: E matrices [H, I].
         shared: the shared experts' answer [T, H] D, or None.
 
     Returns:
         [T, H] D.
     """
+    up_gate, down = experts.up_gate, experts.down
+    weights = experts.gate, experts.correction_bias, up_gate.data, down.data
     if on_gpu():
         bits, scales = gpu.BITS[down.format], (up_gate.scales, down.scales)
-        weights = gate, correction_bias, up_gate.data, down.data, *scales, shared
-        return run("moe", x, *weights, bits, down.in_features, top_k, norm_min)[0]
-    format = FORMATS.index(down.format)
-    return run(
-        "moe", x, gate, correction_bias, up_gate.data, down.data, shared, format, down.in_features, top_k, norm_min
-    )[0]
+        how = bits, down.in_features, experts.top_k, experts.norm_min
+        return run("moe", x, *weights, *scales, shared, *how)[0]
+    how = FORMATS.index(down.format), down.in_features, experts.top_k, experts.norm_min
+    return run("moe", x, *weights, shared, *how)[0]

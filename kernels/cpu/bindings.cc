@@ -69,21 +69,13 @@ std::vector<Tensor> swiglu(const Tensor& x) {
 std::vector<Tensor> moe(const Tensor& x, const Tensor& gate, const Tensor& correction_bias, const Tensor& up_gate,
                         const Tensor& down, const paddle::optional<Tensor>& shared, int64_t format, int64_t inner,
                         int64_t top_k, float norm_min) {
-  require(x.dims().size() == 2 && gate.dims().size() == 2 && gate.dims()[1] == x.dims()[1],
-          "moe: x must be [T, H] and gate [E, H]");
-  const int64_t experts = gate.dims()[0];
-  require(correction_bias.numel() == experts && up_gate.dims()[0] == experts && down.dims()[0] == experts,
-          "moe: gate, correction_bias, up_gate and down must have as many experts");
-  require(top_k > 0 && top_k <= experts, "moe: top_k must be between 1 and the number of experts");
-  const int64_t hidden = x.dims()[1];
+  require(x.dims().size() == 2, "moe: x must be [T, H] and gate [E, H]");
   require(!shared || (shared->dims() == x.dims() && shared->dtype() == x.dtype()), "moe: shared must be like x");
+  const Experts experts =
+      experts_of(gate, correction_bias, up_gate, down, format, x.dims()[1], inner, top_k, norm_min, x.dtype());
   Tensor out = make({x.dims()[0], x.dims()[1]}, x.dtype());
   if (x.numel() > 0)
-    fdserve::moe({dtype_of(x), x.dims()[0], x.dims()[1], inner, experts, top_k, norm_min, x.data(),
-                  data_of<float>(gate, DataType::FLOAT32, "moe: gate must be float32"),
-                  data_of<float>(correction_bias, DataType::FLOAT32, "moe: correction_bias must be float32"),
-                  matrix_of(up_gate, format, 2 * inner, hidden, x.dtype(), experts),
-                  matrix_of(down, format, hidden, inner, x.dtype(), experts), shared ? shared->data() : nullptr, out.data()});
+    fdserve::moe({dtype_of(x), x.dims()[0], experts, x.data(), shared ? shared->data() : nullptr, out.data()});
   return {out};
 }
 

@@ -12,6 +12,7 @@
 namespace fdserve::bindings {
 
 using fdserve::Dtype;
+using fdserve::Experts;
 using fdserve::Format;
 using fdserve::Matrix;
 using paddle::DataType;
@@ -52,6 +53,19 @@ inline Matrix matrix_of(const Tensor& panels, int64_t format_, int64_t n, int64_
   require(n > 0 && k > 0 && panels.numel() * static_cast<int64_t>(phi::SizeOf(stored)) == count * bytes,
           "a weight is not of this size");
   return {panels.data(), n, k, format};
+}
+
+// `top_k` of as many experts as the gate [E, hidden] has rows, all panels of one format.
+inline Experts experts_of(const Tensor& gate, const Tensor& correction_bias, const Tensor& up_gate, const Tensor& down,
+                          int64_t format, int64_t hidden, int64_t inner, int64_t top_k, float norm_min, DataType dtype) {
+  require(gate.dims().size() == 2 && gate.dims()[1] == hidden, "moe: x must be [T, H] and gate [E, H]");
+  const int64_t count = gate.dims()[0];
+  require(correction_bias.numel() == count && up_gate.dims()[0] == count && down.dims()[0] == count,
+          "moe: gate, correction_bias, up_gate and down must have as many experts");
+  require(top_k > 0 && top_k <= count, "moe: top_k must be between 1 and the number of experts");
+  return {count, top_k, norm_min, data_of<float>(gate, DataType::FLOAT32, "moe: gate must be float32"),
+          data_of<float>(correction_bias, DataType::FLOAT32, "moe: correction_bias must be float32"),
+          matrix_of(up_gate, format, 2 * inner, hidden, dtype, count), matrix_of(down, format, hidden, inner, dtype, count)};
 }
 
 // Paddle turns its own exceptions alone into Python's (this one into ValueError) and aborts on any other.

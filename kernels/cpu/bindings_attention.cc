@@ -77,17 +77,43 @@ const void* norm_of(const Tensor& weight, const Tensor& x) {
   return weight.data();
 }
 
+// The tensors of MLPs, one after the other.
+class Mlps {
+ public:
+  Mlps(const Tensors& tensors, int64_t format, int64_t hidden, DataType dtype)
+      : left_(tensors.begin()), end_(tensors.end()), format_(format), hidden_(hidden), dtype_(dtype) {}
+
+  Experts experts(int64_t inner, int64_t top_k, float norm_min) {
+    const Tensor &gate = next(), &bias = next(), &up_gate = next(), &down = next();
+    return experts_of(gate, bias, up_gate, down, format_, hidden_, inner, top_k, norm_min, dtype_);
+  }
+  Matrix gate_up(int64_t inner) { return matrix_of(next(), format_, 2 * inner, hidden_, dtype_); }
+  Matrix down(int64_t inner) { return matrix_of(next(), format_, hidden_, inner, dtype_); }
+  void require_none() const { require(left_ == end_, "decoder: there are more weights than layers have"); }
+
+ private:
+  const Tensor& next() {
+    require(left_ != end_, "decoder: there are fewer weights than layers have");
+    return *left_++;
+  }
+  Tensors::const_iterator left_, end_;
+  int64_t format_, hidden_;
+  DataType dtype_;
+};
+
 std::vector<Tensor> decoder(const Tensor& x, const Tensor& rope, const Tensor& block_tables, const Tensor& query_starts,
                             const Tensor& context_lens, const Tensor& sample_rows, const Tensor& norm,
                             const Tensors& input_norms, const Tensors& qkv, const Tensors& o, const Tensors& k_caches,
-                            const Tensors& v_caches, const Tensors& post_norms, const Tensors& gate_up,
-                            const Tensors& down, int64_t format, int64_t heads, int64_t kv_heads, int64_t head_dim,
-                            int64_t block_size, int64_t inner, float eps, int64_t memory, int64_t slot_bytes, int rank,
-                            int ranks, const std::vector<int>& peers, int64_t exchange) {
+                            const Tensors& v_caches, const Tensors& post_norms, const Tensors& mlps, int64_t format,
+                            int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t block_size,
+                            const std::vector<int64_t>& inner, const std::vector<int64_t>& experts_inner, int64_t top_k,
+                            float norm_min, float eps, int64_t memory, int64_t slot_bytes, int rank, int ranks,
+                            const std::vector<int>& peers, int64_t exchange) {
   const size_t count = input_norms.size();
   require(x.dims().size() == 2 && count > 0, "decoder: x must be [T, H], and there must be layers");
-  for (const Tensors* each : {&qkv, &o, &k_caches, &v_caches, &post_norms, &gate_up, &down})
+  for (const Tensors* each : {&qkv, &o, &k_caches, &v_caches, &post_norms})
     require(each->size() == count, "decoder: every list must have one tensor a layer");
+  require(inner.size() == count && experts_inner.size() == count, "decoder: every list must have one size a layer");
   const int64_t tokens = x.dims()[0], hidden = x.dims()[1], samples = sample_rows.numel();
   const auto* rows = data_of<int32_t>(sample_rows, DataType::INT32, "decoder: sample_rows must be int32");
   require(samples <= tokens, "decoder: there are more sample_rows than tokens");
@@ -95,7 +121,9 @@ std::vector<Tensor> decoder(const Tensor& x, const Tensor& rope, const Tensor& b
   dtype_of(x);
   const AttentionCall call = attention_call(x.dtype(), tokens, k_caches[0], v_caches[0], rope, block_tables, query_starts,
                                             context_lens, heads, kv_heads, head_dim, block_size);
+  Mlps weights(mlps, format, hidden, x.dtype());
   std::vector<fdserve::DecoderLayer> layers;
+  std::vector<Experts> experts(count);
   for (size_t l = 0; l < count; ++l) {
     for (const Tensor* cache : {&k_caches[l], &v_caches[l]})
       require(cache->dims() == k_caches[0].dims() && cache->dtype() == k_caches[0].dtype(),
@@ -104,9 +132,15 @@ std::vector<Tensor> decoder(const Tensor& x, const Tensor& rope, const Tensor& b
                       matrix_of(qkv[l], format, (heads + 2 * kv_heads) * head_dim, hidden, x.dtype()),
                       matrix_of(o[l], format, hidden, heads * head_dim, x.dtype()),
                       const_cast<void*>(data_of(k_caches[l])), const_cast<void*>(data_of(v_caches[l])),
-                      norm_of(post_norms[l], x), matrix_of(gate_up[l], format, 2 * inner, hidden, x.dtype()),
-                      matrix_of(down[l], format, hidden, inner, x.dtype())});
+                      norm_of(post_norms[l], x), {}, {}, nullptr});
+    require(inner[l] > 0 || experts_inner[l] > 0, "decoder: a layer has no MLP");
+    if (experts_inner[l] > 0) {
+      experts[l] = weights.experts(experts_inner[l], top_k, norm_min);
+      layers[l].experts = &experts[l];
+    }
+    if (inner[l] > 0) layers[l].gate_up = weights.gate_up(inner[l]), layers[l].down = weights.down(inner[l]);
   }
+  weights.require_none();
   Tensor out = make({samples, hidden}, x.dtype());
   if (tokens == 0) return {out};
   Shared shared = {};
@@ -127,8 +161,9 @@ PD_BUILD_OP(fdserve_attention)
 PD_BUILD_OP(fdserve_decoder)
     .Inputs({"x", "rope", "block_tables", "query_starts", "context_lens", "sample_rows", "norm", paddle::Vec("input_norms"),
              paddle::Vec("qkv"), paddle::Vec("o"), paddle::Vec("k_caches"), paddle::Vec("v_caches"),
-             paddle::Vec("post_norms"), paddle::Vec("gate_up"), paddle::Vec("down")})
+             paddle::Vec("post_norms"), paddle::Vec("mlps")})
     .Outputs({"out"})
     .Attrs({"format: int64_t", "heads: int64_t", "kv_heads: int64_t", "head_dim: int64_t", "block_size: int64_t",
-            "inner: int64_t", "eps: float", FDSERVE_SHARED})
+            "inner: std::vector<int64_t>", "experts_inner: std::vector<int64_t>", "top_k: int64_t", "norm_min: float",
+            "eps: float", FDSERVE_SHARED})
     .SetKernelFn(PD_KERNEL(Guarded<decoder>::call));

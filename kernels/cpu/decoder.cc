@@ -1,7 +1,8 @@
-// All blocks of a dense model in one call: for a few tokens, calling an operator costs as much as some of them compute.
+// All blocks of a model in one call: for a few tokens, calling an operator costs as much as some of them compute.
 //
 // The operators are those of the other files, in the same order and on the same bits; where ranks have a part of each
 // matrix, their parts of a sum are added up between them. Floor: memory, the weights once.
+#include <algorithm>
 #include <cstring>
 #include <initializer_list>
 
@@ -48,11 +49,12 @@ bool add_up(const Shared* shared, char* x, int64_t size, Dtype dtype) {
 bool decoder(const DecoderCall& call) {
   const Dtype dtype = call.attention.dtype;
   const DecoderLayer* layers = call.layers;
-  const int64_t hidden = call.hidden, row = hidden * size_of(dtype), heads = layers[0].o.k, inner = layers[0].down.k;
-  int64_t rows = call.attention.tokens;
-  const Buffers buffers(rows, dtype, {hidden, hidden, hidden, layers[0].qkv.n, heads, 2 * inner, inner});
+  const int64_t hidden = call.hidden, row = hidden * size_of(dtype), heads = layers[0].o.k;
+  int64_t rows = call.attention.tokens, inner = 0;
+  for (int64_t l = 0; l < call.count; ++l) inner = std::max(inner, layers[l].down.k);
+  const Buffers buffers(rows, dtype, {hidden, hidden, hidden, layers[0].qkv.n, heads, 2 * inner, inner, hidden});
   char *residual = buffers[0], *x = buffers[1], *answer = buffers[2], *qkv = buffers[3], *attended = buffers[4];
-  char *both = buffers[5], *activated = buffers[6];
+  char *both = buffers[5], *activated = buffers[6], *shared = buffers[7];
   std::memcpy(residual, call.x, static_cast<size_t>(rows * row));
   rms_norm(residual, nullptr, layers[0].input_norm, call.eps, rows, hidden, dtype, x, nullptr);
   for (int64_t l = 0; l < call.count; ++l) {
@@ -72,8 +74,13 @@ bool decoder(const DecoderCall& call) {
     linear(attended, rows, dtype, layer.o, answer, dtype);
     if (!add_up(call.shared, answer, rows * hidden, dtype)) return false;
     rms_norm(answer, residual, layer.post_norm, call.eps, rows, hidden, dtype, x, residual);
-    linear_swiglu(x, rows, dtype, layer.gate_up, both, activated);
-    linear(activated, rows, dtype, layer.down, answer, dtype);
+    char* dense = layer.experts == nullptr ? answer : shared;
+    if (layer.down.panels != nullptr) {
+      linear_swiglu(x, rows, dtype, layer.gate_up, both, activated);
+      linear(activated, rows, dtype, layer.down, dense, dtype);
+    }
+    if (layer.experts != nullptr)
+      moe({dtype, rows, *layer.experts, x, layer.down.panels == nullptr ? nullptr : shared, answer});
     if (!add_up(call.shared, answer, rows * hidden, dtype)) return false;
     rms_norm(answer, residual, last ? call.norm : layers[l + 1].input_norm, call.eps, rows, hidden, dtype,
              last ? static_cast<char*>(call.out) : x, residual);

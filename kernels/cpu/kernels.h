@@ -26,6 +26,7 @@ constexpr int64_t KEY_GROUP = 16;  // keys stored together
 constexpr int64_t KEY_TILE = 64;   // keys scored together, at absolute positions
 constexpr int64_t KEY_PART = 512;  // keys between two merges of the softmax state, at absolute positions
 constexpr int64_t SPARE_ROWS = 15;  // that a kernel may compute, or read, to fill a tile
+constexpr int64_t DOT_ROWS = 4;
 constexpr int MAX_HEAD_DIM = 256;
 
 // Inputs that share a scale; the last group of a panel may have fewer. At 4 bits the scale matters more, at 8 the time that
@@ -177,7 +178,8 @@ struct Split {
 struct FloatKernels {
   void (*axpy)(const float* x, float weight, int64_t size, float* total);
   void (*softmax)(float* x, int64_t size);
-  float (*dot)(const float* x, const float* y, int64_t size);
+  // out[r stride] = x[size] times y[r][size], for up to DOT_ROWS rows.
+  void (*dots)(const float* x, const float* y, int64_t rows, int64_t size, float* out, int64_t stride);
   void (*widen)(const bf16* x, int64_t size, float* out);
   // Fold the state `part` into `total`, row by row.
   void (*merge)(AttendState total, AttendState part, int64_t rows, int64_t head_dim, int64_t stride);
@@ -242,12 +244,29 @@ struct AttentionCall {
 };
 void attention(const AttentionCall& call);
 
+struct Experts {
+  int64_t count, top_k;
+  float norm_min;
+  const float *gate, *correction_bias;  // [count][hidden], [count]
+  Matrix up_gate, down;                 // each of all experts
+};
+
+struct MoeCall {
+  Dtype dtype;
+  int64_t tokens;
+  Experts experts;
+  const void *x, *shared;  // null: nothing is to be added
+  void* out;
+};
+void moe(const MoeCall& call);
+
 struct DecoderLayer {
   const void* input_norm;
   Matrix qkv, o;
   void *k_cache, *v_cache;
   const void* post_norm;
-  Matrix gate_up, down;
+  Matrix gate_up, down;  // with experts the shared ones', and without panels where there are none
+  const Experts* experts;  // null: a dense layer
 };
 
 struct Shared;
@@ -266,18 +285,6 @@ struct DecoderCall {
 };
 // False if a peer is gone.
 bool decoder(const DecoderCall& call);
-
-struct MoeCall {
-  Dtype dtype;
-  int64_t tokens, hidden, inner, experts, top_k;
-  float norm_min;
-  const void* x;
-  const float *gate, *correction_bias;
-  Matrix up_gate, down;  // each of all experts
-  const void* shared;
-  void* out;
-};
-void moe(const MoeCall& call);
 
 struct SampleCall {
   int64_t rows, vocab_stride, vocab_size, num_top;

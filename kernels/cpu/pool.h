@@ -22,7 +22,7 @@ int num_threads();
 void set_num_threads(int count);
 
 // A buffer of this thread that lives until the next call with the same slot asks for more. 64-byte aligned.
-enum ScratchSlot { kScratchTile, kScratchQuery, kScratchSeen, kScratchLogits, kScratchWeights, kScratchCall, kScratchMoe, kScratchBlocks, kScratchTiled, kScratchSlots };
+enum ScratchSlot { kScratchTile, kScratchQuery, kScratchSeen, kScratchLogits, kScratchWeights, kScratchCall, kScratchMoe, kScratchBlocks, kScratchRows, kScratchSlots };
 void* scratch_bytes(ScratchSlot slot, int64_t bytes);
 
 template <class T>

@@ -117,13 +117,36 @@ inline void softmax(float* x, int64_t size) {
   for (int64_t i = 0; i < size; ++i) x[i] /= total;
 }
 
-inline float dot(const float* x, const float* y, int64_t size) {
+// A row's sum is in four vectors, whatever the rows beside it.
+template <int ROWS>
+FD_INLINE void dots_of(const float* x, const float* y, int64_t size, float* out, int64_t stride) {
   const int64_t whole = size / VL * VL;
-  vf total[4] = {};
-  for (int64_t i = 0; i < whole; i += VL) total[i / VL % 4] = fma(load(x + i), load(y + i), total[i / VL % 4]);
-  float rest = sum((total[0] + total[1]) + (total[2] + total[3]));
-  for (int64_t i = whole; i < size; ++i) rest += x[i] * y[i];
-  return rest;
+  vf total[ROWS][4] = {};
+  int64_t i = 0;
+  for (; i + 4 * VL <= whole; i += 4 * VL)
+    for (int lane = 0; lane < 4; ++lane) {
+      const vf v = load(x + i + lane * VL);
+      for (int r = 0; r < ROWS; ++r) total[r][lane] = fma(v, load(y + r * size + i + lane * VL), total[r][lane]);
+    }
+  for (int lane = 0; lane < 3; ++lane)
+    if (i + lane * VL < whole)
+      for (int r = 0; r < ROWS; ++r)
+        total[r][lane] = fma(load(x + i + lane * VL), load(y + r * size + i + lane * VL), total[r][lane]);
+  for (int r = 0; r < ROWS; ++r) {
+    float rest = sum((total[r][0] + total[r][1]) + (total[r][2] + total[r][3]));
+    for (i = whole; i < size; ++i) rest += x[i] * y[r * size + i];
+    out[r * stride] = rest;
+  }
+}
+
+inline void dots(const float* x, const float* y, int64_t rows, int64_t size, float* out, int64_t stride) {
+  static_assert(DOT_ROWS == 4, "a case for each number of rows");
+  switch (rows) {
+    case 1: return dots_of<1>(x, y, size, out, stride);
+    case 2: return dots_of<2>(x, y, size, out, stride);
+    case 3: return dots_of<3>(x, y, size, out, stride);
+    default: return dots_of<4>(x, y, size, out, stride);
+  }
 }
 
 inline void widen(const bf16* x, int64_t size, float* out) {

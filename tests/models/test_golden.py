@@ -145,6 +145,7 @@ def test_one_operator_for_all_blocks_gives_the_bits_of_many(
 ) -> None:
     model = load(GOLDEN / golden.name, dtype, quantization=quantization)
     chunks = [Chunk(sequence, prompt) for sequence, prompt in enumerate(golden.prompts)]
+    assert model._decoder is not None
     together = Stepper(model).step(chunks, [26, 0, 7])
     monkeypatch.setattr(model, "_decoder", None)
     np.testing.assert_array_equal(Stepper(model).step(chunks, [26, 0, 7]), together)

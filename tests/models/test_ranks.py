@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.e2e.engines import SHAPE, random_checkpoint
-from tests.models.checkpoints import DENSE
+from tests.models.checkpoints import DENSE, MOE
 from tests.ops.test_collectives import ranks_of
 
 # Prefills, a chunk beside a decode, a step of which no row is asked for, decodes.
@@ -56,11 +57,20 @@ except RankError as error:
 
 
 @pytest.mark.parametrize(
-    ("count", "dtype", "quantization"),
-    [(4, "float32", None), (2, "bfloat16", None), (2, "bfloat16", "wint4"), (2, "bfloat16", "w8a8")],
+    ("config", "count", "dtype", "quantization"),
+    [
+        (DENSE, 4, "float32", None),
+        (DENSE, 2, "bfloat16", None),
+        (DENSE, 2, "bfloat16", "wint4"),
+        (DENSE, 2, "bfloat16", "w8a8"),
+        (MOE, 2, "bfloat16", "wint4"),
+        (MOE | {"moe_num_shared_experts": 0}, 2, "float32", None),
+    ],
 )
-def test_one_operator_has_the_bits_of_many(tmp_path: Path, count: int, dtype: str, quantization: str | None) -> None:
-    directory = str(random_checkpoint(tmp_path / "model", {**DENSE, **SHAPE}))
+def test_one_operator_has_the_bits_of_many(
+    tmp_path: Path, config: dict[str, Any], count: int, dtype: str, quantization: str | None
+) -> None:
+    directory = str(random_checkpoint(tmp_path / "model", {**config, **SHAPE}))
     code = FORWARD.format(directory=directory, dtype=dtype, quantization=quantization)
     with ranks_of(code, count) as processes:
         assert [process.communicate(timeout=120)[0] for process in processes] == ["the same bits\n"] * count

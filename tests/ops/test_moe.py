@@ -14,7 +14,9 @@ from tests.ops.arrays import Float, assert_close, normal, source, tensor, values
 class Layer:
     """A small mixture-of-experts layer, packed and plain."""
 
-    def __init__(self, dtype: str, hidden: int, inner: int, experts: int, top_k: int) -> None:
+    def __init__(
+        self, dtype: str, hidden: int, inner: int, experts: int, top_k: int, quantization: str | None = None
+    ) -> None:
         rng = np.random.default_rng(hidden)
         self.dtype, self.top_k = dtype, top_k
         self.gate = normal(rng, experts, hidden, scale=hidden**-0.5)
@@ -23,7 +25,11 @@ class Layer:
         self.down = [normal(rng, hidden, inner, dtype=dtype, scale=inner**-0.5) for _ in range(experts)]
         self.packed = [
             ops.pack_experts(
-                (source(weight, dtype) for weight in weights), num_experts=experts, dtype=dtype, in_out=False
+                (source(weight, dtype) for weight in weights),
+                num_experts=experts,
+                dtype=dtype,
+                in_out=False,
+                quantization=quantization,
             )
             for weights in (self.up_gate, self.down)
         ]
@@ -31,9 +37,9 @@ class Layer:
     def run(self, x: Float, shared: Float | None = None) -> Any:
         extra = None if shared is None else tensor(shared, self.dtype)
         gate, bias = tensor(self.gate, "float32"), tensor(self.bias, "float32")
-        return values(
-            ops.moe(tensor(x, self.dtype), gate, bias, *self.packed, top_k=self.top_k, norm_min=1e-12, shared=extra)
-        )
+        up_gate, down = self.packed
+        experts = ops.Experts(gate, bias, up_gate, down, self.top_k, norm_min=1e-12)
+        return values(ops.moe(tensor(x, self.dtype), experts, extra))
 
     def expect(self, x: Float, shared: Float | None = None) -> Float:
         return reference.moe(
@@ -52,8 +58,14 @@ def test_moe(dtype: str, hidden: int, inner: int, experts: int, top_k: int, toke
     assert_close(layer.run(x, shared), layer.expect(x, shared), dtype)
 
 
-def test_a_tokens_bits_do_not_depend_on_the_batch_or_the_threads(dtype: str) -> None:
-    layer = Layer(dtype, 64, 96, 8, 3)
+# Of 1100 tokens a chunk has up to 1024, more than a group; widths of whole panels are activated in the cache.
+@pytest.mark.parametrize("inner", [96, 128])
+@pytest.mark.parametrize("quantization", [None, "wint8", "wint4", "w8a8"])
+def test_a_tokens_bits_do_not_depend_on_the_batch_or_the_threads(
+    dtype: str, quantization: str | None, inner: int
+) -> None:
+    layer = Layer(dtype, 64, inner, 8, 3, quantization)
+    layer.bias[:2] += 1  # which most tokens go to
     x = normal(np.random.default_rng(3), 1100, 64, dtype=dtype)
     together = layer.run(x)
     for first, last in [(0, 1), (5, 12), (1000, 1100)]:

@@ -197,16 +197,17 @@ def test_experts(dtype: str, quantization: str, tokens: int) -> None:
     gate = normal(rng, experts, hidden, scale=hidden**-0.5)
     shapes = [(2 * inner, hidden), (hidden, inner)]
     up_gate, down = ([normal(rng, *shape, dtype=dtype, scale=0.1) for _ in range(experts)] for shape in shapes)
-    packed = [
+    packed_up_gate, packed_down = (
         ops.pack_experts(
             (source(weight, dtype) for weight in weights),
             num_experts=experts, dtype=dtype, in_out=False, quantization=quantization,
         )
         for weights in (up_gate, down)
-    ]  # fmt: skip
+    )  # fmt: skip
     x = normal(rng, tokens, hidden, dtype=dtype)
     zeros = tensor(np.zeros(experts, np.float32), "float32")
-    out = ops.moe(tensor(x, dtype), tensor(gate, "float32"), zeros, *packed, top_k=top_k, norm_min=1e-12)
+    layer = ops.Experts(tensor(gate, "float32"), zeros, packed_up_gate, packed_down, top_k, norm_min=1e-12)
+    out = ops.moe(tensor(x, dtype), layer)
     chosen, weights = reference.route(x, gate, np.zeros(experts, np.float32), top_k, 1e-12)
     weights = reference.rounded(weights, dtype)
     expected = np.zeros_like(x)
