@@ -20,11 +20,11 @@ import trio
 import fdserve
 from fdserve.app import App, Build, configure_logging, create_app
 from fdserve.config import Config
-from fdserve.engine.machine import available_cores
+from fdserve.engine.machine import available_cores, available_memory
 from fdserve.errors import StartupError
 from fdserve.executor.cluster import Cluster, check_secret, read_cluster
 from fdserve.executor.fingerprint import take_fingerprint
-from fdserve.executor.follower import follow
+from fdserve.executor.follower import Host, follow
 from fdserve.hub import resolve_model
 from fdserve.server.server import build
 
@@ -65,7 +65,8 @@ def _follow(config: Config, cluster: Cluster) -> int:
         directory, dtype=config.dtype, quantization=config.quantization, kv_cache_dtype=config.kv_cache_dtype
     )
     num_threads = config.num_threads or max(1, available_cores() // cluster.local_size)
-    trio.run(follow, cluster, config.cluster_secret, fingerprint, directory, num_threads)
+    host = Host(directory, num_threads, available_memory() // cluster.local_size)
+    trio.run(follow, cluster, config.cluster_secret, fingerprint, host)
     return 0
 
 

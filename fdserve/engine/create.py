@@ -48,6 +48,7 @@ def create_engine(config: Config, directory: Path, model: ModelConfig) -> Engine
             f"--max-model-len {config.max_model_len} is more than the {model.max_position_embeddings} positions "
             "the model has."
         )
+    available = available_memory()
     load = Load(
         directory=str(directory.resolve()),
         device=config.device,
@@ -59,7 +60,8 @@ def create_engine(config: Config, directory: Path, model: ModelConfig) -> Engine
         block_size=config.block_size,
         num_blocks=config.num_gpu_blocks_override,
         kv_cache_bytes=config.kv_cache_bytes or 0,
-        host_cache_bytes=min(available_memory() // 4, MAX_DEFAULT_CACHE_BYTES) // local_ranks,
+        host_cache_bytes=min(available // 4, MAX_DEFAULT_CACHE_BYTES) // local_ranks,
+        host_bytes=available // local_ranks,
         max_num_seqs=config.max_num_seqs,
         max_model_len=config.max_model_len,
         num_threads=config.num_threads or max(1, available_cores() // local_ranks),

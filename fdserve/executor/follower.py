@@ -8,6 +8,7 @@ import socket
 import subprocess
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import anyio
 from anyio.abc import ByteReceiveStream, ByteSendStream, SocketAttribute, SocketStream, UNIXSocketStream
@@ -26,11 +27,18 @@ DISTRUST_SECONDS = 5.0
 GREETING_SECONDS = 5.0
 
 
-async def follow(cluster: Cluster, secret: str, fingerprint: Fingerprint, directory: Path, num_threads: int) -> None:
+class Host(NamedTuple):
+    """What a rank has here: the checkpoint, so many threads to compute with, and so much of the memory."""
+
+    directory: Path
+    num_threads: int
+    host_bytes: int
+
+
+async def follow(cluster: Cluster, secret: str, fingerprint: Fingerprint, host: Host) -> None:
     """Connect to the server and run the rank that it asks for until the connection is lost; then again, for ever.
 
-    `directory` is where this host has the checkpoint, `num_threads` how many threads the rank computes with here. A
-    server that does not match the `fingerprint` is asked again later: it may be another one then. When cancelled, no
+    A server that does not match the `fingerprint` is asked again later: it may be another one then. When cancelled, no
     process is left.
     """
     server = f"the server at {cluster.host}:{cluster.port}"
@@ -44,7 +52,7 @@ async def follow(cluster: Cluster, secret: str, fingerprint: Fingerprint, direct
                     frames = FrameStream(stream, "the server")
                     await show(frames, fingerprint)
                 logger.info("rank %d serves %s", cluster.rank, server)
-                await _serve(stream, frames, directory, num_threads)
+                await _serve(stream, frames, host)
                 logger.info("rank %d lost %s, and waits for it", cluster.rank, server)
         except (NotTrusted, Different) as error:
             logger.error("%s", error)
@@ -54,12 +62,13 @@ async def follow(cluster: Cluster, secret: str, fingerprint: Fingerprint, direct
         await anyio.sleep(RETRY_SECONDS)
 
 
-async def _serve(stream: SocketStream, frames: FrameStream, directory: Path, num_threads: int) -> None:
+async def _serve(stream: SocketStream, frames: FrameStream, host: Host) -> None:
     """Start a rank as the first of the frames says, and pass them on until either side ends."""
     load = decode_to_rank(await frames.receive())
     if not isinstance(load, Load):
         raise NotTrusted("the first frame must say what to load")
-    load = replace(load, directory=str(directory), num_threads=num_threads, parent=os.getpid())
+    here = host._asdict() | {"directory": str(host.directory), "parent": os.getpid()}
+    load = replace(load, **here)
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     with theirs:
         process = spawn(load, theirs)

@@ -99,6 +99,7 @@ class Load(msgspec.Struct, frozen=True, tag="load"):
     kv_cache_bytes: int
     """0: what is left of a GPU's memory, or `host_cache_bytes` on a CPU."""
     host_cache_bytes: int
+    """Unless the weights leave less."""
     max_num_seqs: int
     max_model_len: int
     num_threads: int
@@ -109,6 +110,8 @@ class Load(msgspec.Struct, frozen=True, tag="load"):
     """How weights are stored: "wint8", "wint4", "w8a8" or "none"."""
     kv_cache_dtype: str = "auto"
     """"bfloat16", "int8", or "auto" for what is computed in."""
+    host_bytes: int = 0
+    """What a rank on a CPU can have of the memory that was available when the server started; 0: not known."""
     peers: tuple[int, ...] = ()
     """Descriptors of the socket pairs between the ranks: to each other rank on rank 0, to rank 0 on the others."""
     shared_memory: int = -1

@@ -66,8 +66,8 @@ def check_formats(dtype: str, quantization: str, kv_dtype: str) -> None:
 
 
 def free_gpu_bytes(cuda: Any = paddle.cuda) -> int:
-    """What the KV cache can have of the current GPU once the weights are loaded: of what neither they nor anybody else
-    on that GPU has, all but `RESERVED_SHARE` of the whole.
+    """What weights and KV cache can have of the current GPU: of what nobody on that GPU has yet, all but
+    `RESERVED_SHARE` of the whole.
     """
     cuda.empty_cache()
     free, total = cuda.mem_get_info()

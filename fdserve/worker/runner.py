@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,9 +19,10 @@ from fdserve.models.loader import load_model
 from fdserve.models.parallel import identity
 from fdserve.worker.batch import Batch, accept, assemble
 from fdserve.worker.collectives import Collectives
-from fdserve.worker.device import check_formats, free_gpu_bytes, select_device
+from fdserve.worker.device import check_formats, select_device
 from fdserve.worker.graphs import DecodeGraphs, record_cuda_graph
 from fdserve.worker.group import gpu_number
+from fdserve.worker.memory import cache_blocks, check_weights
 from fdserve.worker.prompt import PromptLogprobs, prompt_logprobs
 from fdserve.worker.rows import Rows
 from fdserve.worker.sampler import Sampled, Sampler
@@ -46,6 +46,8 @@ class Runner:
             check_formats(self.dtype, load.quantization, kv_dtype)
         elif load.num_threads > 0:
             ops.set_num_threads(load.num_threads)
+        format = self.dtype if load.quantization == "none" else load.quantization
+        check_weights(load, self.config, format)
         collectives = Collectives(load) if load.world_size > 1 else None
         self._sample_op = collectives.sample if collectives else ops.sample
         self.model = load_model(
@@ -60,7 +62,7 @@ class Runner:
             progress=lambda done, total: progress("weights", done, total),
         )
         bytes_per_block = self.model.kv_bytes_per_block(load.block_size, kv_dtype)
-        num_blocks = _num_blocks(load, self.config, bytes_per_block)
+        num_blocks = cache_blocks(load, self.config, format, bytes_per_block)
         if collectives:
             num_blocks = collectives.least(num_blocks)
         self.ready = Ready(num_blocks, kv_dtype, num_blocks * bytes_per_block)
@@ -173,29 +175,3 @@ def _resolve_kv_dtype(asked: str, dtype: str) -> str:
     if asked == "bfloat16" and dtype != asked:
         raise StartupError(f"--kv-cache-dtype bfloat16 needs computation in bfloat16, and here it is in {dtype}.")
     return dtype if asked == "auto" else asked
-
-
-def _num_blocks(load: Load, config: ModelConfig, bytes_per_block: int) -> int:
-    """As asked, or as many as the memory holds, but no more than all rows at full length could use."""
-    longest = load.max_model_len or config.max_position_embeddings
-    blocks_per_row = -(-longest // load.block_size)
-    room = load.kv_cache_bytes or (free_gpu_bytes() if ops.on_gpu() else load.host_cache_bytes)
-    num_blocks = load.num_blocks or min(room // bytes_per_block, load.max_num_seqs * blocks_per_row)
-    if load.max_model_len > num_blocks * load.block_size:
-        raise StartupError(
-            f"The KV cache holds {num_blocks * load.block_size} tokens, fewer than --max-model-len "
-            f"{load.max_model_len}: give it more with --kv-cache-memory, or lower --max-model-len."
-        )
-    if num_blocks < 2:
-        raise StartupError(
-            "The KV cache would hold less than two blocks: give it more with --kv-cache-memory or "
-            "--num-gpu-blocks-override."
-        )
-    # The system would grant it layer by layer, and kill the rank once it is written.
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if not ops.on_gpu() and num_blocks * bytes_per_block > memory:
-        raise StartupError(
-            f"A KV cache of {num_blocks * bytes_per_block >> 20} MiB is more than the machine's memory of "
-            f"{memory >> 20} MiB: lower --kv-cache-memory or --num-gpu-blocks-override."
-        )
-    return num_blocks

@@ -20,7 +20,7 @@ from fdserve.errors import RankError, StartupError
 from fdserve.executor.cluster import Cluster, NotTrusted
 from fdserve.executor.executor import _all_loaded
 from fdserve.executor.fingerprint import Different, Fingerprint, differences, examine, show, take_fingerprint
-from fdserve.executor.follower import follow
+from fdserve.executor.follower import Host, follow
 from fdserve.executor.frames import FrameStream
 from fdserve.executor.remote import accept_ranks
 from fdserve.executor.wire import Loading, Ready
@@ -162,7 +162,7 @@ async def test_a_rank_that_differs_ends_the_start(caplog: pytest.LogCaptureFixtu
     with anyio.fail_after(10):
         async with anyio.create_task_group() as group:
             follower = Cluster(2, 3, 1, place.host, place.port)
-            group.start_soon(follow, follower, SECRET, other, DEMO, 1)
+            group.start_soon(follow, follower, SECRET, other, Host(DEMO, 1, 0))
             with pytest.raises(RankError, match=message):
                 await accept_ranks(place, SECRET, OURS, 8)
             while not any(record.levelname == "ERROR" for record in caplog.records):

@@ -18,6 +18,8 @@ import pytest
 from fdserve.errors import RankError
 from fdserve.executor.executor import open_executor
 from fdserve.executor.wire import Load, Loading, NewRow, Plan, SamplingParams
+from fdserve.models.config import read_config
+from fdserve.models.footprint import weight_bytes
 from tests.executor.process_table import is_alive, wait_until_gone
 from tests.models.checkpoints import write_checkpoint
 
@@ -92,6 +94,24 @@ async def test_a_cache_beyond_all_memory_is_one_sentence(checkpoint: Path) -> No
     with anyio.fail_after(60), pytest.raises(RankError, match="is more than the machine's memory of"):
         async with open_executor(make_load(checkpoint, num_blocks=memory * 3 // 2 // 8192), lambda loading: None):
             pass
+
+
+async def test_weights_beyond_the_memory_are_refused_before_they_are_read(checkpoint: Path) -> None:
+    (checkpoint / "model.safetensors").write_bytes(b"never looked at")
+    size = weight_bytes(read_config(checkpoint), 1, "float32")
+    available = size - 1
+    with anyio.fail_after(60), pytest.raises(RankError, match=r"in float32.* give --quantization wint8 .* or more mem"):
+        async with open_executor(make_load(checkpoint, host_bytes=available), lambda loading: None):
+            pass
+
+
+async def test_the_cache_takes_half_of_what_the_weights_leave(checkpoint: Path) -> None:
+    weights = weight_bytes(read_config(checkpoint), 1, "float32")
+    block = 2 * 2 * 2 * 16 * 16 * 4  # keys and values, layers, heads, tokens, dimensions, bytes
+    memory = {"num_blocks": 0, "host_cache_bytes": 20 * block, "host_bytes": weights + 10 * block}
+    with anyio.fail_after(60):
+        async with open_executor(make_load(checkpoint, **memory), lambda loading: None) as ranks:
+            assert ranks.ready.num_blocks == 5
 
 
 async def test_a_system_without_processes_to_give_is_a_lost_rank(
