@@ -59,7 +59,7 @@ struct WaitingSums {
   FD_MEMBER void add() const {
     if (rows == 0) return;
     if constexpr (BITS == 8) add_byte_sums<4>(sums, 2 * PANEL, PANEL, rows, row_scales, groups, scales, acc);
-    else add_nibble_sums(sums, rows, row_scales, groups, scales, acc);
+    else add_nibble_sums<2>(sums, PANEL, HALF, rows, row_scales, groups, scales, acc);
   }
 };
 
@@ -82,6 +82,8 @@ inline void few_bytes(const DigitTiles& tiles, const char* group, int64_t inputs
   }
   both[(g + 1) % 2].add();
 }
+
+constexpr int64_t LOW_BYTES = 2 * TILE_BYTES;  // low nibbles of a chunk
 
 FD_INLINE void low_nibbles(const char* packed, char* tile) {
   const __m512i low = _mm512_set1_epi8(15);
@@ -131,7 +133,7 @@ FD_INLINE const char* nibble_chunk(const char* panel, int64_t c) {
 }
 
 inline void few_nibbles(const DigitTiles& tiles, const char* panel, int64_t inputs, float* acc) {
-  constexpr int64_t LOW_BYTES = 2 * TILE_BYTES, LEAD = NIBBLE_STEPS;
+  constexpr int64_t LEAD = NIBBLE_STEPS;
   WaitingSums<4> both[2];
   alignas(64) char low[2 * LEAD][LOW_BYTES];
   LowNibbles meanwhile(panel);
@@ -199,65 +201,74 @@ inline void many_bytes(const DigitTiles& tiles, const char* panel, const void* n
 
 constexpr int64_t UNFOLDED_CHUNKS = 4;  // whose weights share the first-level cache with rows
 
-// A chunk into tiles of signed bytes.
-FD_INLINE void unfold_chunk(const char* packed, char* tiles) {
-  const __m512i low = _mm512_set1_epi8(15), zero = _mm512_set1_epi8(8);
-  for (int64_t i = 0; i < 2 * TILE_BYTES; i += TILE_LINE) {
-    const __m512i bytes = _mm512_loadu_si512(packed + i);
-    _mm512_store_si512(tiles + i, _mm512_sub_epi8(_mm512_and_si512(bytes, low), zero));
-    _mm512_store_si512(tiles + 2 * TILE_BYTES + i,
-                       _mm512_sub_epi8(_mm512_and_si512(_mm512_srli_epi16(bytes, 4), low), zero));
-  }
+// A chunk of two tiles of rows by a quarter of the outputs by its low nibbles (sums 0 and 2), and by its bytes (1 and 3).
+FD_INLINE void add_nibble_pair(const Tile* a, const char* packed, const char* low, Paced& fetch) {
+  _tile_loadd(4, a[0].at, a[0].stride);
+  fetch_half<0>(a[0].at + a[0].step, a[0].stride);
+  _tile_loadd(6, low, TILE_LINE);
+  fetch_half<1>(a[0].at + a[0].step, a[0].stride);
+  _tile_dpbsud(0, 4, 6);
+  fetch(0);
+  _tile_loadd(5, a[1].at, a[1].stride);
+  fetch_half<0>(a[1].at + a[1].step, a[1].stride);
+  _tile_dpbsud(2, 5, 6);
+  fetch(1);
+  _tile_loadd(7, packed, TILE_LINE);
+  fetch_half<1>(a[1].at + a[1].step, a[1].stride);
+  _tile_dpbsud(1, 4, 7);
+  fetch(2);
+  tile_gap();
+  _tile_dpbsud(3, 5, 7);
+  fetch(3);
 }
 
-// One digit by unfolded chunks, which begin with group `g`: two tiles of rows by half of the columns, or one by all.
+// One digit by some chunks, which begin with group `first`: two tiles of rows by a tile of bytes and its low nibbles, or
+// one by both tiles.
 template <bool TWO>
-FD_INLINE void strips_of_nibbles(const DigitTiles& tiles, int64_t t, int digit, int64_t half, const char* slices,
-                                 int64_t chunks, int64_t first, const char* group, float* acc) {
-  constexpr int64_t COLUMNS = TWO ? HALF : PANEL, STRIPS = TWO ? 2 : 1;
+FD_INLINE void strips_of_nibbles(const DigitTiles& tiles, int64_t t, int digit, int64_t half, const char* low,
+                                 const char* panel, int64_t chunks, int64_t first, float* acc, Paced& fetch) {
+  constexpr int64_t STRIPS = TWO ? 2 : 1, COLUMNS = TWO ? HALF : PANEL;
   alignas(64) int32_t sums[2][STRIPS * TILE_ROWS * COLUMNS];
   Tile a[2];
   for (int64_t i = 0; i < STRIPS; ++i) a[i] = tiles.tile(t + i, digit).after(first * NIBBLE_STEPS);
-  Nothing nothing;
   const auto add = [&](int64_t g) {
-    add_sums<COLUMNS / VL, false>(sums[g % 2], COLUMNS, tiles.rows_of(t, STRIPS),
-                                  tiles.scales(t, first + g + digit * tiles.all.groups / 2), tiles.all.groups,
-                                  scales_of(group + g * GroupOf<4>::BYTES) + half * HALF,
-                                  acc + t * TILE_ROWS * PANEL + half * HALF);
+    add_nibble_sums<STRIPS == 2 ? 1 : 2>(
+        sums[g % 2], COLUMNS, COLUMNS / 2, tiles.rows_of(t, STRIPS),
+        tiles.scales(t, first + g + digit * tiles.all.groups / 2), tiles.all.groups,
+        scales_of(panel + (first + g) * GroupOf<4>::BYTES) + half * VL, acc + t * TILE_ROWS * PANEL + half * VL);
   };
   int64_t g = 0;
-  for (int64_t left = chunks; left > 0; ++g, left -= NIBBLE_STEPS) {
-    const int64_t steps = left < NIBBLE_STEPS ? left : NIBBLE_STEPS;
-    const char* weights = slices + (chunks - left) * WEIGHTS_BYTES + half * 2 * TILE_BYTES;
+  for (int64_t c = 0; c < chunks; ++g) {
     tile_fence();
     zero_sums();
-    if constexpr (TWO) add_two<TileSigned, WholeTiles>(a, weights, steps, nothing);
-    else add_one<TileSigned, WholeTiles>(a[0], weights, steps, nothing);
+    for (const int64_t end = c + NIBBLE_STEPS < chunks ? c + NIBBLE_STEPS : chunks; c < end; ++c) {
+      const char* packed = nibble_chunk(panel, first * NIBBLE_STEPS + c) + half * TILE_BYTES;
+      if constexpr (TWO) add_nibble_pair(a, packed, low + c * LOW_BYTES + half * TILE_BYTES, fetch);
+      else add_nibbles(a[0], packed, low + c * LOW_BYTES, fetch);
+      for (int64_t i = 0; i < STRIPS; ++i) a[i] = a[i].after(1);
+    }
     if constexpr (TWO) store_two(sums[g % 2], sums[g % 2] + HALF_SUMS, COLUMNS * 4);
     else store_one(sums[g % 2]);
     tile_fence();
     if (g > 0) add(g - 1);
-    for (int64_t i = 0; i < STRIPS; ++i) a[i] = a[i].after(steps);
   }
   add(g - 1);
 }
 
-inline void many_nibbles(const DigitTiles& tiles, const char* panel, int64_t inputs, float* acc) {
-  alignas(64) char slices[UNFOLDED_CHUNKS][WEIGHTS_BYTES];
-  Ahead<2> fetch(panel + Ahead<2>::WINDOW);
-  const int64_t all = inputs / CHUNK;
+inline void many_nibbles(const DigitTiles& tiles, const char* panel, const void* next, int64_t inputs, float* acc) {
+  alignas(64) char low[UNFOLDED_CHUNKS][LOW_BYTES];
+  const int64_t all = inputs / CHUNK, pairs = tiles.count / 2;
+  // A pair goes on with fetching eight times a chunk, a single tile twice.
+  Paced fetch(next, panel_bytes(Format::kWint4, inputs), all * (pairs * 8 + tiles.count % 2 * 2) / 4);
   for (int64_t done = 0; done < all; done += UNFOLDED_CHUNKS) {
     const int64_t chunks = all - done < UNFOLDED_CHUNKS ? all - done : UNFOLDED_CHUNKS, g = done / NIBBLE_STEPS;
-    for (int64_t s = 0; s < chunks; ++s) {
-      unfold_chunk(nibble_chunk(panel, done + s), slices[s]);
-      for (int i = 0; i < 4; ++i) fetch.unit();
-    }
+    for (int64_t s = 0; s < chunks; ++s)
+      for (int64_t i = 0; i < 2; ++i) low_nibbles(nibble_chunk(panel, done + s) + i * TILE_BYTES, low[s] + i * TILE_BYTES);
     const auto strips = [&](int64_t t, int64_t pair, int digit, int64_t from, int64_t count) {
-      const char *weights = slices[from], *group = panel + (g + from / NIBBLE_STEPS) * GroupOf<4>::BYTES;
       const int64_t first = g + from / NIBBLE_STEPS;
       for (int64_t half = 0; half < pair; ++half)
-        if (pair == 2) strips_of_nibbles<true>(tiles, t, digit, half, weights, count, first, group, acc);
-        else strips_of_nibbles<false>(tiles, t, digit, 0, weights, count, first, group, acc);
+        if (pair == 2) strips_of_nibbles<true>(tiles, t, digit, half, low[from], panel, count, first, acc, fetch);
+        else strips_of_nibbles<false>(tiles, t, digit, 0, low[from], panel, count, first, acc, fetch);
     };
     for (int64_t t = 0; t < tiles.count; t += 2) {
       const int64_t pair = tiles.count - t > 1 ? 2 : 1;
@@ -281,7 +292,7 @@ inline void tile_gemm_groups(Rows a, int64_t rows, const void* panel_, const voi
   shape_tiles(few ? nibbles ? rows : 2 * rows : TILE_ROWS);
   if (few && nibbles) few_nibbles(tiles, panel, inputs, acc);
   else if (few) few_bytes(tiles, panel, inputs, acc);
-  else if (nibbles) many_nibbles(tiles, panel, inputs, acc);
+  else if (nibbles) many_nibbles(tiles, panel, next, inputs, acc);
   else many_bytes(tiles, panel, next, inputs, acc);
 }
 

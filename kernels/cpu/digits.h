@@ -149,15 +149,17 @@ FD_INLINE void add_byte_sums(const int32_t* sums, int64_t stride, int64_t apart,
   }
 }
 
-// Of nibbles: sums[rows][64] are those of low ones, of outputs 0 to 31, and those of whole bytes, which are 16 times the
-// sums of high ones, of outputs 32 to 63, too large by those of low ones.
-FD_INLINE void add_nibble_sums(const int32_t* sums, int64_t rows, const SumScale* row_scales, int64_t groups,
-                               const bf16* scales, float* acc) {
-  for (int v = 0; v < 2; ++v) {
+// Of nibbles: VECTORS of sums of low ones, of outputs 0 to 31, and `apart` from these those of whole bytes, which are 16
+// times the sums of high ones, of outputs 32 to 63, too large by those of low ones.
+template <int VECTORS>
+FD_INLINE void add_nibble_sums(const int32_t* sums, int64_t stride, int64_t apart, int64_t rows, const SumScale* row_scales,
+                               int64_t groups, const bf16* scales, float* acc) {
+  for (int v = 0; v < VECTORS; ++v) {
     const vf low_scale = load(scales + v * VL), high_scale = load(scales + 32 + v * VL);
     for (int64_t r = 0; r < rows; ++r) {
       const SumScale& row = row_scales[r * groups];
-      const vi low = load(sums + r * PANEL + v * VL), whole = load(sums + r * PANEL + 32 + v * VL), offset = vi{} + row.offset;
+      const int32_t* sum = sums + r * stride + v * VL;
+      const vi low = load(sum), whole = load(sum + apart), offset = vi{} + row.offset;
       float* to = acc + r * PANEL + v * VL;
       add_sum(to, low - offset, row.scale, low_scale);
       add_sum(to + 32, ((whole - low) >> 4) - offset, row.scale, high_scale);

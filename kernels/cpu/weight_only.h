@@ -98,7 +98,7 @@ FD_INLINE void few_nibble_rows(Rows a, int64_t rows, const char* group, int64_t 
   const int digits = have_second_digits(row_scales, rows, a.groups) ? 2 : 1;
   for (int digit = 0; digit < digits; ++digit) {
     multiply_few_nibbles(a.data + digit * a.stride / 2, a.stride, rows, group + PANEL * 2, chunks, sums);
-    add_nibble_sums(sums, rows, row_scales + digit * a.groups / 2, a.groups, scales_of(group), acc);
+    add_nibble_sums<2>(sums, PANEL, 32, rows, row_scales + digit * a.groups / 2, a.groups, scales_of(group), acc);
   }
 }
 
