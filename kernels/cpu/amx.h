@@ -272,7 +272,7 @@ inline void to_tiles(const char* x, int64_t stride, int64_t rows, int64_t bytes,
 
 template <class Math>
 void tile_passes(const RowTiles& tiles, const char* panel, const void* next, int64_t depth, typename Math::Sum* acc, Sink sink) {
-  Paced fetch(next, depth * STEP_BYTES, (tiles.count + 1) / 2 * 2 * (depth / STEP_DEPTH + 1));
+  Paced fetch(next, depth * STEP_BYTES, tiles.count * (depth / STEP_DEPTH + 1));
   for (int64_t t = 0; t < tiles.count; t += 2) {
     const int64_t last = t + 1 < tiles.count ? t + 1 : t, count = last - t + 1;
     const int64_t first = tiles.start(t), end = tiles.start(last) + TILE_ROWS;
