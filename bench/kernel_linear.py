@@ -33,10 +33,10 @@ def formats() -> list[str]:
     return [name for name in FORMATS if name != "bfloat16" or ops.compute_dtype() == name]
 
 
-def pack(source: npt.NDArray[np.uint16], name: str) -> PackedWeight:
-    """A weight [N, K] of bfloat16 bits in a format."""
+def pack(source: npt.NDArray[np.uint16], name: str, *, in_out: bool = False) -> PackedWeight:
+    """A weight [N, K] ([K, N] when `in_out`) of bfloat16 bits in a format."""
     dtype = name if name in ("float32", "bfloat16") else ops.compute_dtype()
-    return ops.pack_weight(source, dtype=dtype, in_out=False, quantization=None if name == dtype else name)
+    return ops.pack_weight(source, dtype=dtype, in_out=in_out, quantization=None if name == dtype else name)
 
 
 def linear_cases(

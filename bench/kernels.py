@@ -21,12 +21,13 @@ from bench.floors import HEADING, Case, Floors, measure_floors
 from bench.kernel_attention import attention_cases
 from bench.kernel_linear import ROWS, SHAPES, formats, linear_cases
 from bench.kernel_moe import moe_cases
+from bench.kernel_pack import pack_cases
 from bench.kernel_rows import element_cases, sampler_cases
 from bench.kernel_step import step_cases
 from bench.machine import describe
 from fdserve import ops
 
-FAMILIES = ("linear", "attention", "moe", "sample", "elements", "step")
+FAMILIES = ("linear", "attention", "moe", "sample", "elements", "pack", "step")
 
 
 def cases(family: str, floors: Floors, options: argparse.Namespace) -> Iterator[Case]:
@@ -38,6 +39,8 @@ def cases(family: str, floors: Floors, options: argparse.Namespace) -> Iterator[
         yield from attention_cases(floors, dtypes=dtypes)
     elif family == "step":
         yield from step_cases(names=options.formats, budget=floors.budget)
+    elif family == "pack":
+        yield from pack_cases(floors, names=options.formats)
     elif family == "sample":
         yield from sampler_cases(floors)
     else:
@@ -54,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dtypes", nargs="+", choices=("bfloat16", "float32"), help="default: the processor's best")
     default = [name for name in formats() if name != "float32" or ops.compute_dtype() == name]
     parser.add_argument(
-        "--formats", nargs="+", choices=formats(), default=default, help="of linear's and step's weights"
+        "--formats", nargs="+", choices=formats(), default=default, help="of linear's, pack's and step's weights"
     )
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES), help="of linear")
     parser.add_argument("--rows", nargs="+", type=int, default=list(ROWS), help="of linear")

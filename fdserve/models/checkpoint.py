@@ -55,6 +55,10 @@ class Checkpoint:
         tensor = self._files[self.tensors[name].file].read(name)
         return tensor[rows] if tensor.ndim == 1 else tensor[rows, columns]
 
+    def read_ahead(self, name: str, rows: slice, columns: slice) -> int:
+        """Have the system begin to read what `read` of a matrix will want; how many bytes that are."""
+        return self._files[self.tensors[name].file].read_ahead(name, rows, columns)
+
     def release(self, name: str) -> None:
         """Give back the memory that reading this tensor took; it can be read again."""
         self._files[self.tensors[name].file].release(name)

@@ -1,11 +1,12 @@
 """A rank's share of a checkpoint, read slice by slice from the mapped files into packed weights.
 
 One tensor at a time is packed and its pages are given back, so that loading takes about the memory of the
-packed model plus one tensor.
+packed model plus one tensor. Meanwhile the system reads the next ones into its cache.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +29,10 @@ if TYPE_CHECKING:
     from fdserve.ops import PackedExperts, PackedWeight, SharedMemory
 
 Array = npt.NDArray[Any]
+Place = tuple[str, slice, slice]
 Progress = Callable[[int, int], None]
+READ_AHEAD_BYTES = 256 << 20
+"""What the system is asked to read before it is wanted, at most: some tenths of a second of a fast disk."""
 
 
 def no_progress(done: int, total: int) -> None:
@@ -99,7 +103,7 @@ class _Reader:
         """A vector, or a small matrix turned [out, in], in float32."""
         import paddle
 
-        values = _as_float32(self._checkpoint.read(name))
+        values = ops.as_float32(self._checkpoint.read(name))
         if values.ndim == 2 and self.layout.in_out:
             values = values.T
         tensor = paddle.to_tensor(np.ascontiguousarray(values))
@@ -115,39 +119,42 @@ class _Reader:
         return self._matrix([part], inputs, in_out, "wint8" if self._quantization == "w8a8" else self._quantization)
 
     def _matrix(self, parts: list[Part], inputs: range, in_out: bool, quantization: str | None) -> PackedWeight:
-        matrix = self._join(parts, inputs, in_out)
-        packed = ops.pack_weight(matrix, dtype=self.dtype, in_out=in_out, quantization=quantization)
+        slices = next(self._slices([parts], inputs, in_out))
+        packed = ops.pack_weight(slices, dtype=self.dtype, in_out=in_out, quantization=quantization)
         self._finish([part.name for part in parts])
         return packed
 
     def experts(self, experts: list[list[Part]], inputs: range) -> PackedExperts:
         """What `matrix` gives, for every expert."""
+        in_out = self.layout.in_out
 
-        def weights() -> Iterator[Array]:
-            for parts in experts:
-                yield self._join(parts, inputs, self.layout.in_out)
+        def weights() -> Iterator[list[Array]]:
+            for parts, slices in zip(experts, self._slices(experts, inputs, in_out), strict=True):
+                yield slices
                 self._finish([part.name for part in parts])
 
         return ops.pack_experts(
             weights(),
             num_experts=len(experts),
             dtype=self.dtype,
-            in_out=self.layout.in_out,
+            in_out=in_out,
             quantization=self._quantization,
         )
 
-    def _join(self, parts: list[Part], inputs: range, in_out: bool) -> Array:
-        columns = slice(inputs.start, inputs.stop)
-        arrays = []
-        for name, start, stop in parts:
-            outputs = slice(start, stop)
-            rows, cols = (columns, outputs) if in_out else (outputs, columns)
-            arrays.append(self._checkpoint.read(name, rows, cols))
-        if len(arrays) == 1:
-            return arrays[0]
-        if len({array.dtype for array in arrays}) > 1:
-            arrays = [_as_float32(array) for array in arrays]
-        return np.concatenate(arrays, axis=1 if in_out else 0)
+    def _slices(self, matrices: list[list[Part]], inputs: range, in_out: bool) -> Iterator[list[Array]]:
+        """Each matrix as slices of its parts, while the system reads those of the next ones."""
+        asked: deque[tuple[list[Place], int]] = deque()
+        total = 0
+        for parts in matrices:
+            places = [_place(part, inputs, in_out) for part in parts]
+            asked.append((places, sum(self._checkpoint.read_ahead(*place) for place in places)))
+            total += asked[-1][1]
+            while total > READ_AHEAD_BYTES:
+                places, size = asked.popleft()
+                total -= size
+                yield [self._checkpoint.read(*place) for place in places]
+        for places, _ in asked:
+            yield [self._checkpoint.read(*place) for place in places]
 
     def _finish(self, names: list[str]) -> None:
         for name in names:
@@ -249,8 +256,7 @@ class _Builder:
         return Part(name, 0, self._config.hidden_size)
 
 
-def _as_float32(values: Array) -> npt.NDArray[np.float32]:
-    """float32 as it is; bfloat16 bits (uint16) widened."""
-    if values.dtype == np.uint16:
-        return (values.astype(np.uint32) << np.uint32(16)).view(np.float32)
-    return values
+def _place(part: Part, inputs: range, in_out: bool) -> Place:
+    """The tensor, rows and columns where these inputs of a part are."""
+    outputs, columns = slice(part.start, part.stop), slice(inputs.start, inputs.stop)
+    return (part.name, columns, outputs) if in_out else (part.name, outputs, columns)

@@ -11,6 +11,7 @@ import contextlib
 import json
 import math
 import mmap
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import numpy.typing as npt
 from fdserve.errors import StartupError
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+LONG_GAP = 64 << 10  # bytes; shorter ones the system reads anyway, where it reads what follows a page
 ITEM_BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4,
     "U16": 16, "I16": 16, "F16": 16, "BF16": 16,
@@ -75,17 +77,45 @@ class SafetensorsFile:
         flat: npt.NDArray[Any] = np.frombuffer(self._map, dtype=dtype, count=count, offset=info.begin)
         return np.require(flat, requirements="A").reshape(info.shape)
 
+    def read_ahead(self, name: str, rows: slice, columns: slice) -> int:
+        """Have the system begin to read these rows and columns of a matrix; how many bytes that are.
+
+        What lies between the columns of two rows comes with them unless it is long.
+        """
+        ranges = list(_ranges(self.tensors[name], rows, columns))
+        for begin, end in ranges:
+            self._advise("MADV_WILLNEED", begin, end)
+        return sum(end - begin for begin, end in ranges)
+
     def release(self, name: str) -> None:
         """Let the system take back the memory that reading this tensor brought in (it stays readable)."""
         info = self.tensors[name]
-        begin = info.begin - info.begin % mmap.PAGESIZE
-        if info.end > begin and hasattr(mmap, "MADV_DONTNEED"):
-            self._map.madvise(mmap.MADV_DONTNEED, begin, info.end - begin)
+        self._advise("MADV_DONTNEED", info.begin, info.end)
+
+    def _advise(self, advice: str, begin: int, end: int) -> None:
+        page = begin - begin % mmap.PAGESIZE
+        if end > begin and hasattr(mmap, advice):
+            with contextlib.suppress(OSError):  # it is only advice
+                self._map.madvise(getattr(mmap, advice), page, end - page)
 
     def close(self) -> None:
         """Drop the mapping; one that a view still uses goes with its last view."""
         with contextlib.suppress(BufferError):
             self._map.close()
+
+
+def _ranges(info: TensorInfo, rows: slice, columns: slice) -> Iterator[tuple[int, int]]:
+    """Where these rows and columns of a matrix are in the file, the gaps between rows left out if they are long."""
+    item = ITEM_BITS[info.dtype] // 8
+    width = info.shape[1] * item
+    first, last, _ = columns.indices(info.shape[1])
+    begins = [info.begin + row * width + first * item for row in range(*rows.indices(info.shape[0]))]
+    length = (last - first) * item
+    if begins and width - length < LONG_GAP:
+        yield begins[0], begins[-1] + length
+    else:
+        for begin in begins:
+            yield begin, begin + length
 
 
 def _read_header(path: Path, data: mmap.mmap) -> dict[str, TensorInfo]:

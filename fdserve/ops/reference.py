@@ -58,6 +58,37 @@ def w8a8_linear(x: Float, weight: Float) -> Float:
     return product
 
 
+def weight_only(weight: Float, format: str) -> Float:
+    """weight [N, K] as "wint8" or "wint4" stores it, a group of inputs after the other."""
+    size, to_group = (512, _bytes_of_group) if format == "wint8" else (128, _nibbles_of_group)
+    with np.errstate(all="ignore"):
+        groups = [to_group(weight[:, start : start + size]) for start in range(0, weight.shape[1], size)]
+    stored: Float = np.concatenate(groups, axis=1)
+    return stored
+
+
+def _bytes_of_group(x: Float) -> Float:
+    return _integers(x, rounded(np.abs(x).max(axis=1, keepdims=True) * np.float32(1 / 127), "bfloat16"), -127, 127)
+
+
+def _nibbles_of_group(x: Float) -> Float:
+    """With the scale of the least squared error, of those that put the first largest weight at -6.75, -7 ... -10."""
+    extreme = np.take_along_axis(x, np.abs(x).argmax(axis=1)[:, None], axis=1)
+    best, least = np.zeros_like(x), np.full(len(x), np.inf)
+    for steps in np.arange(6.75, 10.25, 0.25, np.float32):
+        values = _integers(x, rounded(extreme / -steps, "bfloat16"), -8, 7)
+        error = np.square(x - values).sum(axis=1)
+        best = np.where((error < least)[:, None], values, best)
+        least = np.minimum(error, least)
+    return best
+
+
+def _integers(x: Float, scale: Float, low: int, high: int) -> Float:
+    inverse = np.where(scale == 0, np.float32(0), 1 / scale)
+    values: Float = np.clip(np.nan_to_num(np.rint(x * inverse), nan=low), low, high) * scale
+    return values
+
+
 def embedding(ids: Int, weight: Float) -> Float:
     """Rows `ids` [T] of weight [V, H] -> [T, H]."""
     rows: Float = weight[ids]

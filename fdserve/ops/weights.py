@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,7 @@ FORMATS = ("float32", "bfloat16", "wint8", "wint4", "w8a8")
 activations as they are, or as integers of 15 or 8 bits where bfloat16 is computed on a CPU (kernels/cpu/digits.h);
 "w8a8" keeps bytes with a scale for every output and rounds each row of activations to bytes.
 """
+Array = npt.NDArray[Any]
 _SOURCES = {"uint16": 0, "float32": 1}
 _arena = Arena()
 
@@ -65,12 +66,15 @@ class PackedExperts:
     scales: Tensor | None = None
 
 
-def pack_weight(weight: npt.NDArray[Any], *, dtype: str, in_out: bool, quantization: str | None = None) -> PackedWeight:
+def pack_weight(
+    weight: Array | Sequence[Array], *, dtype: str, in_out: bool, quantization: str | None = None
+) -> PackedWeight:
     """Pack a matrix for `linear` or `embedding`.
 
     Args:
-        weight: [N, K], or [K, N] when `in_out`; float32, or uint16 holding bfloat16 bits. May be a view of a mapped
-            file; it is read once and no copy of it in another dtype is made.
+        weight: [N, K], or [K, N] when `in_out`; float32, or uint16 holding bfloat16 bits. Or several such, whose output
+            features follow each other. May be views of a mapped file: they are read once, and copied only where
+            several do not fill whole panels.
         dtype: what to compute in, D.
         in_out: whether the input features come first.
         quantization: "wint8", "wint4" or (not for an embedding) "w8a8", see FORMATS; None stores `dtype`.
@@ -78,18 +82,19 @@ def pack_weight(weight: npt.NDArray[Any], *, dtype: str, in_out: bool, quantizat
     Raises:
         ValueError: another shape, dtype or quantization.
     """
-    out_features, in_features = _features(weight, in_out)
+    parts = _parts(weight)
+    out_features, in_features = _features(parts, in_out)
     format = _format(dtype, quantization)
     if on_gpu():
-        rows, scales = gpu.pack(weight, format, in_out)
+        rows, scales = gpu.pack(_joined(parts, in_out), format, in_out)
         return PackedWeight(rows, out_features, in_features, dtype, format, scales)
     data = _empty_panels(1, out_features, in_features, format)
-    _pack_into(data, 0, weight, format, in_out)
+    _pack_into(data, 0, parts, format, in_out)
     return PackedWeight(data[0], out_features, in_features, dtype, format)
 
 
 def pack_experts(
-    weights: Iterable[npt.NDArray[Any]],
+    weights: Iterable[Array | Sequence[Array]],
     *,
     num_experts: int,
     dtype: str,
@@ -98,29 +103,42 @@ def pack_experts(
 ) -> PackedExperts:
     """Pack `num_experts` equal-shaped matrices, one at a time; otherwise as `pack_weight`."""
     format = _format(dtype, quantization)
-    equal = _equal(weights, num_experts)
+    equal = _equal(weights, num_experts, in_out)
     first = next(equal)
     equal = chain([first], equal)
     out_features, in_features = _features(first, in_out)
     if on_gpu():
-        data, scales = gpu.pack_all(equal, num_experts, format, in_out)
+        data, scales = gpu.pack_all((_joined(parts, in_out) for parts in equal), num_experts, format, in_out)
         return PackedExperts(data, num_experts, out_features, in_features, dtype, format, scales)
     data = _empty_panels(num_experts, out_features, in_features, format)
-    for index, weight in enumerate(equal):
-        _pack_into(data, index, weight, format, in_out)
+    for index, parts in enumerate(equal):
+        _pack_into(data, index, parts, format, in_out)
     return PackedExperts(data, num_experts, out_features, in_features, dtype, format)
 
 
-def _equal(weights: Iterable[npt.NDArray[Any]], num_experts: int) -> Iterator[npt.NDArray[Any]]:
+def as_float32(values: Array) -> npt.NDArray[np.float32]:
+    """float32 as it is; bfloat16 bits (uint16) widened."""
+    if values.dtype == np.uint16:
+        return (values.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return values
+
+
+def _equal(weights: Iterable[Array | Sequence[Array]], num_experts: int, in_out: bool) -> Iterator[Sequence[Array]]:
     """The experts' matrices, which must be so many and of one shape."""
     count, shape = 0, None
     for count, weight in enumerate(weights, 1):
-        shape = shape or weight.shape
-        if weight.shape != shape or count > num_experts:
-            raise ValueError(f"expected {num_experts} experts of {shape}, got number {count}: {weight.shape}")
-        yield weight
+        parts = _parts(weight)
+        features = _features(parts, in_out)
+        shape = shape or features
+        if features != shape or count > num_experts:
+            raise ValueError(f"expected {num_experts} experts of {shape}, got number {count}: {features}")
+        yield parts
     if count != num_experts or shape is None:
         raise ValueError(f"expected {num_experts} experts, got {count}")
+
+
+def _parts(weight: Array | Sequence[Array]) -> Sequence[Array]:
+    return [weight] if isinstance(weight, np.ndarray) else weight
 
 
 def _format(dtype: str, quantization: str | None) -> str:
@@ -131,11 +149,20 @@ def _format(dtype: str, quantization: str | None) -> str:
     return quantization or dtype
 
 
-def _features(weight: npt.NDArray[Any], in_out: bool) -> tuple[int, int]:
-    if weight.ndim != 2 or 0 in weight.shape:
-        raise ValueError(f"a weight must be a non-empty matrix, not of shape {weight.shape}")
-    rows, columns = weight.shape
-    return (columns, rows) if in_out else (rows, columns)
+def _features(parts: Sequence[Array], in_out: bool) -> tuple[int, int]:
+    """(out_features, in_features) of all of them."""
+    shapes = [part.shape[::-1] if in_out else part.shape for part in parts]
+    if any(part.ndim != 2 or 0 in part.shape for part in parts) or len({inputs for _, inputs in shapes}) != 1:
+        raise ValueError(f"a weight must be a non-empty matrix, not of shape {[part.shape for part in parts]}")
+    return sum(outputs for outputs, _ in shapes), shapes[0][1]
+
+
+def _joined(parts: Sequence[Array], in_out: bool) -> Array:
+    if len(parts) == 1:
+        return parts[0]
+    if len({part.dtype for part in parts}) > 1:
+        parts = [as_float32(part) for part in parts]
+    return np.concatenate(parts, axis=1 if in_out else 0)
 
 
 def _empty_panels(count: int, out_features: int, in_features: int, format: str) -> Tensor:
@@ -155,18 +182,25 @@ def _empty_panels(count: int, out_features: int, in_features: int, format: str) 
     return paddle.from_dlpack(np.frombuffer(memory, storage).reshape(shape)).view(dtype)
 
 
-def _pack_into(data: Tensor, index: int, weight: npt.NDArray[Any], format: str, in_out: bool) -> None:
-    if weight.dtype.name not in _SOURCES or not weight.dtype.isnative:
-        raise ValueError(f"a weight must be float32 or bfloat16 (as uint16), not {weight.dtype}")
-    weight = np.ascontiguousarray(weight)
-    out_features, in_features = _features(weight, in_out)
-    panel_bytes = data.element_size() * int(np.prod(data.shape[1:]))
-    library().c.fdserve_pack(
-        ctypes.c_void_p(data.data_ptr() + index * panel_bytes),
-        ctypes.c_void_p(weight.ctypes.data),
-        ctypes.c_int64(out_features),
-        ctypes.c_int64(in_features),
-        ctypes.c_int(_SOURCES[weight.dtype.name]),
-        ctypes.c_int(FORMATS.index(format)),
-        ctypes.c_int(in_out),
-    )
+def _pack_into(data: Tensor, index: int, parts: Sequence[Array], format: str, in_out: bool) -> None:
+    for part in parts:
+        if part.dtype.name not in _SOURCES or not part.dtype.isnative:
+            raise ValueError(f"a weight must be float32 or bfloat16 (as uint16), not {part.dtype}")
+    if any(_features([part], in_out)[0] % PANEL for part in parts[:-1]):
+        parts = [_joined(parts, in_out)]
+    panel_bytes = data.element_size() * int(np.prod(data.shape[2:]))
+    at = data.data_ptr() + index * data.shape[1] * panel_bytes
+    for part in parts:
+        part = part if part.strides[1] == part.itemsize and part.strides[0] > 0 else np.ascontiguousarray(part)
+        out_features, in_features = _features([part], in_out)
+        library().c.fdserve_pack(
+            ctypes.c_void_p(at),
+            ctypes.c_void_p(part.ctypes.data),
+            ctypes.c_int64(out_features),
+            ctypes.c_int64(in_features),
+            ctypes.c_int64(part.strides[0] // part.itemsize),
+            ctypes.c_int(_SOURCES[part.dtype.name]),
+            ctypes.c_int(FORMATS.index(format)),
+            ctypes.c_int(in_out),
+        )
+        at += out_features // PANEL * panel_bytes

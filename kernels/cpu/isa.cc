@@ -101,9 +101,10 @@ int64_t fdserve_panel_bytes(int format, int64_t k) {
   return fdserve::panel_bytes(static_cast<fdserve::Format>(format), k);
 }
 
-void fdserve_pack(void* panels, const void* weight, int64_t n, int64_t k, int source_is_float, int format, int in_out) {
+void fdserve_pack(void* panels, const void* weight, int64_t n, int64_t k, int64_t stride, int source_is_float, int format,
+                  int in_out) {
   using fdserve::Dtype;
-  fdserve::pack(panels, weight, n, k, source_is_float ? Dtype::kFloat32 : Dtype::kBfloat16,
+  fdserve::pack(panels, weight, n, k, stride, source_is_float ? Dtype::kFloat32 : Dtype::kBfloat16,
                 static_cast<fdserve::Format>(format), in_out != 0);
 }
 

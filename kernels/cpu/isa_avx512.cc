@@ -11,6 +11,7 @@
 #include "gemm.h"
 #include "weight_only.h"
 #include "quantize.h"
+#include "turn.h"
 #include "rows.h"
 #include "cache_bytes.h"
 #include "attend.h"

@@ -23,8 +23,9 @@ constexpr RowKernels make_row_kernels() {
 extern const RowKernels row_kernels = make_row_kernels<bf16>();
 #else
 extern const RowKernels row_kernels = make_row_kernels<float>();
-extern const FloatKernels float_kernels = {axpy_row, softmax,  dots,      widen, merge,     finish,    quantize, peak,
-                                           exp_sums, weights,  split,     at_least,  mass_from, nth_equal, allow};
+extern const FloatKernels float_kernels = {
+    axpy_row, softmax,  dots,    widen, merge,    finish,    quantize,  turn<false>, turn<true>,
+    peak,     exp_sums, weights, split, at_least, mass_from, nth_equal, allow};
 #endif
 
 }  // namespace FD_ISA

@@ -185,8 +185,11 @@ struct FloatKernels {
   void (*merge)(AttendState total, AttendState part, int64_t rows, int64_t head_dim, int64_t stride);
   // Divide by the mass: values[rows][stride] becomes the answer.
   void (*finish)(AttendState state, int64_t rows, int64_t head_dim, int64_t stride);
-  // A group of a panel out of w[inputs][64].
-  void (*quantize)(const float* w, Format format, int64_t inputs, void* group);
+  // A group of a panel, or a whole panel of kW8a8, out of w[inputs][64].
+  void (*quantize)(const float* w, Format format, int64_t inputs, void* out);
+  // 16 rows of 16 words, `stride` bytes apart, into 16 columns of a panel of words; or of 32 bf16 into those of floats.
+  void (*turn)(const char* rows, int64_t stride, int32_t* panel);
+  void (*turn_wide)(const char* rows, int64_t stride, int32_t* panel);
   // Largest element and whether there is a NaN.
   float (*peak)(const float* x, int64_t size, bool* has_nan);
   // A weight is exp((x - peak) * inverse), x <= peak, rounded to a multiple of 2^-36, or 1 where `inverse` is 0: its sums
@@ -218,8 +221,9 @@ Isa force_isa(int level);
 const RowKernels& row_kernels(Dtype dtype);
 const FloatKernels& float_kernels();
 
-// weight[N][K], or [K][N] when in_out, into panels.
-void pack(void* panels, const void* weight, int64_t n, int64_t k, Dtype source, Format format, bool in_out);
+// weight[N][K], or [K][N] when in_out, whose rows are `stride` elements apart, into panels.
+void pack(void* panels, const void* weight, int64_t n, int64_t k, int64_t stride, Dtype source, Format format,
+          bool in_out);
 
 // out[T][N] (out_dtype) = x[T][K] (dtype) times the packed matrix.
 void linear(const void* x, int64_t tokens, Dtype dtype, const Matrix& weight, void* out, Dtype out_dtype);

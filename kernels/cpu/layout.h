@@ -20,11 +20,4 @@ static inline int weight_at(const char* packed, Format format, int64_t k, int64_
   return (column < 32 ? byte & 15 : byte >> 4) - 8;
 }
 
-// Into a group of zeros.
-static inline void put_weight(char* packed, Format format, int64_t k, int64_t column, int value) {
-  char& byte = packed[place_of_weight(format, k, column)];
-  if (format == Format::kWint8) byte = static_cast<char>(value + 128);
-  else byte = static_cast<char>(byte | (value + 8) << (column < 32 ? 0 : 4));
-}
-
 }  // namespace fdserve

@@ -1,6 +1,5 @@
 // Weights into panels, and rows of an embedding table out of them.
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 
 #include "layout.h"
@@ -27,111 +26,97 @@ inline void convert(float from, bf16& to) {
   to = static_cast<bf16>(nan ? (bits >> 16) | 0x40 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
-// One panel: 64 columns of `out` (fewer at the end), k in steps of PAIR, from a matrix [K][N].
+// A matrix [N][K], or [K][N] when in_out, whose rows are `stride` elements apart.
+template <class From>
+struct Source {
+  const From* at;
+  int64_t n, k, stride;
+  bool in_out;
+};
+
+// Inputs [0, inputs) of some columns of a panel, in steps of PAIR, from rows that are inputs.
 template <class From, class To>
-void pack_in_out(const From* weight, int64_t n, int64_t k, int64_t columns, To* out) {
+void take_inputs(const From* rows, int64_t stride, int64_t columns, int64_t inputs, To* out) {
   constexpr int64_t PAIR = 4 / sizeof(To);
-  for (int64_t i = 0; i < k; ++i) {
-    To* to = out + i / PAIR * PAIR * PANEL + i % PAIR;
-    for (int64_t c = 0; c < columns; ++c) convert(weight[i * n + c], to[c * PAIR]);
+  const int64_t whole = inputs / PAIR * PAIR;
+  if constexpr (sizeof(From) < sizeof(To)) {
+    for (int64_t i = 0; i < inputs; ++i) float_kernels().widen(rows + i * stride, columns, out + i * PANEL);
+    return;
   }
+  for (int64_t i = 0; i < whole; i += PAIR, out += PANEL * PAIR)
+    for (int64_t c = 0; c < columns; ++c)
+      for (int64_t p = 0; p < PAIR; ++p) convert(rows[(i + p) * stride + c], out[c * PAIR + p]);
+  for (int64_t c = 0; whole < inputs && c < columns; ++c) convert(rows[whole * stride + c], out[c * PAIR]);
 }
 
-// The same from a matrix [N][K]: blocks of 16 columns by 16 steps are turned within the first-level cache.
+// The same from rows that are outputs: blocks of 16 columns by 16 words are turned within the first-level cache.
 template <class From, class To>
-void pack_out_in(const From* weight, int64_t k, int64_t columns, To* out) {
-  constexpr int64_t PAIR = 4 / sizeof(To), BLOCK = 16;
-  for (int64_t i = 0; i < k; i += BLOCK * PAIR)
+void take_outputs(const From* rows, int64_t stride, int64_t columns, int64_t inputs, To* out) {
+  constexpr int64_t PAIR = 4 / sizeof(To), BLOCK = 16, DEEP = BLOCK * 4 / sizeof(From);
+  const auto turn = sizeof(From) < sizeof(To) ? float_kernels().turn_wide : float_kernels().turn;
+  const int64_t row_bytes = stride * static_cast<int64_t>(sizeof(From));
+  for (int64_t i = 0; i < inputs; i += DEEP)
     for (int64_t c = 0; c < columns; c += BLOCK) {
-      const int64_t wide = std::min(BLOCK, columns - c), deep = std::min(BLOCK * PAIR, k - i);
-      To block[BLOCK][BLOCK * PAIR] = {};
-      for (int64_t cc = 0; cc < wide; ++cc)
-        for (int64_t ii = 0; ii < deep; ++ii) convert(weight[(c + cc) * k + i + ii], block[cc][ii]);
-      for (int64_t step = 0; step < (deep + PAIR - 1) / PAIR; ++step) {
-        To* to = out + ((i / PAIR + step) * PANEL + c) * PAIR;
-        for (int64_t cc = 0; cc < wide; ++cc) std::memcpy(to + cc * PAIR, &block[cc][step * PAIR], 4);
+      const From* from = rows + c * stride + i;
+      To* to = out + (i * PANEL + c * PAIR);
+      const int64_t wide = std::min(BLOCK, columns - c), deep = std::min(DEEP, inputs - i);
+      if (sizeof(From) <= sizeof(To) && wide == BLOCK && deep == DEEP) {
+        turn(reinterpret_cast<const char*>(from), row_bytes, reinterpret_cast<int32_t*>(to));
+        continue;
       }
+      for (int64_t ii = 0; ii < deep; ++ii)
+        for (int64_t cc = 0; cc < wide; ++cc)
+          convert(from[cc * stride + ii], to[ii / PAIR * PAIR * PANEL + cc * PAIR + ii % PAIR]);
     }
 }
 
+// Inputs [begin, begin + inputs) of 64 columns from `first` on; zeros for what is beyond the matrix.
 template <class From, class To>
-void pack_panel(const From* weight, int64_t n, int64_t k, int64_t first, bool in_out, To* out, int64_t panel_size) {
-  const int64_t columns = std::min(PANEL, n - first);
-  if (columns < PANEL || panel_size != k * PANEL) std::memset(out, 0, static_cast<size_t>(panel_size) * sizeof(To));
-  if (in_out) pack_in_out(weight + first, n, k, columns, out);
-  else pack_out_in(weight + first * k, k, columns, out);
+void take(const Source<From>& source, int64_t first, int64_t begin, int64_t inputs, To* out) {
+  const int64_t columns = std::min(PANEL, source.n - first), there = std::min(inputs, source.k - begin);
+  if (columns < PANEL || there < inputs) std::memset(out, 0, static_cast<size_t>(inputs * PANEL) * sizeof(To));
+  if (source.in_out) take_inputs(source.at + begin * source.stride + first, source.stride, columns, there, out);
+  else take_outputs(source.at + first * source.stride + begin, source.stride, columns, there, out);
 }
 
 template <class From, class To>
-void pack_all(To* panels, const From* weight, int64_t n, int64_t k, bool in_out, int64_t panel_size) {
-  parallel((n + PANEL - 1) / PANEL, [&](int64_t p) {
-    pack_panel(weight, n, k, p * PANEL, in_out, panels + p * panel_size, panel_size);
-  });
+void pack_floats(To* panels, const Source<From>& source, int64_t padded) {
+  parallel((source.n + PANEL - 1) / PANEL,
+           [&](int64_t p) { take(source, p * PANEL, 0, padded, panels + p * padded * PANEL); });
 }
 
-// To the nearest integer, ties to even; x is far below 2^22.
-inline int32_t nearest(float x) { return static_cast<int32_t>((x + 12582912.0f) - 12582912.0f); }
-
-// A scale for each output; the sums make up for activations that are 128 too large.
-void pack_bytes(const float* w, int64_t k, char* panel) {
-  float* scales = reinterpret_cast<float*>(panel);
-  int32_t* offsets = reinterpret_cast<int32_t*>(panel) + PANEL;
-  float largest[PANEL] = {}, inverse[PANEL], broken[PANEL] = {};
-  int32_t sums[PANEL] = {};
-  for (int64_t i = 0; i < k; ++i)
-    for (int64_t c = 0; c < PANEL; ++c) {
-      const float size = std::fabs(w[i * PANEL + c]);
-      largest[c] = size > largest[c] ? size : largest[c];
-      broken[c] += 0.0f * w[i * PANEL + c];  // a NaN or an infinity must show in every product
-    }
-  for (int64_t c = 0; c < PANEL; ++c) {
-    scales[c] = largest[c] / 127 + broken[c];
-    inverse[c] = largest[c] > 0 ? 127 / largest[c] : 0;
-  }
-  for (int64_t i = 0; i < k; i += 4) {
-    int32_t quads[PANEL] = {};
-    for (int byte = 0; byte < 4; ++byte)
-      for (int64_t c = 0; c < PANEL; ++c) {
-        const float x = w[(i + byte) * PANEL + c] * inverse[c], high = x < 127.0f ? x : 127.0f;
-        const int32_t value = nearest(high > -127.0f ? high : -127.0f);
-        sums[c] += value;
-        quads[c] |= (value & 255) << 8 * byte;
-      }
-    std::memcpy(panel + W8A8_HEAD_BYTES + i * PANEL, quads, sizeof(quads));
-  }
-  for (int64_t c = 0; c < PANEL; ++c) offsets[c] = 128 * sums[c];
-}
-
-// By way of a panel of floats, which stays in cache.
+// By way of floats, a group of a panel at a time, which stays in cache.
 template <class From>
-void pack_integers(char* panels, const From* weight, int64_t n, int64_t k, Format format, bool in_out) {
-  const int64_t bytes = panel_bytes(format, k), padded = padded_inputs(format, k);
+void pack_integers(char* panels, const Source<From>& source, Format format, int64_t padded) {
+  const int64_t bytes = panel_bytes(format, source.k);
+  const int64_t group = is_weight_only(format) ? group_inputs(format) : padded;
   const FloatKernels& kernels = float_kernels();
-  parallel((n + PANEL - 1) / PANEL, [&](int64_t p) {
-    float* wide = scratch<float>(kScratchTile, padded * PANEL);
-    std::memset(wide + k * PANEL, 0, static_cast<size_t>((padded - k) * PANEL) * sizeof(float));
-    pack_panel(weight, n, k, p * PANEL, in_out, wide, k * PANEL);
-    char* panel = panels + p * bytes;
-    if (format == Format::kW8a8) return pack_bytes(wide, padded, panel);
-    const int64_t group = group_inputs(format);
-    for (int64_t i = 0; i < padded; i += group, panel += group_bytes(format))
-      kernels.quantize(wide + i * PANEL, format, std::min(group, padded - i), panel);
+  parallel((source.n + PANEL - 1) / PANEL, [&](int64_t p) {
+    float* wide = scratch<float>(kScratchTile, std::min(group, padded) * PANEL);
+    char* out = panels + p * bytes;
+    for (int64_t i = 0; i < padded; i += group, out += group_bytes(format)) {
+      const int64_t inputs = std::min(group, padded - i);
+      take(source, p * PANEL, i, inputs, wide);
+      kernels.quantize(wide, format, inputs, out);
+    }
   });
 }
 
 template <class From>
-void pack_from(void* panels, const From* weight, int64_t n, int64_t k, Format format, bool in_out) {
-  const int64_t bytes = panel_bytes(format, k);
-  if (format == Format::kBfloat16) pack_all(static_cast<bf16*>(panels), weight, n, k, in_out, bytes / 2);
-  else if (format == Format::kFloat32) pack_all(static_cast<float*>(panels), weight, n, k, in_out, bytes / 4);
-  else pack_integers(static_cast<char*>(panels), weight, n, k, format, in_out);
+void pack_from(void* panels, const Source<From>& source, Format format) {
+  const int64_t padded = padded_inputs(format, source.k);
+  if (format == Format::kBfloat16) pack_floats(static_cast<bf16*>(panels), source, padded);
+  else if (format == Format::kFloat32) pack_floats(static_cast<float*>(panels), source, padded);
+  else pack_integers(static_cast<char*>(panels), source, format, padded);
 }
 
 }  // namespace
 
-void pack(void* panels, const void* weight, int64_t n, int64_t k, Dtype source, Format format, bool in_out) {
-  if (source == Dtype::kBfloat16) pack_from(panels, static_cast<const bf16*>(weight), n, k, format, in_out);
-  else pack_from(panels, static_cast<const float*>(weight), n, k, format, in_out);
+void pack(void* panels, const void* weight, int64_t n, int64_t k, int64_t stride, Dtype source, Format format,
+          bool in_out) {
+  if (source == Dtype::kBfloat16)
+    pack_from(panels, Source<bf16>{static_cast<const bf16*>(weight), n, k, stride, in_out}, format);
+  else pack_from(panels, Source<float>{static_cast<const float*>(weight), n, k, stride, in_out}, format);
 }
 
 namespace {

@@ -46,7 +46,25 @@ FD_INLINE vf fma(vf a, vf b, vf c) {
 #endif
 }
 
-FD_INLINE vf max(vf a, vf b) { return a > b ? a : b; }
+// b where either is NaN.
+FD_INLINE vf max(vf a, vf b) {
+#if VL == 16
+  return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+#elif VL == 8
+  return (vf)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return (vf)_mm_max_ps((__m128)a, (__m128)b);
+#endif
+}
+FD_INLINE vf min(vf a, vf b) {
+#if VL == 16
+  return (vf)_mm512_min_ps((__m512)a, (__m512)b);
+#elif VL == 8
+  return (vf)_mm256_min_ps((__m256)a, (__m256)b);
+#else
+  return (vf)_mm_min_ps((__m128)a, (__m128)b);
+#endif
+}
 FD_INLINE vi max(vi a, vi b) { return a > b ? a : b; }
 
 // bf16 on any instruction set.

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import collectives, kernel_attention, kernel_linear, kernel_moe, kernel_rows, kernel_step
+from bench import collectives, kernel_attention, kernel_linear, kernel_moe, kernel_pack, kernel_rows, kernel_step
 from bench.__main__ import main
 from bench.floors import Case, Floors
 from bench.frontend import Measurement, summary
@@ -87,6 +87,16 @@ def test_cases_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     }
     assert all(case.of_memory is not None and case.of_memory > 0 for case in samplers + elements)
     assert "-" in str(Case("k", "c", 1e-6, 1.0, "GB/s"))
+
+
+def test_cases_of_packing(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"CACHE_BYTES": 1 << 16, "HIDDEN": 64, "WIDTH": 128}.items():
+        monkeypatch.setattr(kernel_pack, name, value)
+    cases = list(kernel_pack.pack_cases(FLOORS, names=["wint4", "w8a8"]))
+    assert [(case.kernel, case.case) for case in cases] == [
+        (f"pack {name}", shape) for shape in ("[N, K]", "[K, N]") for name in ("wint4", "w8a8")
+    ]
+    assert all(case.of_memory == pytest.approx(2 * 64 * 128 / case.seconds / 1e10) for case in cases)
 
 
 def test_a_step_beside_its_weights() -> None:

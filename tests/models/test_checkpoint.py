@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import mmap
+import os
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from fdserve.models.checkpoint import SINGLE, Checkpoint, check_checkpoint
@@ -52,6 +58,33 @@ def test_reading_slices_of_shards(tmp_path: Path) -> None:
         name = "model.embed_tokens.weight"
         part = checkpoint.read(name, slice(8, 16), slice(4, 8))
     np.testing.assert_array_equal(part, tensors[name][8:16, 4:8])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into the page cache")
+def test_reading_ahead_reads_these_rows_and_columns_alone(tmp_path: Path) -> None:
+    name = "lm_head.weight"
+    tensors = write_checkpoint(tmp_path, DENSE | {"vocab_size": 1 << 18, "tie_word_embeddings": False}, layout="paddle")
+    page, width = mmap.PAGESIZE, 2 << 18  # of a row
+    assert tensors[name].shape == (32, 1 << 18)
+    with Checkpoint(tmp_path) as checkpoint:
+        begin = checkpoint.tensors[name].begin
+        for rows, columns, ranges in [
+            (slice(3, 5), slice(0, 1 << 18), [(3 * width, 5 * width)]),
+            (slice(0, 32), slice(1000, 9000), [(row * width + 2000, row * width + 18000) for row in range(32)]),
+            (slice(1, 3), slice(0, 250_000), [(width, 2 * width + 500_000)]),  # a gap that is not worth leaving out
+            (slice(4, 4), slice(0, 9), []),
+        ]:
+            forget(tmp_path / SINGLE)
+            before = pages_in_cache(tmp_path / SINGLE)
+            assert checkpoint.read_ahead(name, rows, columns) == sum(last - first for first, last in ranges)
+            expected = np.zeros_like(before)
+            for first, last in ranges:
+                expected[(begin + first) // page : (begin + last - 1) // page + 1] = True
+            until = time.monotonic() + 30
+            while (pages := pages_in_cache(tmp_path / SINGLE) & ~before).sum() < (expected & ~before).sum():
+                assert time.monotonic() < until
+            # The system may put a page to those before or behind it.
+            assert pages.sum() <= (expected & ~before).sum() + 16 * len(ranges)
 
 
 def test_a_tensor_the_file_does_not_align_is_read_right(tmp_path: Path) -> None:
@@ -183,3 +216,25 @@ def test_other_models_and_mixtures_are_refused(tmp_path: Path) -> None:
     assert "mixes two layouts" in refusal(tmp_path)
     write_file(tmp_path / SINGLE, {})
     assert "holds no ERNIE-4.5 text model" in refusal(tmp_path)
+
+
+def forget(path: Path) -> None:
+    """Have the system drop the file's pages from its cache; skips the test where it keeps them."""
+    with path.open("r+b") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if pages_in_cache(path).mean() > 0.1:
+        pytest.skip("the file system has no cache that forgets")
+
+
+def pages_in_cache(path: Path) -> npt.NDArray[np.bool_]:
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as mapping:
+        pages = np.zeros(-(-len(mapping) // mmap.PAGESIZE), np.uint8)
+        address = ctypes.c_char.from_buffer(mapping)
+        found = ctypes.CDLL(None).mincore(
+            ctypes.byref(address), ctypes.c_size_t(len(mapping)), pages.ctypes.data_as(ctypes.c_void_p)
+        )
+        del address
+    assert found == 0
+    in_cache: npt.NDArray[np.bool_] = pages & 1 == 1
+    return in_cache

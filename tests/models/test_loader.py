@@ -2,13 +2,16 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from bench import random_checkpoint
 from fdserve import ops
 from fdserve.errors import StartupError
+from fdserve.models import loader
 from fdserve.models.checkpoint import SINGLE, Checkpoint, check_checkpoint
 from fdserve.models.config import read_config
 from fdserve.models.loader import load_model
@@ -108,6 +111,37 @@ def test_random_checkpoints_load(tmp_path: Path, layout: str, monkeypatch: pytes
     with Checkpoint(tmp_path) as checkpoint:
         spread = widen(checkpoint.read(checkpoint.layout.embedding)).std()
     assert abs(spread - 0.02) < 0.001
+
+
+@pytest.mark.parametrize("layout", ["torch", "paddle"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_is_read_was_asked_for_and_nothing_else(
+    tmp_path: Path, layout: str, rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of matrices, slice by slice: the system is asked for what this rank reads, and not far ahead."""
+    write_checkpoint(tmp_path, MOE, layout=layout)
+    limit = 4000
+    monkeypatch.setattr(loader, "READ_AHEAD_BYTES", limit)
+    asked: dict[tuple[str, str, str], int] = {}
+    most, largest = 0, 0
+
+    class Watched(Checkpoint):
+        def read_ahead(self, name: str, rows: slice, columns: slice) -> int:
+            nonlocal most, largest
+            size = super().read_ahead(name, rows, columns)
+            asked[name, str(rows), str(columns)] = size
+            most, largest = max(most, sum(asked.values())), max(largest, size)
+            return size
+
+        def read(self, name: str, rows: slice = slice(None), columns: slice = slice(None)) -> npt.NDArray[Any]:
+            if len(self.tensors[name].shape) == 2 and (rows, columns) != (slice(None), slice(None)):
+                del asked[name, str(rows), str(columns)]
+            return super().read(name, rows, columns)
+
+    monkeypatch.setattr(loader, "Checkpoint", Watched)
+    load(tmp_path, "float32", rank=rank, world_size=2)
+    assert not asked
+    assert limit < most <= limit + 3 * largest  # a matrix beyond it, which has up to three parts
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import paddle
 import pytest
 
@@ -53,6 +55,31 @@ def test_packing_takes_either_layout_and_dtype(dtype: str, stored: str, in_out: 
     assert_close(values(out), reference.linear(x, reference.rounded(weight, dtype)), "float32")
 
 
+@pytest.mark.parametrize("quantization", [None, "wint8", "wint4", "w8a8"])
+@pytest.mark.parametrize("in_out", [False, True])
+@pytest.mark.parametrize("stored", ["bfloat16", "float32"])
+def test_views_and_parts_pack_like_the_whole(dtype: str, stored: str, in_out: bool, quantization: str | None) -> None:
+    """Whether the parts fill whole panels or not, and be they of two dtypes."""
+    weight = normal(np.random.default_rng(3), 230, 190, dtype="bfloat16")
+
+    def packed_bytes(weights: npt.NDArray[Any] | list[npt.NDArray[Any]]) -> npt.NDArray[np.uint8]:
+        packed = ops.pack_weight(weights, dtype=dtype, in_out=in_out, quantization=quantization)
+        panels: npt.NDArray[np.uint8] = packed.data.numpy().view(np.uint8)
+        return panels
+
+    def matrix(rows: npt.NDArray[np.float32], kind: str = stored) -> npt.NDArray[Any]:
+        return source(rows.T.copy() if in_out else rows, kind)
+
+    whole = packed_bytes(matrix(weight))
+    framed = np.pad(matrix(weight), 3, constant_values=1)
+    assert (packed_bytes(framed[3:-3, 3:-3]) == whole).all()
+    for ends in ([64], [128, 192], [50, 64]):
+        parts = np.split(weight, ends)
+        assert (packed_bytes([matrix(part) for part in parts]) == whole).all()
+        kinds = ["float32", "bfloat16"] * len(parts)
+        assert (packed_bytes([matrix(*each) for each in zip(parts, kinds, strict=False)]) == whole).all()
+
+
 def test_packing_rounds_like_the_reference() -> None:
     odd = np.array([[1.00390625, 1.01171875, 1e-40, np.inf, -np.inf, 3.4e38, 65536.5, -1.00390626]], np.float32)
     data = ops.pack_weight(odd, dtype="bfloat16", in_out=False).data.numpy()
@@ -66,6 +93,8 @@ def test_packing_refuses_what_it_does_not_know() -> None:
         ops.pack_weight(np.zeros((2, 2), np.float32), dtype="int8", in_out=False)
     with pytest.raises(ValueError, match="matrix"):
         ops.pack_weight(np.zeros((2, 0), np.float32), dtype="float32", in_out=False)
+    with pytest.raises(ValueError, match="matrix"):
+        ops.pack_weight([np.zeros((2, 2), np.float32), np.zeros((2, 3), np.float32)], dtype="float32", in_out=False)
 
 
 @pytest.mark.parametrize(("vocab", "hidden"), [(300, 64), (65, 33), (1, 1)])

@@ -52,6 +52,20 @@ def test_bytes_times_bytes(dtype: str, tokens: int, out_features: int, in_featur
     assert_close(out, reference.w8a8_linear(x, weight), "float32")
 
 
+@pytest.mark.parametrize("quantization", WEIGHT_ONLY)
+@pytest.mark.parametrize(("out_features", "in_features"), [(1, 1), (65, 64), (130, 75), (80, 700), (16, 1537)])
+def test_what_is_stored_is_the_references(dtype: str, quantization: str, out_features: int, in_features: int) -> None:
+    """Each row has a size of its own, some so small that a scale has no finite inverse."""
+    rng = np.random.default_rng(out_features)
+    sizes = rng.choice([*range(-150, -120), *range(-40, 40)], (out_features, 1))
+    weight = np.ldexp(normal(rng, out_features, in_features), sizes)
+    weight[rng.random(weight.shape) < 0.1] = 0
+    weight[::16, : in_features // 2] = 0
+    weight = reference.rounded(weight, dtype)
+    expected = reference.rounded(reference.weight_only(weight, quantization), dtype)
+    np.testing.assert_array_equal(stored(pack(weight, dtype, quantization)), expected)
+
+
 @pytest.mark.parametrize(("quantization", "bound"), [("wint8", 0.008), ("wint4", 0.1)])
 def test_the_error_of_normal_weights(dtype: str, quantization: str, bound: float) -> None:
     weight = normal(np.random.default_rng(0), 128, 512, dtype=dtype, scale=0.02)
