@@ -1,20 +1,22 @@
-"""The mixture-of-experts layer: its cost must follow the experts that the tokens touch."""
+"""The mixture-of-experts layer in every weight format: its cost must follow the experts that the tokens touch."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from functools import partial
 
 import numpy as np
+import numpy.typing as npt
 import paddle
 
 from bench.floors import Case, Floors
 from bench.machine import seconds
 from fdserve import ops
+from fdserve.models.footprint import WEIGHT_BYTES
 
-HIDDEN, INNER, EXPERTS, TOP_K = 2560, 1536, 16, 6
-"""A layer of ERNIE-4.5-21B-A3B with a quarter of its experts, which do not fit the caches either."""
-ROWS = (1, 4, 16, 64, 256)
+HIDDEN, INNER, EXPERTS, TOP_K = 2560, 1536, 64, 6
+"""A layer of ERNIE-4.5-21B-A3B."""
 
 
 def routes(rows: int, experts: int, top_k: int) -> list[list[int]]:
@@ -23,14 +25,17 @@ def routes(rows: int, experts: int, top_k: int) -> list[list[int]]:
 
 
 def moe_cases(
-    floors: Floors, *, dtype: str, rows: Sequence[int] = ROWS, hidden: int = HIDDEN, inner: int = INNER
+    floors: Floors, *, names: Sequence[str], rows: Sequence[int], hidden: int = HIDDEN, inner: int = INNER
 ) -> Iterator[Case]:
-    """Few rows by the bytes of the experts they touch, many by operations a second; packing takes some seconds."""
+    """Of each format few rows by the bytes of the experts they touch, many by operations a second."""
+    for name in names:
+        yield from _format_cases(floors, name, rows, hidden, inner)
+
+
+def _format_cases(floors: Floors, name: str, rows: Sequence[int], hidden: int, inner: int) -> Iterator[Case]:
     bits = np.random.default_rng(0).integers(0x3C00, 0x3C80, (2 * inner, hidden), np.uint16)
-    up_gate = ops.pack_experts((bits for _ in range(EXPERTS)), num_experts=EXPERTS, dtype=dtype, in_out=False)
-    wide = bits[:inner].T
-    down = ops.pack_experts((wide for _ in range(EXPERTS)), num_experts=EXPERTS, dtype=dtype, in_out=False)
-    width = 2 if dtype == "bfloat16" else 4
+    up_gate, down = _pack(bits, name), _pack(bits[:inner].T, name)
+    dtype, width = up_gate.dtype, WEIGHT_BYTES[name]
     for count in rows:
         chosen = routes(count, EXPERTS, TOP_K)
         # Row i has a 1 in column i, where the gates of its experts are high.
@@ -46,7 +51,7 @@ def moe_cases(
         moved = touched * 3 * hidden * inner * width / took
         flops = 2 * count * TOP_K * 3 * hidden * inner / took
         yield Case(
-            f"moe {dtype}",
+            f"moe {name}",
             f"{count} rows, {touched} of {EXPERTS} experts",
             took,
             flops / 1e9,
@@ -54,3 +59,11 @@ def moe_cases(
             of_memory=moved / floors.bandwidth,
             of_onednn=flops / floors.peak if floors.peak and dtype == ops.compute_dtype() else None,
         )
+
+
+def _pack(weight: npt.NDArray[np.uint16], name: str) -> ops.PackedExperts:
+    """EXPERTS times the same matrix [N, K] of bfloat16 bits in a format."""
+    dtype = name if name in ("float32", "bfloat16") else ops.compute_dtype()
+    quantization = None if name == dtype else name
+    same = itertools.repeat(weight, EXPERTS)
+    return ops.pack_experts(same, num_experts=EXPERTS, dtype=dtype, in_out=False, quantization=quantization)

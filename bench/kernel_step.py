@@ -19,6 +19,7 @@ from bench.random_checkpoint import write_checkpoint
 from fdserve import ops
 from fdserve.executor.wire import Load, Masks, NewRow, Plan, SamplingParams
 from fdserve.models.config import ModelConfig
+from fdserve.models.footprint import WEIGHT_BYTES, weight_bytes
 from fdserve.ops.weights import PackedWeight
 from fdserve.worker.runner import Runner
 
@@ -29,10 +30,11 @@ CONTEXT, BLOCK = 256, 64
 def step_cases(
     *, names: Sequence[str], rows: Sequence[int] = ROWS, shape: str = "0.3B", budget: float
 ) -> Iterator[Case]:
-    """Of each format and number of rows a step, and the linear layers of the model called alone, one after the other.
+    """Of each format and number of rows a step, and of a dense model its linear layers called alone, one by one.
 
-    Both are set against reading as many bytes as the weights have; steps, products and reads take turns. The rate of
-    the second is the part of the step's time that its products take.
+    Both are set against reading as many bytes as the step's weights have: rows are all alike, so that of a mixture of
+    experts they go to the same ones. Steps, products and reads take turns. The rate of the second is the part of the
+    step's time that its products take.
     """
     with TemporaryDirectory() as name:
         directory = Path(name)
@@ -43,23 +45,34 @@ def step_cases(
 
 def _format_cases(directory: Path, name: str, rows: Sequence[int], budget: float) -> Iterator[Case]:
     runner = Runner(_load(directory, name, max(rows)), lambda what, done, total: None)
-    weights = _weights(runner.config, name)
-    size = sum(weight.data.size * weight.data.element_size() for weight in weights)
-    with memory_reads(ops.num_threads(), size) as reads:
+    weights = [] if runner.config.moe else _weights(runner.config, name)
+    with memory_reads(ops.num_threads(), _bytes_of_step(runner.config, name)) as reads:
         for count in rows:
-            inputs = {k: paddle.ones([count, k], weights[0].dtype) for k in {weight.in_features for weight in weights}}
-            calls: dict[str, Callable[[], Any]] = {
-                "step": Decodes(runner, count).step,
-                "products": partial(_multiply, inputs, weights),
-                **reads,
-            }
+            calls: dict[str, Callable[[], Any]] = {"step": Decodes(runner, count).step, **reads}
+            if weights:
+                calls["products"] = partial(_multiply, _inputs(weights, count), weights)
             times = fastest(calls, budget=budget)
-            read = min(times[kind] for kind in reads)
-            step, products = times["step"], times["products"]
+            read, step = min(times[kind] for kind in reads), times["step"]
             case = f"{count} rows after {CONTEXT} tokens"
             yield Case(f"step {name}", case, step, count / step, "tokens/s", of_memory=read / step)
-            share = 100 * products / step
-            yield Case("  its products alone", case, products, share, "% of step", of_memory=read / products)
+            if weights:
+                products = times["products"]
+                share = 100 * products / step
+                yield Case("  its products alone", case, products, share, "% of step", of_memory=read / products)
+
+
+def _bytes_of_step(config: ModelConfig, name: str) -> int:
+    """What the matrices take, the experts left out that no row goes to."""
+    size = weight_bytes(config, 1, name)
+    if config.moe is None:
+        return size
+    layers = sum(config.layer_is_moe(layer) for layer in range(config.num_layers))
+    expert = 3 * config.hidden_size * config.moe.intermediate_size * WEIGHT_BYTES[name]
+    return size - int((config.moe.num_experts - config.moe.top_k) * layers * expert)
+
+
+def _inputs(weights: Sequence[PackedWeight], rows: int) -> dict[int, Any]:
+    return {k: paddle.ones([rows, k], weights[0].dtype) for k in {weight.in_features for weight in weights}}
 
 
 def _load(directory: Path, name: str, rows: int) -> Load:

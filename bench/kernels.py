@@ -5,8 +5,8 @@
 
 A kernel that reads is set against the bandwidth at which plain code reads memory here, a matrix product also against
 oneDNN's own, the two taking turns, and a prefill's attention against oneDNN's best rate. Ratios are shares of the
-floor's speed: at 100 % the floor is reached. Sizes are those of ERNIE-4.5-0.3B, and "step" is a whole decode step of a
-model of random weights, from the plan to the tokens.
+floor's speed: at 100 % the floor is reached. Sizes are those of ERNIE-4.5-0.3B, of experts and packing those of
+ERNIE-4.5-21B-A3B; "step" is a whole decode step of a model of random weights, from the plan to the tokens.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from bench.kernel_pack import pack_cases
 from bench.kernel_rows import element_cases, sampler_cases
 from bench.kernel_step import step_cases
 from bench.machine import describe
+from bench.random_checkpoint import SHAPES as CHECKPOINTS
 from fdserve import ops
 
 FAMILIES = ("linear", "attention", "moe", "sample", "elements", "pack", "step")
@@ -38,15 +39,16 @@ def cases(family: str, floors: Floors, options: argparse.Namespace) -> Iterator[
     elif family == "attention":
         yield from attention_cases(floors, dtypes=dtypes)
     elif family == "step":
-        yield from step_cases(names=options.formats, budget=floors.budget)
+        yield from step_cases(names=options.formats, shape=options.shape, budget=floors.budget)
     elif family == "pack":
         yield from pack_cases(floors, names=options.formats)
     elif family == "sample":
         yield from sampler_cases(floors)
+    elif family == "moe":
+        yield from moe_cases(floors, names=options.formats, rows=options.rows)
     else:
-        measure = {"moe": moe_cases, "elements": element_cases}[family]
         for dtype in dtypes:
-            yield from measure(floors, dtype=dtype)
+            yield from element_cases(floors, dtype=dtype)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -57,10 +59,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dtypes", nargs="+", choices=("bfloat16", "float32"), help="default: the processor's best")
     default = [name for name in formats() if name != "float32" or ops.compute_dtype() == name]
     parser.add_argument(
-        "--formats", nargs="+", choices=formats(), default=default, help="of linear's, pack's and step's weights"
+        "--formats", nargs="+", choices=formats(), default=default, help="of linear's, moe's, pack's and step's weights"
     )
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES), help="of linear")
-    parser.add_argument("--rows", nargs="+", type=int, default=list(ROWS), help="of linear")
+    parser.add_argument("--rows", nargs="+", type=int, default=list(ROWS), help="of linear and moe")
+    parser.add_argument("--shape", choices=list(CHECKPOINTS), default="0.3B", help="of step's model")
     parser.add_argument("--threads", type=int, default=0, help="default: as many as the process may run on cores")
     parser.add_argument("--budget", type=float, default=0.5, metavar="SECONDS", help="for each call of a case")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")

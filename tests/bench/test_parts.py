@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,7 @@ from bench import collectives, kernel_attention, kernel_linear, kernel_moe, kern
 from bench.__main__ import main
 from bench.floors import Case, Floors
 from bench.frontend import Measurement, summary
-from bench.machine import fastest, read_bandwidth
+from bench.machine import fastest, memory_reads, read_bandwidth
 from bench.onednn import OneDNN, Unavailable
 from bench.scheduler import Loaded, measure
 from fdserve import ops
@@ -70,9 +71,11 @@ def test_attention_cases(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_cost_of_experts_follows_those_touched() -> None:
-    few, many = kernel_moe.moe_cases(FLOORS, dtype="float32", rows=[2, 8], hidden=64, inner=32)
-    assert (few.case, many.case) == ("2 rows, 12 of 16 experts", "8 rows, 16 of 16 experts")
+    names = ["float32", "wint4"]
+    few, many, nibbles, _ = kernel_moe.moe_cases(FLOORS, names=names, rows=[2, 12], hidden=64, inner=32)
+    assert (few.case, many.case) == ("2 rows, 12 of 64 experts", "12 rows, 64 of 64 experts")
     assert few.of_memory == pytest.approx(12 * 3 * 64 * 32 * 4 / few.seconds / 1e10)
+    assert nibbles.of_memory == pytest.approx(12 * 3 * 64 * 32 * (1 / 2 + 2 / 128) / nibbles.seconds / 1e10)
     assert kernel_moe.routes(2, 16, 3) == [[0, 1, 2], [3, 4, 5]]
 
 
@@ -108,6 +111,22 @@ def test_a_step_beside_its_weights() -> None:
         assert products.of_memory is not None
         assert products.rate == pytest.approx(100 * step.of_memory / products.of_memory)
     assert cases[2].rate == pytest.approx(3 / cases[2].seconds)
+
+
+def test_a_step_of_experts_reads_those_that_rows_go_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+
+    def reads(threads: int, size: int) -> Any:
+        sizes.append(size)
+        return memory_reads(threads, 4096)
+
+    monkeypatch.setattr(kernel_step, "memory_reads", reads)
+    name = ops.compute_dtype()
+    (case,) = kernel_step.step_cases(names=[name], rows=[2], shape="moe-small", budget=0.001)
+    assert case.kernel == f"step {name}"
+    attention, dense, experts = 768 * (10 * 128 + 768), 3 * 768 * 2304, 3 * 768 * 384
+    matrices = 103424 * 768 + 8 * attention + dense + 7 * (4 + 2) * experts
+    assert sizes == [matrices * (2 if name == "bfloat16" else 4)]
 
 
 def test_the_kernels_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
