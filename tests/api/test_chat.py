@@ -43,7 +43,7 @@ async def test_a_completion() -> None:
 
 
 async def test_a_stream() -> None:
-    async with serving(FakeEngine(say("Hello", delay=0.002))) as client:
+    async with serving(FakeEngine(say("Hello", delay=0.02))) as client:
         response = await client.chat(stream=True)
         assert response.headers["content-type"] == "text/event-stream; charset=utf-8"
         events = response.events

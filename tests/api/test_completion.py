@@ -26,7 +26,7 @@ async def test_a_completion() -> None:
 
 
 async def test_a_stream() -> None:
-    async with serving(FakeEngine(say("Hello", delay=0.002))) as client:
+    async with serving(FakeEngine(say("Hello", delay=0.02))) as client:
         events = (await client.complete(stream=True, stream_options={"include_usage": True})).events
         # The client's types deny the null finish reason that OpenAI's own streams have.
         Completion.model_validate(events[-2], strict=True)

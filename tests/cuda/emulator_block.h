@@ -12,6 +12,9 @@ struct dim3 {
   dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 
+// A function of the emulator's own, whose loads and stores are not the kernel's.
+#define UNCHECKED __attribute__((no_sanitize("thread")))
+
 namespace emulator {
 
 constexpr int WARP = 32;
@@ -21,28 +24,23 @@ struct Place {
 };
 // Of the thread that is running.
 extern Place place;
-inline int lane() {
-  const unsigned row = place.thread.y + place.block.y * place.thread.z;
-  return static_cast<int>((place.thread.x + place.block.x * row) % WARP);
-}
+int lane();
 
 [[noreturn]] void fail(const char* what);
 
 void meet_block();
 // All threads of the block meet; returns how many of them came with a predicate that holds.
 int meet_block_and_count(bool predicate);
-// The lanes of a mask meet. Only where `orders_memory` do they see afterwards what the others wrote before.
-void meet_lanes(unsigned mask, bool orders_memory);
+// The lanes of a mask meet, and see afterwards what the others wrote before.
+void meet_lanes(unsigned mask);
 
-// Where a lane of this warp shows the others something, 32 bytes.
-using Slot = uint64_t[4];
-Slot& slot_of(int lane);
 // Every lane of the mask shows `size` bytes of `value`; those of lane `from` come into `result`, if there is one.
 void exchange(unsigned mask, const void* value, void* result, size_t size, int from);
+// The lanes of the mask that come with a predicate that holds.
+unsigned vote(unsigned mask, bool predicate);
 
 template <class T>
-T exchange(unsigned mask, T value, int from) {
-  static_assert(sizeof(T) <= sizeof(Slot), "too large to be shown");
+UNCHECKED T exchange(unsigned mask, T value, int from) {
   T result = value;
   exchange(mask, &value, &result, sizeof(T), from);
   return result;
@@ -54,32 +52,30 @@ void commit_copies();
 // Until at most so many groups are under way.
 void wait_copies(int under_way);
 
-// One thread's share in a warpgroup's product, with what `multiply` needs.
+// What tensor cores do (emulator_matrices.cc), with pairs of 16-bit floats in registers: of __half or, else, bfloat16.
+void load_matrices(uint32_t (&registers)[4], uintptr_t row, bool is_transposed);
+void multiply_fragments(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], bool is_half);
+
+// One thread's share in a warpgroup's product. It is multiplied when its threads wait for it, no sooner, from what its left
+// operand's registers and shared memory hold then: a kernel that writes there too early gets other results.
 struct Product {
-  void (*multiply)(const Product&);
-  void* sums;
+  float* sums;
   const uint32_t* left;
   uintptr_t right;
-  int leading, stride;
-  bool add;
+  int leading, stride, columns;
+  bool is_transposed, is_half, add;
   int group;
+  const void* code;  // where it began
 };
 void begin_product(Product product);
 void commit_products();
-// The oldest product that has to be complete for at most so many groups to be under way.
-bool next_product(int under_way, Product& product);
+// Until at most so many groups are under way.
+void wait_products(int under_way);
 // Products that begin after the threads have met next see what this thread has written to shared memory.
 void show_to_products();
-// A product reads these 16 bytes of shared memory; what a thread needs of them, without a look at whether it may.
-void read_by_product(uintptr_t at);
-void copy_for_product(void* to, uintptr_t at, size_t size);
 
 // An atomic operation of this thread on these bytes.
 void touch_atomically(const void* at, size_t size);
-
-// A row of a matrix that a warp loads as a whole; what its lanes do to get there does not count.
-void count_row(uintptr_t at);
-void count(bool on);
 
 char* dynamic_shared();
 

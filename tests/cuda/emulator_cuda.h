@@ -35,7 +35,7 @@ inline const char* cudaGetErrorString(cudaError_t) { return "an emulated one"; }
 
 inline void __syncthreads() { emulator::meet_block(); }
 inline int __syncthreads_count(int predicate) { return emulator::meet_block_and_count(predicate != 0); }
-inline void __syncwarp(unsigned mask = ~0u) { emulator::meet_lanes(mask, true); }
+inline void __syncwarp(unsigned mask = ~0u) { emulator::meet_lanes(mask); }
 template <class T>
 T __shfl_sync(unsigned mask, T value, int from) { return emulator::exchange(mask, value, from & 31); }
 template <class T>
@@ -48,15 +48,7 @@ template <class T>
 T __shfl_up_sync(unsigned mask, T value, int by) {
   return emulator::exchange(mask, value, emulator::lane() >= by ? emulator::lane() - by : emulator::lane());
 }
-inline unsigned __ballot_sync(unsigned mask, int predicate) {
-  emulator::slot_of(emulator::lane())[0] = predicate != 0;
-  emulator::meet_lanes(mask, false);
-  unsigned votes = 0;
-  for (int lane = 0; lane < 32; ++lane)
-    if (mask >> lane & 1) votes |= static_cast<unsigned>(emulator::slot_of(lane)[0]) << lane;
-  emulator::meet_lanes(mask, false);
-  return votes;
-}
+inline unsigned __ballot_sync(unsigned mask, int predicate) { return emulator::vote(mask, predicate != 0); }
 inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
 inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) == mask; }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
@@ -88,14 +80,13 @@ inline unsigned long long __umul64hi(unsigned long long x, unsigned long long y)
   return static_cast<unsigned long long>((static_cast<unsigned __int128>(x) * y) >> 64);
 }
 inline unsigned __umulhi(unsigned x, unsigned y) { return static_cast<unsigned>((uint64_t{x} * y) >> 32); }
-// The access itself is not instrumented.
-#define FDSERVE_ATOMIC(name, change)                            \
-  template <class T>                                            \
-  __attribute__((no_sanitize("thread"))) T name(T* p, T x) {    \
-    emulator::touch_atomically(p, sizeof(T));                   \
-    const T old = *p;                                           \
-    *p = change;                                                \
-    return old;                                                 \
+#define FDSERVE_ATOMIC(name, change)          \
+  template <class T>                          \
+  UNCHECKED T name(T* p, T x) {               \
+    emulator::touch_atomically(p, sizeof(T)); \
+    const T old = *p;                         \
+    *p = change;                              \
+    return old;                               \
   }
 FDSERVE_ATOMIC(atomicAdd, old + x)
 FDSERVE_ATOMIC(atomicOr, old | x)

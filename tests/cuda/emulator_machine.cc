@@ -21,22 +21,6 @@ namespace {
 constexpr Architecture SMALLEST{99 << 10, false}, HOPPER{227 << 10, true};
 Architecture chosen = SMALLEST;
 
-void yield() {
-  if (_setjmp(machine.fiber().state) == 0) _longjmp(machine.scheduler, 1);
-}
-
-void meet(Barrier& barrier, int expected) {
-  ++machine.progress;
-  ++machine.fiber().meetings;
-  if (++barrier.arrived == expected) {
-    barrier.arrived = 0;
-    ++barrier.generation;
-    return;
-  }
-  const unsigned generation = barrier.generation;
-  while (barrier.generation == generation) yield();
-}
-
 void fiber_main() {
   machine.call.run(machine.call.closure);
   machine.fiber().done = true;
@@ -48,6 +32,7 @@ void fiber_main() {
 void resume(size_t number) {
   machine.current = number;
   Fiber& fiber = machine.fiber();
+  machine.stack = fiber.stack.get();
   place.thread = fiber.thread;
   if (_setjmp(machine.scheduler) != 0) return;
   if (fiber.begun) _longjmp(fiber.state, 1);
@@ -57,6 +42,7 @@ void resume(size_t number) {
 
 void begin_fiber(Fiber& fiber, dim3 thread) {
   fiber.begun = fiber.done = false;
+  fiber.waits_at = nullptr;
   fiber.copies.clear();
   fiber.products.clear();
   fiber.group = fiber.product_group = 0;
@@ -82,7 +68,7 @@ void run_block() {
   while (m.alive > 0) {
     const uint64_t before = m.progress;
     for (size_t i = 0; i < m.threads; ++i)
-      if (const size_t number = m.backwards ? m.threads - 1 - i : i; !m.fibers[number].done) resume(number);
+      if (const size_t number = m.backwards ? m.threads - 1 - i : i; m.fibers[number].can_go_on()) resume(number);
     if (m.progress == before && m.alive > 0) fail("a barrier that not all threads reach");
   }
   if (m.barrier.arrived != 0) fail("threads ended inside of a barrier");
@@ -109,33 +95,54 @@ void fail(const char* what) {
   std::abort();
 }
 
-void meet_block() {
-  meet(machine.barrier, static_cast<int>(machine.alive));
-  ++machine.fiber().barriers;
+void wait_at(const Barrier& barrier) {
+  Fiber& fiber = machine.fiber();
+  fiber.waits_at = &barrier;
+  fiber.waits_since = barrier.generation;
+  if (_setjmp(fiber.state) == 0) _longjmp(machine.scheduler, 1);
 }
+
+void meet_block() { meet_block_and_count(false); }
 
 int meet_block_and_count(bool predicate) {
-  machine.votes += predicate;
-  meet_block();
-  const int votes = machine.votes;
-  if (machine.barrier.arrived + 1 == static_cast<int>(machine.alive)) machine.votes = 0;  // all have read it
-  meet_block();
-  return votes;
+  Machine& m = machine;
+  m.votes += predicate;
+  meet(m.barrier, static_cast<int>(m.alive), [&] {
+    m.last_votes = m.votes;
+    m.votes = 0;
+  });
+  ++m.fiber().barriers;
+  return m.last_votes;
 }
 
-void meet_lanes(unsigned mask, bool orders_memory) {
-  if (!(mask >> lane() & 1)) fail("a lane outside of its own mask");
-  meet(machine.warp().barrier, __builtin_popcount(mask));
-  if (orders_memory) ++machine.fiber().warp_barriers;
+void meet_lanes(unsigned mask) {
+  meet_with(mask, mask, [](const auto&) {});
+  ++machine.fiber().warp_barriers;
 }
 
-Slot& slot_of(int lane) { return machine.warp().slots[lane]; }
+int lane() { return static_cast<int>(machine.current % WARP); }
 
 void exchange(unsigned mask, const void* value, void* result, size_t size, int from) {
-  std::memcpy(slot_of(lane()), value, size);
-  meet_lanes(mask, false);
-  if (from >= 0 && from < WARP) std::memcpy(result, slot_of(from), size);
-  meet_lanes(mask, false);
+  struct { const void* value; void* result; int from; } mine = {value, result, from};
+  meet_with(mask, mine, [&](const auto& of) {
+    for (int to = 0; to < WARP; ++to)
+      if (mask >> to & 1 && of(to).from >= 0 && of(to).from < WARP) {
+        if (!(mask >> of(to).from & 1)) fail("a lane that is asked for what it does not show");
+        std::memcpy(of(to).result, of(of(to).from).value, size);
+      }
+  });
+}
+
+unsigned vote(unsigned mask, bool predicate) {
+  struct { bool predicate; unsigned votes; } mine = {predicate, 0};
+  meet_with(mask, mine, [&](const auto& of) {
+    unsigned votes = 0;
+    for (int lane = 0; lane < WARP; ++lane)
+      if (mask >> lane & 1 && of(lane).predicate) votes |= 1u << lane;
+    for (int lane = 0; lane < WARP; ++lane)
+      if (mask >> lane & 1) of(lane).votes = votes;
+  });
+  return mine.votes;
 }
 
 void begin_copy(void* to, const void* from) {
@@ -167,33 +174,6 @@ void wait_copies(int under_way) {
   }
   fiber.copies.swap(rest);
 }
-
-void begin_product(Product product) {
-  product.group = machine.fiber().product_group;
-  machine.fiber().products.push_back(product);
-}
-
-void commit_products() { ++machine.fiber().product_group; }
-
-bool next_product(int under_way, Product& product) {
-  Fiber& fiber = machine.fiber();
-  if (fiber.products.empty() || fiber.products.front().group >= fiber.product_group - under_way) return false;
-  product = fiber.products.front();
-  fiber.products.pop_front();
-  return true;
-}
-
-void show_to_products() { machine.fiber().shown_after.push_back(machine.fiber().barriers); }
-
-void read_by_product(uintptr_t at) {
-  touch(reinterpret_cast<const void*>(at), 16, Access::PRODUCT, __builtin_return_address(0));
-}
-
-void copy_for_product(void* to, uintptr_t at, size_t size) { std::memcpy(to, reinterpret_cast<const void*>(at), size); }
-
-void count_row(uintptr_t at) { note_access(reinterpret_cast<const void*>(at), 16, false, __builtin_return_address(0)); }
-
-void count(bool on) { machine.is_uncounted = !on; }
 
 void touch_atomically(const void* at, size_t size) { touch(at, size, Access::ATOMIC, __builtin_return_address(0)); }
 

@@ -20,6 +20,8 @@ struct Barrier {
   int arrived = 0;
   unsigned generation = 0;
 };
+// The current thread lets the others run until all have arrived.
+void wait_at(const Barrier& barrier);
 
 struct Copy {
   void* to;
@@ -33,6 +35,8 @@ struct Fiber {
   jmp_buf state;
   dim3 thread;
   bool begun = false, done = false;
+  const Barrier* waits_at = nullptr;
+  unsigned waits_since = 0;
   std::vector<Copy> copies;
   int group = 0;
   std::deque<Product> products;
@@ -42,11 +46,14 @@ struct Fiber {
   // block it showed what it had written to products.
   uint32_t barriers = 0, warp_barriers = 0;
   std::vector<uint32_t> shown_after;
+
+  bool can_go_on() const { return !done && (waits_at == nullptr || waits_at->generation != waits_since); }
 };
 
 struct Warp {
   Barrier barrier;
-  Slot slots[WARP];
+  const void* kind;         // of work that they meet for
+  const void* shown[WARP];  // by each lane, where they meet
 };
 
 // The block that is running.
@@ -62,14 +69,40 @@ struct Machine {
   Barrier barrier;
   jmp_buf scheduler;
   size_t current = 0, threads = 0, alive = 0;
+  const char* stack = nullptr;  // of the current thread
   bool backwards = false;
   uint64_t progress = 0;
-  int votes = 0;
+  int votes = 0, last_votes = 0;
 
   Fiber& fiber() { return fibers[current]; }
   Warp& warp() { return warps[current / WARP]; }
 };
 extern Machine machine;
+
+// The current thread waits until so many have come; the last one does the work before anybody goes on.
+template <class Work>
+void meet(Barrier& barrier, int expected, const Work& work) {
+  ++machine.progress;
+  ++machine.fiber().meetings;
+  if (++barrier.arrived != expected) return wait_at(barrier);
+  work();
+  barrier.arrived = 0;
+  ++barrier.generation;
+}
+
+// The lanes of a mask meet, each with something of its own, and the last one works with all of it: `of(lane)`.
+template <class T, class Work>
+void meet_with(unsigned mask, T& mine, const Work& work) {
+  if (!(mask >> lane() & 1)) fail("a lane outside of its own mask");
+  Warp& warp = machine.warp();
+  static constexpr char KIND = 0;  // whose address is that of no other work
+  if (warp.barrier.arrived == 0) warp.kind = &KIND;
+  if (warp.kind != &KIND) fail("lanes that meet for different operations");
+  warp.shown[lane()] = &mine;
+  meet(warp.barrier, __builtin_popcount(mask), [&] {
+    work([&](int lane) -> T& { return *static_cast<T*>(const_cast<void*>(warp.shown[lane])); });
+  });
+}
 
 // In emulator_memory.cc: the current thread's accesses that the instrumentation does not see.
 enum class Access { READ, WRITE, ATOMIC, PRODUCT };

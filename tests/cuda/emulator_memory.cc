@@ -13,8 +13,8 @@
 #include <cinttypes>
 #include <cstdio>
 #include <map>
-#include <unordered_map>
 
+#include "emulator_cells.h"
 #include "emulator_machine.h"
 
 // Of this library, by the linker: where it begins, and its variables that are not initialized (kernels' shared arrays too).
@@ -29,53 +29,32 @@ namespace {
 
 constexpr uint32_t MANY_BLOCKS = ~0u;
 
-// The history of two bytes (no kernel has two threads write one each), as far as what comes next must be ordered with it.
-// It is void once the scope (the block for shared memory, the launch for global) is another.
-struct Cell {
-  uint32_t scope = 0;
-  bool is_promised = false, is_written = false, is_atomic = false;
-  uint16_t writer = 0;
-  uint32_t writer_block, writer_barriers, writer_warp_barriers, writer_shows;
-  const void* written_at;
-  // Of the threads that read since the last barrier: their block, their warps, and the lanes where it is one warp.
-  uint32_t reader_block = 0, reader_barriers, reader_warps, reader_lanes, reader_warp_barriers;
-  const void* read_at;
-};
-
-constexpr size_t CELL_BYTES = 2, PAGE = 4096;
-struct Page {
-  Cell cells[PAGE / CELL_BYTES];
-};
-
-enum class Region { OWN, SHARED, GLOBAL, CONSTANT, NOWHERE };
-
 class Memory {
  public:
   bool is_on = false;
   char complaint[1024] = "";
 
-  void lend(uintptr_t at, size_t size) { lent_[at] = size; }
+  void lend(uintptr_t at, size_t size) { lent_[at] = Stretch(at, size, false); }
   void take_back(uintptr_t at) {
     lent_.erase(at);
-    last_end_ = 0;
+    last_ = nullptr;
   }
 
   void touch(const void* pointer, size_t size, Access access, const void* code) {
     const uintptr_t at = reinterpret_cast<uintptr_t>(pointer);
-    const Region region = region_of(at, size);
-    if (region == Region::OWN) return;
-    if (region == Region::NOWHERE) return complain("outside of all buffers", at, access, code, nullptr);
-    if (region == Region::CONSTANT) {
+    if (is_own(at, size)) return;
+    Stretch* const stretch = find(at, size);
+    if (stretch == nullptr) {
+      if (!is_constant(at, size)) return complain("outside of all buffers", at, access, code, nullptr);
       if (access != Access::READ) complain("in constants", at, access, code, nullptr);
       return;
     }
-    if (access == Access::READ || access == Access::WRITE) note_access(pointer, size, region == Region::GLOBAL, code);
-    const uint32_t scope = scope_of(region);
+    if (access == Access::READ || access == Access::WRITE) note_access(pointer, size, !stretch->is_shared, code);
     for (size_t i = 0; i < size; i += CELL_BYTES) {
-      Cell& cell = cell_at(at + i, scope);
+      Cell& cell = stretch->cell_at(at + i);
       if (cell.is_promised) return complain("while a copy to there is under way", at + i, access, code, cell.written_at);
       if (access == Access::READ || access == Access::PRODUCT)
-        read(cell, at + i, region, access, code);
+        read(cell, at + i, stretch->is_shared, access, code);
       else
         write(cell, at + i, access, code);
     }
@@ -97,56 +76,49 @@ class Memory {
   }
 
  private:
-  std::map<uintptr_t, size_t> lent_;
-  uintptr_t last_begin_ = 0, last_end_ = 0;  // of the buffer that was touched last
-  std::unordered_map<uintptr_t, std::unique_ptr<Page>> pages_;
-  uintptr_t last_number_ = 0;
-  Page* last_page_ = nullptr;
+  std::map<uintptr_t, Stretch> lent_;
+  Stretch* last_ = nullptr;  // the one of these that was touched last
+  Stretch dynamic_, declared_{reinterpret_cast<uintptr_t>(__bss_start), static_cast<size_t>(_end - __bss_start), true};
 
   static bool within(uintptr_t at, size_t size, const void* begin, size_t length) {
     const uintptr_t from = reinterpret_cast<uintptr_t>(begin);
     return at >= from && at + size <= from + length;
   }
 
-  Region region_of(uintptr_t at, size_t size) {
-    if (at >= last_begin_ && at + size <= last_end_) return Region::GLOBAL;
-    const Fiber& fiber = machine.fibers[machine.current];
-    if (within(at, size, fiber.stack.get(), STACK_BYTES) || within(at, size, &machine, sizeof(machine)) ||
-        within(at, size, &place, sizeof(place)))
-      return Region::OWN;
-    if (within(at, size, machine.dynamic, machine.shared_bytes)) return Region::SHARED;
-    if (within(at, size, __bss_start, static_cast<size_t>(_end - __bss_start))) return Region::SHARED;
-    if (within(at, size, machine.call.closure, machine.call.size)) return Region::CONSTANT;
-    if (within(at, size, __ehdr_start, static_cast<size_t>(__bss_start - __ehdr_start))) return Region::CONSTANT;
-    const auto next = lent_.upper_bound(at);
-    if (next == lent_.begin()) return Region::NOWHERE;
-    const auto& [begin, length] = *std::prev(next);
-    if (at + size > begin + length) return Region::NOWHERE;
-    last_begin_ = begin, last_end_ = begin + length;
-    return Region::GLOBAL;
+  // The thread's stack, and what the emulator itself keeps.
+  static bool is_own(uintptr_t at, size_t size) {
+    return within(at, size, machine.stack, STACK_BYTES) || within(at, size, &place, sizeof(place)) ||
+           within(at, size, &machine, sizeof(machine));
   }
 
-  static uint32_t scope_of(Region region) { return region == Region::SHARED ? machine.block : machine.launch; }
+  static bool is_constant(uintptr_t at, size_t size) {
+    return within(at, size, machine.call.closure, machine.call.size) ||
+           within(at, size, __ehdr_start, static_cast<size_t>(__bss_start - __ehdr_start));
+  }
 
-  Cell& cell_at(uintptr_t at, uint32_t scope) {
-    if (at / PAGE != last_number_) {
-      std::unique_ptr<Page>& page = pages_[at / PAGE];
-      if (!page) page.reset(new Page);
-      last_number_ = at / PAGE, last_page_ = page.get();
-    }
-    Cell& cell = last_page_->cells[at % PAGE / CELL_BYTES];
-    if (cell.scope != scope) {
-      cell = Cell{};
-      cell.scope = scope;
-    }
-    return cell;
+  Stretch* find(uintptr_t at, size_t size) {
+    if (last_ != nullptr && last_->holds(at, size)) return last_;
+    if (within(at, size, machine.dynamic, machine.shared_bytes)) return &dynamic();
+    if (declared_.holds(at, size)) return &declared_;
+    const auto next = lent_.upper_bound(at);
+    if (next == lent_.begin()) return nullptr;
+    Stretch& stretch = std::prev(next)->second;
+    return stretch.holds(at, size) ? last_ = &stretch : nullptr;
+  }
+
+  // Where it lies, and its size, are a launch's.
+  Stretch& dynamic() {
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(machine.dynamic);
+    if (dynamic_.begin != begin || dynamic_.size != machine.shared_bytes)
+      dynamic_ = Stretch(begin, machine.shared_bytes, true);
+    return dynamic_;
   }
 
   void set_promise(const void* pointer, size_t size, bool is_promised) {
     const uintptr_t at = reinterpret_cast<uintptr_t>(pointer);
-    const Region region = region_of(at, size);
-    if (region != Region::SHARED) return;
-    for (size_t i = 0; i < size; i += CELL_BYTES) cell_at(at + i, scope_of(region)).is_promised = is_promised;
+    Stretch* const stretch = is_own(at, size) ? nullptr : find(at, size);
+    if (stretch == nullptr || !stretch->is_shared) return;
+    for (size_t i = 0; i < size; i += CELL_BYTES) stretch->cell_at(at + i).is_promised = is_promised;
   }
 
   // Whether the last write is ordered before what the current thread does now.
@@ -173,12 +145,12 @@ class Memory {
     return cell.writer == machine.current || writer.shown_after[cell.writer_shows] < machine.fiber().barriers;
   }
 
-  void read(Cell& cell, uintptr_t at, Region region, Access access, const void* code) {
+  void read(Cell& cell, uintptr_t at, bool is_shared, Access access, const void* code) {
     if (cell.is_written && !is_write_ordered(cell))
       return complain("unordered with a write", at, access, code, cell.written_at);
     if (access == Access::PRODUCT) {
       if (cell.is_written && !is_shown(cell)) return complain("not shown to products", at, access, code, cell.written_at);
-    } else if (region == Region::SHARED && !cell.is_written) {
+    } else if (is_shared && !cell.is_written) {
       return complain("of what the block has not written", at, access, code, nullptr);
     }
     note_reader(cell, code);

@@ -7,7 +7,9 @@ import os
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -36,30 +38,29 @@ def test_everything_compiles_and_links(tmp_path: Path) -> None:
         assert f"fdserve_cuda_{name}".encode() in symbols
 
 
-def ptx_of(source: str, directory: Path) -> str:
+@cache
+def ptx_of(source: str) -> str:
     """A source, compiled for Hopper."""
-    out = directory / "kernels.ptx"
-    subprocess.run(
-        ["nvcc", "-std=c++17", "-O3", "-arch=sm_90", "-ptx", str(SOURCES / source), "-o", str(out)],
-        check=True,
-        timeout=120,
-    )
-    return out.read_text()
+    with TemporaryDirectory() as directory:
+        out = Path(directory) / "kernels.ptx"
+        command = ["nvcc", "-std=c++17", "-O3", "-arch=sm_90", "-ptx", str(SOURCES / source), "-o", str(out)]
+        subprocess.run(command, check=True, timeout=120)
+        return out.read_text()
 
 
 @pytest.mark.skipif(not has_nvcc(), reason="needs nvcc")
 @pytest.mark.parametrize("source", ["rows.cu", "rope.cu"])
-def test_rows_are_read_and_written_16_bytes_at_a_time(source: str, tmp_path: Path) -> None:
+def test_rows_are_read_and_written_16_bytes_at_a_time(source: str) -> None:
     """Compilers take vectors apart where a program looks at their elements alone."""
-    accesses = re.findall(r"(?:ld|st)\.global\S*", ptx_of(source, tmp_path))
+    accesses = re.findall(r"(?:ld|st)\.global\S*", ptx_of(source))
     assert any(".v4." in access for access in accesses)
     assert [access for access in accesses if access.endswith("16")] == []
 
 
 @pytest.mark.skipif(not has_nvcc(), reason="needs nvcc")
-def test_a_row_is_under_way_before_any_of_it_is_waited_for(tmp_path: Path) -> None:
+def test_a_row_is_under_way_before_any_of_it_is_waited_for() -> None:
     """Both vectors that a thread has of the row, and of the residual, are loaded before the first sum."""
-    ptx = ptx_of("rows.cu", tmp_path)
+    ptx = ptx_of("rows.cu")
     kernel = ptx[re.search(r"\.entry \S*rms_norm_kernelI13__nv_bfloat16Li2E", ptx).end() :]  # type: ignore[union-attr]
     before = re.split(r"(?:add|fma|mul)\S*\.f32", kernel, maxsplit=1)[0]
     assert len(re.findall(r"ld\.global\S*v4", before)) >= 4

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from threading import Timer
 
 import pytest
 
@@ -18,12 +19,31 @@ from fdserve.ops.collectives import shared_bytes
 
 ROOT = Path(__file__).parents[2]
 SLOT_BYTES = 1 << 16
+# Paddle takes longer to import than most ranks have to do, so that they are forked from a process that has it.
 START = """
-import os, random, sys, time
+import ctypes, os, random, signal, sys, time
 import numpy as np
 import paddle
 from fdserve.ops import SharedMemory
-memory, rank, ranks, slot_bytes, *peers = map(int, sys.argv[1:])
+memory, ranks, slot_bytes, *ends = map(int, sys.argv[1:])
+ends, outs = ends[:-ranks], ends[-ranks:]
+ends_of = [ends[: ranks - 1], *([end] for end in ends[ranks - 1 :])]
+for rank in range(ranks):
+    if os.fork() == 0:
+        break
+else:
+    # Only the ranks themselves may hold their ends.
+    for each in (*ends, *outs):
+        os.close(each)
+    for _ in range(ranks):
+        os.wait()
+    sys.exit()
+ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # none outlives the process that it was forked from
+peers = ends_of[rank]
+os.dup2(outs[rank], 1)
+for each in {*ends, *outs} - {*peers}:
+    os.close(each)
+print(os.getpid(), flush=True)
 shared = SharedMemory(memory, slot_bytes=slot_bytes, rank=rank, world_size=ranks, peers=peers)
 """
 # Every rank draws all ranks' parts, so each can tell what the result must be.
@@ -59,53 +79,67 @@ except RuntimeError as error:
 """
 
 
+class Rank:
+    """A process that was forked for it, and what it prints."""
+
+    def __init__(self, out: int) -> None:
+        self.lines = open(out, encoding="utf-8")  # noqa: SIM115
+        self.pid = int(self.lines.readline())
+
+    def kill(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
+
+
 @contextmanager
-def ranks_of(code: str, count: int) -> Iterator[list[subprocess.Popen[str]]]:
-    """`count` processes that run START and then the code; none is left on leaving."""
+def ranks_of(code: str, count: int, seconds: float = 120) -> Iterator[list[Rank]]:
+    """`count` processes that run START and then the code; none is left on leaving, or after so many seconds."""
     with ExitStack() as stack:
         memory = os.memfd_create("test")
         stack.callback(os.close, memory)
         os.ftruncate(memory, shared_bytes(count, SLOT_BYTES))
         pairs = [socket.socketpair() for _ in range(count - 1)]
-        peers = [[pair[0].fileno() for pair in pairs]] + [[pair[1].fileno()] for pair in pairs]
-        processes = []
-        for rank in range(count):
-            arguments = [memory, rank, count, SLOT_BYTES, *peers[rank]]
-            process = subprocess.Popen(
-                [sys.executable, "-W", "ignore", "-c", START + code, *map(str, arguments)],
-                pass_fds=[memory, *peers[rank]],
-                stdout=subprocess.PIPE,
-                text=True,
-                cwd=ROOT,
-            )
-            stack.callback(process.wait, 30)
-            stack.callback(process.kill)
-            assert process.stdout is not None
-            stack.callback(process.stdout.close)
-            processes.append(process)
+        ends = [pair[end].fileno() for end in range(2) for pair in pairs]
+        pipes = [os.pipe() for _ in range(count)]
+        descriptors = [*ends, *(out for _, out in pipes)]
+        process = subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", START + code, *map(str, (memory, count, SLOT_BYTES, *descriptors))],
+            pass_fds=[memory, *descriptors],
+            cwd=ROOT,
+        )
+        stack.callback(process.wait, 30)
+        stack.callback(process.kill)
+        timer = Timer(seconds, process.kill)
+        timer.start()
+        stack.callback(timer.cancel)
         # Only the processes themselves may hold their ends.
         for pair in pairs:
             for end in pair:
                 end.close()
-        yield processes
+        for _, out in pipes:
+            os.close(out)
+        ranks = [Rank(out) for out, _ in pipes]
+        for rank in ranks:
+            stack.callback(rank.lines.close)
+        yield ranks
 
 
 @pytest.mark.parametrize("count", [2, 3])
 def test_sums_are_those_of_rank_order(count: int) -> None:
-    with ranks_of(MANY, count) as processes:
-        assert [process.communicate(timeout=60)[0] for process in processes] == ["all equal\n"] * count
+    with ranks_of(MANY, count) as ranks:
+        assert [rank.lines.read() for rank in ranks] == ["all equal\n"] * count
 
 
 def test_data_larger_than_a_slot_is_refused() -> None:
-    with ranks_of(TOO_LARGE, 1) as (process,):
-        assert process.communicate(timeout=60)[0] == "True\n"
+    with ranks_of(TOO_LARGE, 1) as (rank,):
+        assert rank.lines.read() == "True\n"
 
 
 def test_whoever_waits_for_a_killed_rank_is_told() -> None:
     with ranks_of(UNTIL_LOST, 2) as (waiting, killed):
-        for process in (waiting, killed):
-            assert process.stdout is not None
-            assert process.stdout.readline() == "ready\n"
+        for rank in (waiting, killed):
+            assert rank.lines.readline() == "ready\n"
         time.sleep(0.2)
-        killed.send_signal(signal.SIGKILL)
-        assert waiting.communicate(timeout=10)[0] == "gone\n"
+        killed.kill()
+        began = time.monotonic()
+        assert waiting.lines.read() == "gone\n"
+        assert time.monotonic() - began < 10
