@@ -9,12 +9,12 @@ from fdserve.errors import StartupError
 from fdserve.executor.wire import Load
 from fdserve.models.config import ModelConfig
 from fdserve.models.footprint import weight_bytes
-from fdserve.worker.device import free_gpu_bytes
+from fdserve.worker import device
 
 
 def check_weights(load: Load, config: ModelConfig, format: str) -> None:
     """Raise StartupError if weights in `format` are more than the memory, before minutes are spent on reading them."""
-    available = free_gpu_bytes() if ops.on_gpu() else load.host_bytes
+    available = device.free_gpu_bytes() if ops.on_gpu() else load.host_bytes
     needed = weight_bytes(config, load.world_size, format)
     if not available or needed <= available:
         return
@@ -60,7 +60,7 @@ def cache_blocks(load: Load, config: ModelConfig, format: str, bytes_per_block: 
 def _room(load: Load, weights: int) -> int:
     """What the cache may take: of a GPU all that is left, of a host as it is set, but half of what is left at most."""
     if ops.on_gpu():
-        return free_gpu_bytes()
+        return device.free_gpu_bytes()
     if not load.host_bytes:
         return load.host_cache_bytes
     return min(load.host_cache_bytes, max(0, load.host_bytes - weights) // 2)
