@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,10 +18,15 @@ THREADS = 128
 
 
 @pytest.fixture(scope="module")
-def device(tmp_path_factory: pytest.TempPathFactory) -> Emulated:
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("wrong")
     compile_emulated(directory, [HERE / "wrong_kernels.cc"])
-    return Emulated(ctypes.CDLL(str(link_emulated([*directory.glob("*.o")], directory / "wrong.so"))))
+    return link_emulated([*directory.glob("*.o")], directory / "wrong.so")
+
+
+@pytest.fixture(scope="module")
+def device(library: Path) -> Emulated:
+    return Emulated(ctypes.CDLL(str(library)))
 
 
 def run(device: Emulated, kernel: str) -> None:
@@ -48,6 +57,22 @@ def test_what_is_wrong_is_told(device: Emulated, kernel: str, complaint: str) ->
     with pytest.raises(AssertionError, match=complaint) as raised:
         run(device, kernel)
     assert "wrong_kernels.cc:" in str(raised.value)
+
+
+ALONE = """
+import ctypes, sys
+from tests.cuda.harness import Emulated
+from tests.cuda.test_emulator import run
+run(Emulated(ctypes.CDLL(sys.argv[1])), "lanes part")
+"""
+
+
+def test_lanes_that_meet_for_different_things_end_the_process(library: Path) -> None:
+    """Nothing could go on: what the one half waits for does not come."""
+    command = [sys.executable, "-c", ALONE, str(library)]
+    result = subprocess.run(command, cwd=HERE.parents[1], capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == -signal.SIGABRT
+    assert "emulator: lanes that meet for different operations" in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -101,6 +101,13 @@ __global__ void multiplies(const int* in, int* out) {
   out[threadIdx.x] = static_cast<int>(sums[0][0]);
 }
 
+__global__ void lanes_part(const int* in, int* out) {
+  int value = in[threadIdx.x];
+  if (threadIdx.x % 2 == 0) value = __shfl_xor_sync(ALL, value, 2);
+  else __syncwarp();
+  out[threadIdx.x] = value;
+}
+
 // Right, but slow.
 template <int STRIDE>
 __global__ void loads_with_a_stride(const int* in, int* out) {
@@ -142,6 +149,7 @@ constexpr Named KERNELS[] = {
     {"multiplies what is not shown", multiplies<false, true>, 1},
     {"multiplies what changes", multiplies<true, false>, 1},
     {"multiplies", multiplies<true, true>, 1},
+    {"lanes part", lanes_part, 1},
     {"loads a row", loads_with_a_stride<1>, 1},
     {"loads a column", loads_with_a_stride<8>, 1},
     {"has rows of 16", has_rows_in_shared_memory<16>, 1},
