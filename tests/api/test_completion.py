@@ -143,7 +143,7 @@ async def test_token_ids() -> None:
 
 
 async def test_held_back_text_sends_no_empty_event() -> None:
-    async with serving(FakeEngine(say("aXYb", delay=0.002))) as client:
+    async with serving(FakeEngine(say("aXYb", delay=0.02))) as client:
         events = (await client.complete(stream=True, stop="XYZ")).events
         assert [e["choices"][0]["text"] for e in events] == ["a", "XYb", ""]
 

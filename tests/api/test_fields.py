@@ -189,7 +189,7 @@ async def test_no_more_are_gathered_than_fit_the_memory(monkeypatch: pytest.Monk
 
 
 async def test_usage_in_every_event() -> None:
-    async with serving(FakeEngine(say("Hello", delay=0.001))) as client:
+    async with serving(FakeEngine(say("Hello", delay=0.02))) as client:
         for call, first in ((client.chat, 1), (client.complete, 0)):
             events = (await call(stream=True, stream_options={"continuous_usage_stats": True})).events
             counts = [event["usage"]["completion_tokens"] for event in events]

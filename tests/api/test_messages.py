@@ -61,7 +61,7 @@ async def test_thinking() -> None:
 
 async def test_a_stream() -> None:
     thinking = {"type": "adaptive"}
-    async with serving(FakeEngine(say(THINKS, delay=0.002)), config(), template=TEMPLATE) as client:
+    async with serving(FakeEngine(say(THINKS, delay=0.01)), config(), template=TEMPLATE) as client:
         got = events(await send(client, stream=True, thinking=thinking))
         assert [event["type"] for event in got] == [
             *("message_start", "ping", "content_block_start"),

@@ -56,7 +56,7 @@ async def test_thoughts_are_an_item_of_their_own() -> None:
 
 
 async def test_a_stream() -> None:
-    async with serving(FakeEngine(say(THINKS, delay=0.002)), config()) as client:
+    async with serving(FakeEngine(say(THINKS, delay=0.01)), config()) as client:
         got = events(await respond(client, stream=True))
         assert short(got) == [
             *("created", "in_progress", "output_item.added", "content_part.added"),
@@ -76,7 +76,7 @@ async def test_a_stream() -> None:
 
 
 async def test_a_stream_of_a_summary() -> None:
-    async with serving(FakeEngine(say(THINKS, delay=0.002)), config()) as client:
+    async with serving(FakeEngine(say(THINKS, delay=0.01)), config()) as client:
         got = events(await respond(client, stream=True, reasoning={"effort": "high", "summary": "detailed"}))
         assert short(got)[2:9] == [
             *("output_item.added", "reasoning_summary_part.added"),
