@@ -14,9 +14,9 @@ from fdserve.worker import device
 
 def check_weights(load: Load, config: ModelConfig, format: str) -> None:
     """Raise StartupError if weights in `format` are more than the memory, before minutes are spent on reading them."""
-    available = device.free_gpu_bytes() if ops.on_gpu() else load.host_bytes
     needed = weight_bytes(config, load.world_size, format)
-    if not available or needed <= available:
+    available = device.free_gpu_bytes() if ops.on_gpu() else load.host_bytes or needed
+    if needed <= available:
         return
     smaller = {name: weight_bytes(config, load.world_size, name) for name in ("wint8", "wint4")}
     fitting = [f"--quantization {name} ({_gigabytes(size)})" for name, size in smaller.items() if size <= available]

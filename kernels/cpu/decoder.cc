@@ -44,6 +44,21 @@ bool add_up(const Shared* shared, char* x, int64_t size, Dtype dtype) {
   return shared == nullptr || all_reduce(*shared, x, size, dtype, x);
 }
 
+// Where an MLP puts rows in between: both halves of its first product, what swiglu makes of them, an answer of its own.
+struct MlpRoom {
+  char *both, *activated, *shared;
+};
+
+// What a layer's experts answer, those that see every token among them, or its dense MLP.
+void mlp(const DecoderLayer& layer, const char* x, int64_t rows, Dtype dtype, const MlpRoom& room, char* answer) {
+  const bool dense = layer.down.panels != nullptr;
+  if (dense) {
+    linear_swiglu(x, rows, dtype, layer.gate_up, room.both, room.activated);
+    linear(room.activated, rows, dtype, layer.down, layer.experts == nullptr ? answer : room.shared, dtype);
+  }
+  if (layer.experts != nullptr) moe({dtype, rows, *layer.experts, x, dense ? room.shared : nullptr, answer});
+}
+
 }  // namespace
 
 bool decoder(const DecoderCall& call) {
@@ -54,7 +69,7 @@ bool decoder(const DecoderCall& call) {
   for (int64_t l = 0; l < call.count; ++l) inner = std::max(inner, layers[l].down.k);
   const Buffers buffers(rows, dtype, {hidden, hidden, hidden, layers[0].qkv.n, heads, 2 * inner, inner, hidden});
   char *residual = buffers[0], *x = buffers[1], *answer = buffers[2], *qkv = buffers[3], *attended = buffers[4];
-  char *both = buffers[5], *activated = buffers[6], *shared = buffers[7];
+  const MlpRoom room = {buffers[5], buffers[6], buffers[7]};
   std::memcpy(residual, call.x, static_cast<size_t>(rows * row));
   rms_norm(residual, nullptr, layers[0].input_norm, call.eps, rows, hidden, dtype, x, nullptr);
   for (int64_t l = 0; l < call.count; ++l) {
@@ -74,13 +89,7 @@ bool decoder(const DecoderCall& call) {
     linear(attended, rows, dtype, layer.o, answer, dtype);
     if (!add_up(call.shared, answer, rows * hidden, dtype)) return false;
     rms_norm(answer, residual, layer.post_norm, call.eps, rows, hidden, dtype, x, residual);
-    char* dense = layer.experts == nullptr ? answer : shared;
-    if (layer.down.panels != nullptr) {
-      linear_swiglu(x, rows, dtype, layer.gate_up, both, activated);
-      linear(activated, rows, dtype, layer.down, dense, dtype);
-    }
-    if (layer.experts != nullptr)
-      moe({dtype, rows, *layer.experts, x, layer.down.panels == nullptr ? nullptr : shared, answer});
+    mlp(layer, x, rows, dtype, room, answer);
     if (!add_up(call.shared, answer, rows * hidden, dtype)) return false;
     rms_norm(answer, residual, last ? call.norm : layers[l + 1].input_norm, call.eps, rows, hidden, dtype,
              last ? static_cast<char*>(call.out) : x, residual);
