@@ -76,14 +76,6 @@ FD_INLINE void zero_sums() {
   _tile_zero(3);
 }
 
-// Weights as a panel holds them, or tile after tile.
-struct PanelTiles {
-  static constexpr int64_t STRIDE = STEP_BYTES, NEXT = TILE_LINE;
-};
-struct WholeTiles {
-  static constexpr int64_t STRIDE = TILE_LINE, NEXT = TILE_BYTES;
-};
-
 // What is done meanwhile comes in four parts a step, between tiles: this is nothing.
 struct Nothing {
   FD_MEMBER void operator()(int) { tile_gap(); }
@@ -133,24 +125,24 @@ struct Tile {
 };
 
 // One tile of rows by 64 columns, into sums 0 to 3.
-template <class Math, class Weights, class Meanwhile>
+template <class Math, class Meanwhile>
 FD_INLINE void add_one(Tile rows, const char* weights, int64_t steps, Meanwhile& meanwhile) {
   for (int64_t k = 0; k < steps; ++k, rows.at += rows.step, weights += WEIGHTS_BYTES) {
     _tile_loadd(4, rows.at, rows.stride);
     tile_gap();
-    _tile_loadd(5, weights, Weights::STRIDE);
+    _tile_loadd(5, weights, STEP_BYTES);
     tile_gap();
     FD_TILE_DOT(0, 4, 5);
     meanwhile(0);
-    _tile_loadd(6, weights + Weights::NEXT, Weights::STRIDE);
+    _tile_loadd(6, weights + TILE_LINE, STEP_BYTES);
     tile_gap();
     FD_TILE_DOT(1, 4, 6);
     meanwhile(1);
-    _tile_loadd(7, weights + 2 * Weights::NEXT, Weights::STRIDE);
+    _tile_loadd(7, weights + 2 * TILE_LINE, STEP_BYTES);
     tile_gap();
     FD_TILE_DOT(2, 4, 7);
     meanwhile(2);
-    _tile_loadd(5, weights + 3 * Weights::NEXT, Weights::STRIDE);
+    _tile_loadd(5, weights + 3 * TILE_LINE, STEP_BYTES);
     tile_gap();
     FD_TILE_DOT(3, 4, 5);
     meanwhile(3);
@@ -164,25 +156,25 @@ FD_INLINE void fetch_half(const char* from, int64_t stride) {
 }
 
 // Two tiles of rows by 32 columns. What is fetched stands between the instructions of tiles: see tile_gap.
-template <class Math, class Weights, class Meanwhile>
+template <class Math, class Meanwhile>
 FD_INLINE void add_two(const Tile* rows, const char* weights, int64_t steps, Meanwhile& meanwhile) {
   const char *a = rows[0].at, *b = rows[1].at;
   const int64_t stride = rows[0].stride, step = rows[0].step;
   for (int64_t k = 0; k < steps; ++k, a += step, b += step, weights += WEIGHTS_BYTES) {
-    const char *left = weights + WEIGHTS_BYTES, *right = left + Weights::NEXT;
+    const char *left = weights + WEIGHTS_BYTES, *right = left + TILE_LINE;
     _tile_loadd(4, a, stride);
-    fetch_half<0>(left, Weights::STRIDE);
-    _tile_loadd(6, weights, Weights::STRIDE);
-    fetch_half<1>(left, Weights::STRIDE);
+    fetch_half<0>(left, STEP_BYTES);
+    _tile_loadd(6, weights, STEP_BYTES);
+    fetch_half<1>(left, STEP_BYTES);
     FD_TILE_DOT(0, 4, 6);
     meanwhile(0);
-    fetch_half<0>(right, Weights::STRIDE);
+    fetch_half<0>(right, STEP_BYTES);
     _tile_loadd(5, b, stride);
-    fetch_half<1>(right, Weights::STRIDE);
+    fetch_half<1>(right, STEP_BYTES);
     FD_TILE_DOT(2, 5, 6);
     meanwhile(1);
     fetch_half<0>(a + step, stride);
-    _tile_loadd(7, weights + Weights::NEXT, Weights::STRIDE);
+    _tile_loadd(7, weights + TILE_LINE, STEP_BYTES);
     fetch_half<1>(a + step, stride);
     FD_TILE_DOT(1, 4, 7);
     meanwhile(2);
@@ -235,14 +227,14 @@ void tile_pass(const Tile* rows, int64_t tiles, int64_t height, const char* pane
   tile_fence();
   if (tiles == 1) {
     zero_sums();
-    add_one<Math, PanelTiles>(rows[0], panel, steps, meanwhile);
-    if (left != 0) add_one<Math, PanelTiles>(rest.tiles[0], rest.panel, 1, nothing);
+    add_one<Math>(rows[0], panel, steps, meanwhile);
+    if (left != 0) add_one<Math>(rest.tiles[0], rest.panel, 1, nothing);
     store_one(acc[0]);
   }
   for (int64_t half = 0; tiles == 2 && half < 2; ++half) {
     zero_sums();
-    add_two<Math, PanelTiles>(rows, panel + half * 128, steps, meanwhile);
-    if (left != 0) add_two<Math, PanelTiles>(rest.tiles, rest.panel + half * 128, 1, nothing);
+    add_two<Math>(rows, panel + half * 128, steps, meanwhile);
+    if (left != 0) add_two<Math>(rest.tiles, rest.panel + half * 128, 1, nothing);
     store_two(acc[0] + half * 32, acc[1] + half * 32, ACC_BYTES);
   }
   tile_fence();

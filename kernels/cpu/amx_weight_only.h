@@ -2,17 +2,17 @@
 //
 // Layout: that of weight_only.h, activations as digits. Tiling: that of amx.h, a group of inputs at a time, whose sums are
 // then scaled and added up by vectors, while the tiles of the next are under way: reading them at once would wait for
-// their stores. Up to 8 rows of bytes are one tile of both digits, each 16 of up to 32 rows of nibbles one of a digit;
-// both take weights from the panel: bytes as they are, nibbles with their low halves unfolded some chunks ahead. Of more
-// rows each digit takes a tile of its own, and nibbles are unfolded to signed bytes for some chunks. Storing a tile takes
-// as long as a product, and holds products up: hence the sizes of groups. Floor: memory for few rows; for many the
-// products of bf16 (bytes, which have two digits) or of bytes (nibbles).
+// their stores. Weights are bytes of the panel as they are, and low nibbles, which are unfolded some chunks ahead. Up to 8
+// rows of bytes are one tile of both digits, each 16 of up to 32 rows of nibbles one of a digit. Of more rows each digit
+// takes a tile of its own, two of which share loading weights. Storing a tile takes as long as a product, and holds
+// products up: hence the sizes of groups. Floor: memory for few rows; for many the products of bf16 (bytes, which have two
+// digits) or of bytes (nibbles).
 
 namespace fdserve {
 namespace FD_ISA {
 
 constexpr int64_t BLOCK_ROWS = TILE_ROWS / 2;    // whose digits are one tile
-constexpr int64_t FEW_NIBBLE_ROWS = 32;          // up to which unfolding for several tiles takes longer than more sums
+constexpr int64_t FEW_NIBBLE_ROWS = 32;          // up to which two tiles of rows that share weights gain nothing
 constexpr int64_t HALF = PANEL / 2;              // outputs that two tiles of columns take
 constexpr int64_t HALF_SUMS = TILE_ROWS * HALF;  // of 16 rows
 
@@ -74,7 +74,7 @@ inline void few_bytes(const DigitTiles& tiles, const char* group, int64_t inputs
     WaitingSums<8>& now = both[g % 2];
     tile_fence();
     zero_sums();
-    add_one<TileDigits, PanelTiles>(a, group + PANEL * 2, steps, fetch);
+    add_one<TileDigits>(a, group + PANEL * 2, steps, fetch);
     store_one(now.sums);
     tile_fence();
     both[(g + 1) % 2].add();
@@ -184,7 +184,7 @@ FD_INLINE void strip_of_bytes(const DigitTiles& tiles, int64_t t, int64_t half, 
     const int64_t steps = (inputs < INPUTS ? inputs : INPUTS) / CHUNK;
     tile_fence();
     zero_sums();
-    add_two<TileDigits, PanelTiles>(a, group + PANEL * 2 + half * HALF * 4, steps, meanwhile);
+    add_two<TileDigits>(a, group + PANEL * 2 + half * HALF * 4, steps, meanwhile);
     store_two(sums[g % 2], sums[g % 2] + HALF_SUMS, HALF * 4);
     tile_fence();
     if (g > 0) add(g - 1, group - GroupOf<8>::BYTES);

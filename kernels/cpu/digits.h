@@ -121,16 +121,14 @@ FD_INLINE void add_sum(float* acc, vi sum, float row_scale, vf scale) {
   store(acc, fma(__builtin_convertvector(sum, vf) * splat(row_scale), scale, load(acc)));
 }
 
-// VECTORS of 16 outputs of some rows, whose scales are `groups` apart; OFFSET where weights are too large.
-template <int VECTORS, bool OFFSET>
-FD_INLINE void add_sums(const int32_t* sums, int64_t stride, int64_t rows, const SumScale* row_scales, int64_t groups,
-                        const bf16* scales, float* acc) {
-  for (int v = 0; v < VECTORS; ++v) {
-    const vf scale = load(scales + v * VL);
+// Sums of some rows, whose scales are `groups` apart, by a panel.
+FD_INLINE void add_sums(const int32_t* sums, int64_t rows, const SumScale* row_scales, int64_t groups, const bf16* scales,
+                        float* acc) {
+  for (int64_t v = 0; v < PANEL; v += VL) {
+    const vf scale = load(scales + v);
     for (int64_t r = 0; r < rows; ++r) {
-      const vi sum = load(sums + r * stride + v * VL);
       const SumScale& row = row_scales[r * groups];
-      add_sum(acc + r * PANEL + v * VL, OFFSET ? sum - (vi{} + row.offset) : sum, row.scale, scale);
+      add_sum(acc + r * PANEL + v, load(sums + r * PANEL + v) - (vi{} + row.offset), row.scale, scale);
     }
   }
 }

@@ -115,7 +115,7 @@ FD_INLINE void many_nibble_rows(Rows a, int64_t rows, const char* group, int64_t
     for (int digit = 0; digit < digits; ++digit) {
       gemm_slice<DigitMath>(x + digit * a.stride / 2, a.stride, n, bytes, chunks * CHUNK / 4, sums, true,
                             group + GroupOf<4>::BYTES, GroupOf<4>::BYTES / LINE);
-      add_sums<4, true>(sums, PANEL, n, scales + digit * a.groups / 2, a.groups, scales_of(group), acc + first * PANEL);
+      add_sums(sums, n, scales + digit * a.groups / 2, a.groups, scales_of(group), acc + first * PANEL);
     }
   }
 }
