@@ -41,30 +41,35 @@ inline void multiply_bytes(Rows a, int64_t rows, const char* group, int64_t inpu
   }
 }
 
+// 64 inputs of 16 and 16 outputs.
+template <int ROWS>
+FD_INLINE void nibble_tile(const char* a, int64_t stride, const char* packed, vi (&low)[ROWS], vi (&whole)[ROWS]) {
+  const vi mask = (vi)_mm512_set1_epi8(15);
+  for (int64_t i = 0; i < CHUNK / 4; ++i) {
+    if (i % 4 == 0) prefetch<4>(packed + AHEAD_BYTES + i * LINE);
+    const vi bytes = DigitMath::weight(packed + i * LINE), nibbles = bytes & mask;
+    for (int r = 0; r < ROWS; ++r) {
+      const vi x = DigitMath::input(a + r * stride + 4 * i);
+      low[r] = DigitMath::dot(low[r], x, nibbles);
+      whole[r] = DigitMath::dot(whole[r], x, bytes);
+    }
+  }
+}
+
 // Sums over a group: [rows][32 low, 32 whole].
 template <int ROWS>
 void multiply_nibbles(const char* a, int64_t stride, const char* packed, int64_t chunks, int32_t* sums) {
-  const vi mask = (vi)_mm512_set1_epi8(15);
-  for (int64_t tile = 0; tile < 2; ++tile) {
-    vi low[ROWS] = {}, whole[ROWS] = {};
-    for (int64_t c = 0; c < chunks; ++c) {
-      const char* from = packed + (2 * c + tile) * CHUNK_TILE;
-      prefetch<4>(from + AHEAD_BYTES);
-      for (int64_t i = 0; i < CHUNK / 4; ++i) {
-        if (i % 4 == 3) prefetch<4>(from + AHEAD_BYTES + i / 4 * 256);
-        const vi bytes = DigitMath::weight(from + i * 64), nibbles = bytes & mask;
-        for (int r = 0; r < ROWS; ++r) {
-          const vi x = DigitMath::input(a + r * stride + c * CHUNK + 4 * i);
-          low[r] = DigitMath::dot(low[r], x, nibbles);
-          whole[r] = DigitMath::dot(whole[r], x, bytes);
-        }
-      }
-    }
-    for (int r = 0; r < ROWS; ++r) {
-      store(sums + r * PANEL + tile * VL, low[r]);
-      store(sums + r * PANEL + 32 + tile * VL, whole[r]);
-    }
+  vi low[2][ROWS], whole[2][ROWS];
+  for (int r = 0; r < ROWS; ++r) low[0][r] = low[1][r] = whole[0][r] = whole[1][r] = vi{};
+  for (int64_t c = 0; c < chunks; ++c, a += CHUNK, packed += 2 * CHUNK_TILE) {
+    nibble_tile(a, stride, packed, low[0], whole[0]);
+    nibble_tile(a, stride, packed + CHUNK_TILE, low[1], whole[1]);
   }
+  for (int r = 0; r < ROWS; ++r)
+    for (int tile = 0; tile < 2; ++tile) {
+      store(sums + r * PANEL + tile * VL, low[tile][r]);
+      store(sums + r * PANEL + 32 + tile * VL, whole[tile][r]);
+    }
 }
 
 FD_INLINE void multiply_few_nibbles(const char* a, int64_t stride, int64_t rows, const char* packed, int64_t chunks,
