@@ -63,8 +63,9 @@ void store_value(const void* value_, int64_t head_dim, int64_t lane, void* group
   for (int64_t i = 0; i < head_dim; ++i) group[i * PAIR] = value[i];
 }
 
-// Fetches the groups of the tile that follows one after the other, as one stream that the hardware recognizes. Two passes
-// over a tile both ask for all of it: what was asked for too fast was dropped.
+// Fetches the groups of the tile that follows one after the other, as one stream that the hardware recognizes, into the
+// second level: the first is full of this tile. Two passes over a tile both ask for all of it: what was asked for too fast
+// was dropped.
 struct Fetch {
   const void* const* group;
   const char *at, *end;
@@ -76,7 +77,7 @@ struct Fetch {
     if (lines == 0) step_bytes = 0;
   }
   FD_MEMBER void step() {
-    prefetch<4>(at);
+    for (int i = 0; i < 4; ++i) __builtin_prefetch(at + i * LINE, 0, 2);
     at += step_bytes;
     if (at >= end && step_bytes != 0) turn();
   }

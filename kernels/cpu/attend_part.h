@@ -41,10 +41,13 @@ FD_INLINE KeyTile tile_of(const KeyPart& part, int64_t first, int64_t head_dim, 
   constexpr int64_t GROUPS = KEY_TILE / KEY_GROUP;
   const int64_t size = KEY_GROUP * padded_head(head_dim);
   KeyTile tile = {};
+  const bool last = first + GROUPS >= KEY_PART / KEY_GROUP || part.keys[first + GROUPS] == nullptr;
+  const void *const* next_keys = last ? part.following : part.keys + first + GROUPS;
+  const void *const* next_values = last ? part.following_values : part.values + first + GROUPS;
   for (int64_t g = 0; g < GROUPS; ++g) {
-    const int64_t next = first + GROUPS + g < KEY_PART / KEY_GROUP && part.keys[first + GROUPS + g] != nullptr ? GROUPS : 0;
-    const int64_t from = part.keys[first + next + g] != nullptr ? first + next + g : first;
-    tile.next_keys[g] = part.keys[from], tile.next_values[g] = part.values[from];
+    // Where nothing follows, what is at hand costs nothing to fetch.
+    tile.next_keys[g] = next_keys[g] != nullptr ? next_keys[g] : part.keys[first];
+    tile.next_values[g] = next_values[g] != nullptr ? next_values[g] : part.values[first];
     const void *keys = part.keys[first + g], *values = part.values[first + g];
     tile.keys[g] = keys, tile.values[g] = values;
     if (!part.bytes || keys == nullptr) continue;

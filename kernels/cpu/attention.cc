@@ -135,7 +135,10 @@ class Attention {
       found.values[g] = group_at(c.v_cache, slot);
     });
     if (following.item != nullptr)
-      each_group(following, [&](int64_t g, int64_t slot) { found.following[g] = group_at(c.k_cache, slot); });
+      each_group(following, [&](int64_t g, int64_t slot) {
+        found.following[g] = group_at(c.k_cache, slot);
+        found.following_values[g] = group_at(c.v_cache, slot);
+      });
     return found;
   }
 

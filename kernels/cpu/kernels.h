@@ -79,7 +79,8 @@ struct KeyPart {
   const void* keys[KEY_PART / KEY_GROUP];    // each 16 keys, see attend.h; null past the last key
   const void* values[KEY_PART / KEY_GROUP];
   const void* following[KEY_PART / KEY_GROUP];  // keys that are likely to be wanted next; null past the last
-  bool bytes;                                   // see cache_bytes.h
+  const void* following_values[KEY_PART / KEY_GROUP];
+  bool bytes;  // see cache_bytes.h
 };
 
 // The softmax state of `rows` query rows: running maximum, sum of weights, and weighted values [rows][stride].
