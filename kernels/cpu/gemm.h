@@ -6,13 +6,14 @@
 // is one chain of multiply-adds over k, so it does not depend on how many rows are computed together.
 // k is cut into slices of a panel that stay in cache while the rows pass over it; the sums are stored and loaded back
 // exactly between slices. Floor: memory up to ~24 rows, then 2 multiply-adds a cycle. To reach both, all passes over a
-// slice share out the fetching of what follows in memory; a single pass fetches a little ahead of itself.
+// slice share out the fetching of what follows in memory; a single pass fetches a little ahead of itself, or the next slice
+// where short vectors pass over this one several times.
 
 namespace fdserve {
 namespace FD_ISA {
 
 constexpr int GEMM_ROWS = 6;
-constexpr int GEMM_VECTORS = VL == 16 ? 4 : 2;
+constexpr int GEMM_VECTORS = VL == 16 ? 4 : 2, COLUMNS = GEMM_VECTORS * VL;
 constexpr int64_t STEP_BYTES = PANEL * 4, AHEAD_BYTES = 4096, LINE = 64;
 // Of a panel: short slices overlap memory and arithmetic best while memory is the bound, long ones spare stores after.
 constexpr int64_t FEW_ROWS = 3 * GEMM_ROWS, FEW_SLICE_BYTES = 16 << 10, SLICE_BYTES = 64 << 10;
@@ -45,8 +46,9 @@ struct Bytes {
 #ifdef FD_BF16
     return (vi)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)x, (__m512i)w);
 #else
-    for (int byte = 0; byte < 4; ++byte) sum += (x >> 8 * byte & 255) * (w << (24 - 8 * byte) >> 24);
-    return sum;
+    // As two of four pairs each; the compiler splits a vector once for all that it is multiplied by.
+    const vs even = (vs)w << 8 >> 8, odd = (vs)w >> 8;
+    return sum + multiply_pairs((vs)(x & 0xff00ff), even) + multiply_pairs((vs)(x >> 8 & 0xff00ff), odd);
 #endif
   }
 };
@@ -68,14 +70,15 @@ template <class E> struct MathOf { using type = Floats; };
 template <class Math, int ROWS, int LINES, bool SCALED>
 void gemm_rows(const char* a, int64_t stride, const char* panel, int64_t depth, typename Math::Sum* acc, bool first,
                const char* ahead, const bf16* scales) {
-  for (int64_t column = 0; column < PANEL; column += GEMM_VECTORS * VL) {
+  for (int64_t column = 0; column < PANEL; column += COLUMNS) {
     typename Math::Vector c[ROWS][GEMM_VECTORS];
     for (int r = 0; r < ROWS; ++r)
       for (int v = 0; v < GEMM_VECTORS; ++v)
         c[r][v] = first || SCALED ? typename Math::Vector{} : load(acc + r * PANEL + column + v * VL);
     const char* b = panel + column * 4;
     for (int64_t k = 0; k < depth; ++k, b += STEP_BYTES) {
-      if (GEMM_VECTORS * VL == PANEL) prefetch<LINES>(ahead + k * LINES * LINE);
+      if (COLUMNS < PANEL && LINES == 4) prefetch<1>(ahead + (column / COLUMNS * depth + k) * LINE);
+      else if (column == 0) prefetch<LINES>(ahead + k * LINES * LINE);
       decltype(Math::weight(b)) w[GEMM_VECTORS];
       for (int v = 0; v < GEMM_VECTORS; ++v) w[v] = Math::weight(b + v * VL * 4);
       for (int r = 0; r < ROWS; ++r) {
@@ -104,7 +107,8 @@ void gemm_passes(const char* a, int64_t stride, int64_t rows, const char* panel,
   for (int64_t pass = 0; pass < passes; ++pass) {
     // What is left to fetch; when nothing is, this slice, which costs nothing.
     const int64_t fetched = pass * LINES * depth;
-    const char* ahead = LINES == 4 ? panel + AHEAD_BYTES : fetched < lines ? next + fetched * LINE : panel;
+    const char* ahead = fetched < lines ? next + fetched * LINE : panel;
+    if (LINES == 4) ahead = panel + (COLUMNS < PANEL ? depth * STEP_BYTES : AHEAD_BYTES);
     const int64_t n = (rows + passes - pass - 1) / (passes - pass);  // passes as even as can be
     switch (n) {
       case 1: gemm_rows<Math, 1, LINES, SCALED>(a, stride, panel, depth, acc, first, ahead, scales); break;

@@ -9,6 +9,7 @@ typedef float vf __attribute__((vector_size(VL * 4)));
 typedef float vfu __attribute__((vector_size(VL * 4), aligned(4), may_alias));
 typedef int32_t vi __attribute__((vector_size(VL * 4)));
 typedef int32_t viu __attribute__((vector_size(VL * 4), aligned(4), may_alias));
+typedef int16_t vs __attribute__((vector_size(VL * 4)));
 
 #define FD_MEMBER inline __attribute__((always_inline))
 #define FD_INLINE static FD_MEMBER
@@ -43,6 +44,17 @@ FD_INLINE vf fma(vf a, vf b, vf c) {
   return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
 #else
   return a * b + c;
+#endif
+}
+
+// The sums of two products each.
+FD_INLINE vi multiply_pairs(vs a, vs b) {
+#if VL == 16
+  return (vi)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#elif VL == 8
+  return (vi)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#else
+  return (vi)_mm_madd_epi16((__m128i)a, (__m128i)b);
 #endif
 }
 

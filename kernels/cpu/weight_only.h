@@ -148,15 +148,40 @@ void gemm_groups(Rows a, int64_t rows, const void* panel_, const void*, Format f
 
 constexpr void (*to_digits)(const void*, int64_t, Format, char*, SumScale*) = nullptr;
 
+// slice[CHUNK][64] of as many inputs of a group.
+inline void bytes_to_floats(const char* packed, float* slice) {
+  for (int64_t i = 0; i < CHUNK; i += 4, packed += PANEL * 4, slice += PANEL * 4) {
+    prefetch<4>(packed + AHEAD_BYTES);
+    for (int64_t column = 0; column < PANEL; column += VL) {
+      const vi bytes = Bytes::weight(packed + column * 4);
+      for (int64_t n = 0; n < 4; ++n)
+        store(slice + n * PANEL + column, __builtin_convertvector((bytes >> 8 * n & 255) - 128, vf));
+    }
+  }
+}
+
+inline void nibbles_to_floats(const char* packed, float* slice) {
+  for (int64_t tile = 0; tile < 2; ++tile)
+    for (int64_t i = 0; i < CHUNK; ++i) {
+      const char* line = packed + tile * CHUNK_TILE + i / 4 * LINE;
+      if (i % 16 == 0) prefetch<4>(line + AHEAD_BYTES);
+      for (int64_t column = 0; column < CHUNK_TILE / LINE; column += VL) {
+        const vi nibbles = Bytes::weight(line + column * 4) >> i % 4 * 8;
+        float* to = slice + i * PANEL + tile * 16 + column;
+        store(to, __builtin_convertvector((nibbles & 15) - 8, vf));
+        store(to + 32, __builtin_convertvector((nibbles >> 4 & 15) - 8, vf));
+      }
+    }
+}
+
 template <class E>
 void gemm_groups(Rows a, int64_t rows, const void* panel_, const void*, Format format, int64_t inputs, float* acc) {
   const int64_t group = group_inputs(format);
   alignas(64) float slice[CHUNK * PANEL];
   for (int64_t k = 0; k < inputs; k += CHUNK) {
     const char* from = static_cast<const char*>(panel_) + k / group * group_bytes(format);
-    for (int64_t i = 0; i < CHUNK; ++i)
-      for (int64_t column = 0; column < PANEL; ++column)
-        slice[i * PANEL + column] = static_cast<float>(weight_at(from + PANEL * 2, format, k % group + i, column));
+    if (format == Format::kWint8) bytes_to_floats(from + PANEL * 2 + k % group * PANEL, slice);
+    else nibbles_to_floats(from + PANEL * 2 + k % group * PANEL / 2, slice);
     gemm_passes<Floats, 1, true>(a.data + k * 4, a.stride, rows, reinterpret_cast<const char*>(slice), CHUNK, acc, k == 0,
                                  from, 0, scales_of(from));
   }
