@@ -10,10 +10,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import paddle
 
 from bench.floors import Case
-from bench.kernel_linear import pack
 from bench.machine import fastest, memory_reads
 from bench.random_checkpoint import write_checkpoint
 from fdserve import ops
@@ -45,8 +45,8 @@ def step_cases(
 
 def _format_cases(directory: Path, name: str, rows: Sequence[int], budget: float) -> Iterator[Case]:
     runner = Runner(_load(directory, name, max(rows)), lambda what, done, total: None)
-    weights = [] if runner.config.moe else _weights(runner.config, name)
-    with memory_reads(ops.num_threads(), _bytes_of_step(runner.config, name)) as reads:
+    weights = [] if runner.config.moe else _weights(runner)
+    with memory_reads(ops.num_threads(), _bytes_of_step(runner.config, runner.format)) as reads:
         for count in rows:
             calls: dict[str, Callable[[], Any]] = {"step": Decodes(runner, count).step, **reads}
             if weights:
@@ -130,16 +130,21 @@ def _no_masks() -> Masks:
     raise AssertionError("no row is masked")
 
 
-def _weights(config: ModelConfig, name: str) -> list[PackedWeight]:
-    """Weights in the shapes of the model's, in the order in which a step reads them."""
+def _weights(runner: Runner) -> list[PackedWeight]:
+    """Weights in the shapes and formats of the model's, in the order in which a step reads them."""
+    config, dtype = runner.config, runner.dtype
+
+    def pack(source: npt.NDArray[np.uint16], format: str) -> PackedWeight:
+        return ops.pack_weight(source, dtype=dtype, in_out=False, quantization=None if format == dtype else format)
+
     heads = config.num_heads * config.head_dim
     qkv = heads + 2 * config.num_kv_heads * config.head_dim
     layer = [(config.hidden_size, qkv), (heads, config.hidden_size)]
     layer += [(config.hidden_size, 2 * config.intermediate_size), (config.intermediate_size, config.hidden_size)]
     sources = {(k, n): np.full((n, k), 0x3F80, np.uint16) for k, n in layer}
-    weights = [pack(sources[shape], name) for _ in range(config.num_layers) for shape in layer]
+    weights = [pack(sources[shape], runner.format) for _ in range(config.num_layers) for shape in layer]
     head = np.full((config.vocab_size, config.hidden_size), 0x3F80, np.uint16)
-    return [*weights, pack(head, "wint8" if name == "w8a8" else name)]
+    return [*weights, pack(head, "wint8" if runner.format == "w8a8" else runner.format)]
 
 
 def _multiply(inputs: dict[int, Any], weights: Sequence[PackedWeight]) -> None:

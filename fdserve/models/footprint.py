@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 from fdserve.models.config import ModelConfig
-from fdserve.models.layout import Layout, expected_tensors
+from fdserve.models.layout import Expected, Layout, expected_tensors
 
 WEIGHT_BYTES = {
     "float32": 4.0,
@@ -23,9 +24,12 @@ def weight_bytes(config: ModelConfig, world_size: int, format: str) -> int:
 
     No less than this is needed, and hardly more: vectors, routers, replicated heads and what fills panels come to it.
     """
-    matrices = [
-        shape
-        for name, shape in expected_tensors(config, Layout("model.", in_out=False))
-        if len(shape) == 2 and not name.endswith(".gate.weight")
-    ]
-    return int(sum(map(math.prod, matrices)) * WEIGHT_BYTES[format]) // world_size
+    sizes = (math.prod(matrix.shape) for matrix in matrices(config, Layout("model.", in_out=False)))
+    return int(sum(sizes) * WEIGHT_BYTES[format]) // world_size
+
+
+def matrices(config: ModelConfig, layout: Layout) -> Iterator[Expected]:
+    """The tensors that are stored in the weights' format: all matrices but the routers'."""
+    for tensor in expected_tensors(config, layout):
+        if len(tensor.shape) == 2 and not tensor.name.endswith(".gate.weight"):
+            yield tensor

@@ -19,6 +19,7 @@ from fdserve.models.checkpoint import Checkpoint, validate
 from fdserve.models.config import ModelConfig, MoeConfig, check_world_size
 from fdserve.models.ernie4_5 import Ernie4_5, Layer
 from fdserve.models.ernie4_5_moe import MoeMlp
+from fdserve.models.footprint import matrices
 from fdserve.models.layers import Attention, Mlp, Vocabulary
 from fdserve.models.layout import Part, expected_tensors
 from fdserve.models.parallel import Collective, Ranks, identity
@@ -56,7 +57,8 @@ def load_model(
     Args:
         dtype: what to compute in, "bfloat16", "float32" or on a GPU "float16", whatever dtype the weights are in.
         quantization: how to store the matrices, "wint8", "wint4" or "w8a8" (see `fdserve.ops.weights.FORMATS`), the
-            routers' excepted; None stores them in `dtype`. The vocabulary's are "wint8" under "w8a8".
+            routers' excepted; None loses nothing that `dtype` keeps, see `weight_format`. The vocabulary's are "wint8"
+            under "w8a8".
         all_reduce: sums a tensor over the ranks.
         shared: what operators that sum by themselves do it through; None where they cannot.
         progress: called, as loading goes on, with the bytes of the checkpoint that are dealt with and all it has.
@@ -67,8 +69,26 @@ def load_model(
     check_world_size(config, world_size)
     with Checkpoint(directory) as checkpoint:
         validate(config, checkpoint)
-        reader = _Reader(checkpoint, config, dtype, quantization, progress)
+        format = _format(checkpoint, config, dtype, quantization)
+        reader = _Reader(checkpoint, config, dtype, format, progress)
         return _Builder(config, reader, Ranks(rank, world_size, all_reduce, shared)).model()
+
+
+def weight_format(directory: Path, config: ModelConfig, dtype: str, quantization: str | None) -> str:
+    """The format, of `fdserve.ops.weights.FORMATS`, in which `load_model` stores the matrices of a checkpoint.
+
+    Without quantization that is `dtype`, but on a CPU those of bfloat16 stay so where float32 is computed: exact, and
+    half the memory. Raises StartupError for a broken checkpoint.
+    """
+    with Checkpoint(directory) as checkpoint:
+        return _format(checkpoint, config, dtype, quantization)
+
+
+def _format(checkpoint: Checkpoint, config: ModelConfig, dtype: str, quantization: str | None) -> str:
+    if quantization is not None or dtype != "float32" or ops.on_gpu():
+        return quantization or dtype
+    infos = [checkpoint.tensors.get(matrix.name) for matrix in matrices(config, checkpoint.layout)]
+    return "float32" if any(info is None or info.dtype == "F32" for info in infos) else "bfloat16"
 
 
 class _Reader:
@@ -79,13 +99,13 @@ class _Reader:
         checkpoint: Checkpoint,
         config: ModelConfig,
         dtype: str,
-        quantization: str | None,
+        format: str,
         progress: Progress,
     ) -> None:
         self._checkpoint = checkpoint
         self.layout = checkpoint.layout
         self.dtype = dtype
-        self._quantization = quantization
+        self._quantization = None if format == dtype else format
         self._progress = progress
         infos = checkpoint.tensors
         self._left = {

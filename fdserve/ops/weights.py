@@ -23,9 +23,10 @@ PANEL = 64
 FORMATS = ("float32", "bfloat16", "wint8", "wint4", "w8a8")
 """How a weight is stored, in the order of the kernels' own numbers; a GPU has "float16", too.
 
-"wint8" and "wint4" keep integers with a scale for every 512 or 128 inputs of an output (64 on a GPU) and multiply
-activations as they are, or as integers of 15 or 8 bits where bfloat16 is computed on a CPU (kernels/cpu/digits.h);
-"w8a8" keeps bytes with a scale for every output and rounds each row of activations to bytes.
+Floats are multiplied by a "bfloat16" weight as by the floats that it is. "wint8" and "wint4" keep integers with a
+scale for every 512 or 128 inputs of an output (64 on a GPU) and multiply activations as they are, or as integers of 15
+or 8 bits where bfloat16 is computed on a CPU (kernels/cpu/digits.h); "w8a8" keeps bytes with a scale for every output
+and rounds each row of activations to bytes.
 """
 Array = npt.NDArray[Any]
 _SOURCES = {"uint16": 0, "float32": 1}
@@ -77,7 +78,8 @@ def pack_weight(
             several do not fill whole panels.
         dtype: what to compute in, D.
         in_out: whether the input features come first.
-        quantization: "wint8", "wint4" or (not for an embedding) "w8a8", see FORMATS; None stores `dtype`.
+        quantization: "wint8", "wint4" or (not for an embedding) "w8a8", see FORMATS, or on a CPU "bfloat16", which
+            loses nothing of bfloat16 bits; None stores `dtype`.
 
     Raises:
         ValueError: another shape, dtype or quantization.
@@ -144,7 +146,7 @@ def _parts(weight: Array | Sequence[Array]) -> Sequence[Array]:
 def _format(dtype: str, quantization: str | None) -> str:
     if dtype not in ("bfloat16", "float16" if on_gpu() else "float32"):
         raise ValueError(f"cannot compute in {dtype}")
-    if quantization is not None and quantization not in FORMATS[2:]:
+    if quantization is not None and quantization not in FORMATS[2 if on_gpu() else 1 :]:
         raise ValueError(f"cannot store weights as {quantization}")
     return quantization or dtype
 

@@ -15,7 +15,7 @@ from fdserve.executor.wire import Load, Masks, Plan, Ready, StepResult
 from fdserve.models.config import ModelConfig, read_config
 from fdserve.models.ernie4_5 import Ernie4_5
 from fdserve.models.layers import ForwardBatch
-from fdserve.models.loader import load_model
+from fdserve.models.loader import load_model, weight_format
 from fdserve.models.parallel import identity
 from fdserve.worker.batch import Batch, accept, assemble
 from fdserve.worker.collectives import Collectives
@@ -46,7 +46,8 @@ class Runner:
             check_formats(self.dtype, load.quantization, kv_dtype)
         elif load.num_threads > 0:
             ops.set_num_threads(load.num_threads)
-        format = self.dtype if load.quantization == "none" else load.quantization
+        quantization = None if load.quantization == "none" else load.quantization
+        self.format = format = weight_format(directory, self.config, self.dtype, quantization)
         check_weights(load, self.config, format)
         collectives = Collectives(load) if load.world_size > 1 else None
         self._sample_op = collectives.sample if collectives else ops.sample
@@ -56,7 +57,7 @@ class Runner:
             rank=load.rank,
             world_size=load.world_size,
             dtype=self.dtype,
-            quantization=None if load.quantization == "none" else load.quantization,
+            quantization=quantization,
             all_reduce=collectives.all_reduce if collectives else identity,
             shared=collectives.shared if collectives else None,
             progress=lambda done, total: progress("weights", done, total),

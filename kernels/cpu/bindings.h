@@ -47,7 +47,7 @@ inline Matrix matrix_of(const Tensor& panels, int64_t format_, int64_t n, int64_
   const DataType stored = format == Format::kFloat32    ? DataType::FLOAT32
                           : format == Format::kBfloat16 ? DataType::BFLOAT16
                                                         : DataType::UINT8;
-  require(panels.dtype() == stored && (stored == DataType::UINT8 || stored == dtype),
+  require(panels.dtype() == stored && (stored != DataType::FLOAT32 || stored == dtype),
           "x and the weight must have the same dtype");
   const int64_t bytes = fdserve::panel_bytes(format, k) * ((n + fdserve::PANEL - 1) / fdserve::PANEL);
   require(n > 0 && k > 0 && panels.numel() * static_cast<int64_t>(phi::SizeOf(stored)) == count * bytes,

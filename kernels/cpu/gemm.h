@@ -1,7 +1,7 @@
 // A few rows times a panel: acc[rows][64] += a[rows][depth] . panel[depth][64].
 //
 // Layout: panel [K][64] float, [K/2][64][2] bf16 or [K/4][64][4] bytes (a dot-product instruction takes 4 bytes of k); 256
-// bytes a step of depth, and 4 bytes of a row of `a`. Tiling: up to 6 rows by 4 vectors of 16 (24 accumulators of 32
+// bytes a step of depth, and a word of a row of `a`, or two where floats are multiplied by bf16. Tiling: up to 6 rows by 4 vectors of 16 (24 accumulators of 32
 // registers; 6 by 2 vectors where there are 16 registers); the panel slice is read once per 6 rows. Every output element
 // is one chain of multiply-adds over k, so it does not depend on how many rows are computed together.
 // k is cut into slices of a panel that stay in cache while the rows pass over it; the sums are stored and loaded back
@@ -29,19 +29,31 @@ FD_INLINE int32_t word_at(const char* p) {
   return word;
 }
 
+// WORDS of a row are multiplied one by one with what `weight` makes of a vector of the panel for each.
 struct Floats {
   using Sum = float;
   using Vector = vf;
+  static constexpr int WORDS = 1;
   FD_INLINE vf input(const char* p) { return (vf)(vi{} + word_at(p)); }
-  FD_INLINE vf weight(const char* p) { return load(reinterpret_cast<const float*>(p)); }
+  FD_INLINE vf weight(const char* p, int) { return load(reinterpret_cast<const float*>(p)); }
   FD_INLINE vf dot(vf sum, vf x, vf w) { return fma(x, w, sum); }
+};
+
+// Floats times bf16, which are the upper halves of floats: the same chain as over the floats that they are.
+struct WidePairs : Floats {
+  static constexpr int WORDS = 2;
+  FD_INLINE vf weight(const char* p, int word) {
+    const vi pairs = *reinterpret_cast<const viu*>(p);
+    return (vf)(word == 0 ? pairs << 16 : pairs & ~0xffff);
+  }
 };
 
 struct Bytes {
   using Sum = int32_t;
   using Vector = vi;
+  static constexpr int WORDS = 1;
   FD_INLINE vi input(const char* p) { return vi{} + word_at(p); }
-  FD_INLINE vi weight(const char* p) { return *reinterpret_cast<const viu*>(p); }
+  FD_INLINE vi weight(const char* p, int = 0) { return *reinterpret_cast<const viu*>(p); }
   FD_INLINE vi dot(vi sum, vi x, vi w) {
 #ifdef FD_BF16
     return (vi)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)x, (__m512i)w);
@@ -57,13 +69,11 @@ struct Bytes {
 struct Pairs {
   using Sum = float;
   using Vector = vf;
+  static constexpr int WORDS = 1;
   FD_INLINE vi input(const char* p) { return vi{} + word_at(p); }
-  FD_INLINE vi weight(const char* p) { return *reinterpret_cast<const viu*>(p); }
+  FD_INLINE vi weight(const char* p, int) { return *reinterpret_cast<const viu*>(p); }
   FD_INLINE vf dot(vf sum, vi x, vi w) { return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)w); }
 };
-template <class E> struct MathOf { using type = Pairs; };
-#else
-template <class E> struct MathOf { using type = Floats; };
 #endif
 
 // With scales the sums are of this slice alone, and are added to `acc` times the scales.
@@ -79,11 +89,13 @@ void gemm_rows(const char* a, int64_t stride, const char* panel, int64_t depth, 
     for (int64_t k = 0; k < depth; ++k, b += STEP_BYTES) {
       if (COLUMNS < PANEL && LINES == 4) prefetch<1>(ahead + (column / COLUMNS * depth + k) * LINE);
       else if (column == 0) prefetch<LINES>(ahead + k * LINES * LINE);
-      decltype(Math::weight(b)) w[GEMM_VECTORS];
-      for (int v = 0; v < GEMM_VECTORS; ++v) w[v] = Math::weight(b + v * VL * 4);
-      for (int r = 0; r < ROWS; ++r) {
-        const auto x = Math::input(a + r * stride + 4 * k);
-        for (int v = 0; v < GEMM_VECTORS; ++v) c[r][v] = Math::dot(c[r][v], x, w[v]);
+      for (int word = 0; word < Math::WORDS; ++word) {
+        decltype(Math::weight(b, word)) w[GEMM_VECTORS];
+        for (int v = 0; v < GEMM_VECTORS; ++v) w[v] = Math::weight(b + v * VL * 4, word);
+        for (int r = 0; r < ROWS; ++r) {
+          const auto x = Math::input(a + r * stride + 4 * (k * Math::WORDS + word));
+          for (int v = 0; v < GEMM_VECTORS; ++v) c[r][v] = Math::dot(c[r][v], x, w[v]);
+        }
       }
     }
     for (int v = 0; v < GEMM_VECTORS; ++v) {
@@ -134,16 +146,16 @@ template <class Math>
 void gemm_slices(Rows x, int64_t rows, const void* panel_, const void* next, int64_t depth, typename Math::Sum* acc) {
   const char *a = x.data, *panel = static_cast<const char*>(panel_);
   const int64_t slice = (rows <= FEW_ROWS ? FEW_SLICE_BYTES : SLICE_BYTES) / STEP_BYTES;
-  for (int64_t done = 0; done < depth; done += slice, a += slice * 4, panel += slice * STEP_BYTES) {
+  for (int64_t done = 0; done < depth; done += slice, a += slice * 4 * Math::WORDS, panel += slice * STEP_BYTES) {
     const int64_t count = depth - done < slice ? depth - done : slice;
     const char* then = done + count == depth ? static_cast<const char*>(next) : panel + count * STEP_BYTES;
     gemm_slice<Math>(a, x.stride, rows, panel, count, acc, done == 0, then, 4 * count);
   }
 }
 
-template <class E>
+template <class Math>
 void gemm(Rows a, int64_t rows, const void* panel, const void* next, int64_t depth, float* acc, Sink sink) {
-  gemm_slices<typename MathOf<E>::type>(a, rows, panel, next, depth, acc);
+  gemm_slices<Math>(a, rows, panel, next, depth, acc);
   sink.take(sink.with, {acc}, 0, rows);
 }
 

@@ -6,9 +6,11 @@ namespace FD_ISA {
 template <class E>
 constexpr RowKernels make_row_kernels() {
 #ifdef FD_AMX
-  return {2 * TILE_ROWS, to_tiles, tile_gemm<TilePairs>, tile_gemm_groups, to_digits, tile_gemm<TileQuads>, to_bytes<E>,
+  return {2 * TILE_ROWS, to_tiles, nullptr, tile_gemm<TilePairs>, tile_gemm_groups, to_digits, tile_gemm<TileQuads>, to_bytes<E>,
+#elif defined(FD_BF16)
+  return {GEMM_ROWS, nullptr, nullptr, gemm<Pairs>, gemm_groups<E>, to_digits, gemm_bytes, to_bytes<E>,
 #else
-  return {GEMM_ROWS, nullptr, gemm<E>, gemm_groups<E>, to_digits, gemm_bytes, to_bytes<E>,
+  return {GEMM_ROWS, nullptr, gemm<Floats>, gemm<WidePairs>, gemm_groups<E>, to_digits, gemm_bytes, to_bytes<E>,
 #endif
           rms_norm_row<E>, swiglu_rows<E>, put_rows<E>,  add_row<E>,   rotate<E>,      store_key<E>,
           store_value<E>,  store_bytes_of<E, false>, store_bytes_of<E, true>,

@@ -136,9 +136,11 @@ struct RowKernels {
   // The next 16 rows of x, or `rows` and zeros, as tiles; `bytes` of each, a multiple of 64. Null where rows are best left
   // as they are.
   void (*to_tiles)(const char* x, int64_t stride, int64_t rows, int64_t bytes, char* out);
-  // a[rows][depth] x panel, in order of depth, into the sink; depth counts K (bf16: pairs, zero-padded). `acc` has room for
-  // the rows, and for whole tiles where `a` is tiled. `next` is the panel that will be wanted after this one.
-  void (*gemm)(Rows a, int64_t rows, const void* panel, const void* next, int64_t depth, float* acc, Sink sink);
+  // a[rows][depth] x panel of floats, in order of depth, into the sink. `acc` has room for the rows, and for whole tiles
+  // where `a` is tiled. `next` is the panel that will be wanted after this one. Null for rows of bf16.
+  void (*gemm_floats)(Rows a, int64_t rows, const void* panel, const void* next, int64_t depth, float* acc, Sink sink);
+  // The same of a panel of bf16; depth counts pairs, zero-padded. Floats are multiplied by the floats that bf16 are.
+  void (*gemm_pairs)(Rows a, int64_t rows, const void* panel, const void* next, int64_t depth, float* acc, Sink sink);
   // acc[rows][64] = a[rows][inputs] x panel, of a weight-only format. After digits there may be read SPARE_ROWS more.
   void (*gemm_groups)(Rows a, int64_t rows, const void* panel, const void* next, Format format, int64_t inputs, float* acc);
   // x[size] as two rows of digits for the above, the larger ones first, each of `size` rounded up to CHUNKs; and

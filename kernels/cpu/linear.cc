@@ -44,8 +44,8 @@ void panel_product(const RowKernels& kernels, Format format, Rows x, int64_t row
                    const void* next, float* acc, Sink sink) {
   if (format == Format::kW8a8) return byte_product(kernels, x, rows, k, panel, next, acc, sink);
   const int64_t inputs = padded_inputs(format, k);
-  if (!is_weight_only(format))
-    return kernels.gemm(x, rows, panel, next, format == Format::kBfloat16 ? inputs / 2 : inputs, acc, sink);
+  if (format == Format::kFloat32) return kernels.gemm_floats(x, rows, panel, next, inputs, acc, sink);
+  if (format == Format::kBfloat16) return kernels.gemm_pairs(x, rows, panel, next, inputs / 2, acc, sink);
   kernels.gemm_groups(x, rows, panel, next, format, inputs, acc);
   sink.take(sink.with, {acc}, 0, rows);
 }

@@ -121,12 +121,12 @@ void pack(void* panels, const void* weight, int64_t n, int64_t k, int64_t stride
 
 namespace {
 
-template <class E>
-void gather(const E* panels, int64_t id, int64_t k, E* out) {
-  constexpr int64_t PAIR = 4 / sizeof(E);
-  const int64_t panel_size = (k + PAIR - 1) / PAIR * PAIR * PANEL;
-  const E* from = panels + id / PANEL * panel_size + id % PANEL * PAIR;
-  for (int64_t i = 0; i < k; ++i) out[i] = from[i / PAIR * PAIR * PANEL + i % PAIR];
+template <class Stored, class E>
+void gather(const Matrix& table, int64_t id, E* out) {
+  constexpr int64_t PAIR = 4 / sizeof(Stored);
+  const int64_t k = table.k, panel_size = (k + PAIR - 1) / PAIR * PAIR * PANEL;
+  const Stored* from = static_cast<const Stored*>(table.panels) + id / PANEL * panel_size + id % PANEL * PAIR;
+  for (int64_t i = 0; i < k; ++i) convert(from[i / PAIR * PAIR * PANEL + i % PAIR], out[i]);
 }
 
 template <class E>
@@ -159,8 +159,10 @@ template <class E>
 void embed(const int32_t* ids, int64_t tokens, const Matrix& table, E* out) {
   parallel((tokens + 7) / 8, [&](int64_t chunk) {
     for (int64_t t = chunk * 8; t < std::min(tokens, chunk * 8 + 8); ++t) {
-      if (is_weight_only(table.format)) gather_integers(table, ids[t], out + t * table.k);
-      else gather(static_cast<const E*>(table.panels), ids[t], table.k, out + t * table.k);
+      E* row = out + t * table.k;
+      if (is_weight_only(table.format)) gather_integers(table, ids[t], row);
+      else if (table.format == Format::kBfloat16) gather<bf16>(table, ids[t], row);
+      else gather<float>(table, ids[t], row);
     }
   });
 }

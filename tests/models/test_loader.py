@@ -14,7 +14,7 @@ from fdserve.errors import StartupError
 from fdserve.models import loader
 from fdserve.models.checkpoint import SINGLE, Checkpoint, check_checkpoint
 from fdserve.models.config import read_config
-from fdserve.models.loader import load_model
+from fdserve.models.loader import load_model, weight_format
 from fdserve.models.parallel import Ranks
 from tests.golden.layouts import GOLDEN, read_all, widen, write_variant
 from tests.models.checkpoints import MOE, write_checkpoint, write_file
@@ -55,6 +55,23 @@ def test_weights_of_one_layer_in_two_dtypes(tmp_path: Path) -> None:
     write_file(tmp_path / SINGLE, tensors)
     expected = Stepper(load(GOLDEN / "dense", dtype)).step([Chunk(0, PROMPT)])
     np.testing.assert_array_equal(Stepper(load(tmp_path, dtype)).step([Chunk(0, PROMPT)]), expected)
+
+
+@pytest.mark.parametrize("model", ["dense", "moe"])
+def test_bfloat16_weights_stay_so_where_float32_is_computed(tmp_path: Path, model: str) -> None:
+    """With the bits that the same weights have as floats; a single matrix of floats makes floats of all."""
+    write_variant(model, "torch", tmp_path)
+    config = read_config(tmp_path)
+    tensors = read_all(tmp_path)
+    assert weight_format(tmp_path, config, "float32", None) == "bfloat16"
+    assert weight_format(tmp_path, config, "float32", "wint4") == "wint4"
+    kept = load(tmp_path, "float32")
+    logits = Stepper(kept).step([Chunk(0, PROMPT)])
+    name = "model.layers.1.self_attn.o_proj.weight"
+    for widened in ({name: widen(tensors[name])}, {name: widen(tensor) for name, tensor in tensors.items()}):
+        write_file(tmp_path / SINGLE, tensors | widened)
+        assert weight_format(tmp_path, config, "float32", None) == "float32"
+        np.testing.assert_array_equal(Stepper(load(tmp_path, "float32")).step([Chunk(0, PROMPT)]), logits)
 
 
 def test_a_router_without_correction_biases_has_zeros(tmp_path: Path) -> None:
