@@ -69,7 +69,7 @@ def load_model(
     check_world_size(config, world_size)
     with Checkpoint(directory) as checkpoint:
         validate(config, checkpoint)
-        format = _format(checkpoint, config, dtype, quantization)
+        format = quantization or _exact_format(checkpoint, config, dtype)
         reader = _Reader(checkpoint, config, dtype, format, progress)
         return _Builder(config, reader, Ranks(rank, world_size, all_reduce, shared)).model()
 
@@ -78,15 +78,17 @@ def weight_format(directory: Path, config: ModelConfig, dtype: str, quantization
     """The format, of `fdserve.ops.weights.FORMATS`, in which `load_model` stores the matrices of a checkpoint.
 
     Without quantization that is `dtype`, but on a CPU those of bfloat16 stay so where float32 is computed: exact, and
-    half the memory. Raises StartupError for a broken checkpoint.
+    half the memory. Only for that are headers read: raises StartupError for a broken checkpoint.
     """
-    with Checkpoint(directory) as checkpoint:
-        return _format(checkpoint, config, dtype, quantization)
-
-
-def _format(checkpoint: Checkpoint, config: ModelConfig, dtype: str, quantization: str | None) -> str:
-    if quantization is not None or dtype != "float32" or ops.on_gpu():
+    if quantization is not None or dtype != "float32":
         return quantization or dtype
+    with Checkpoint(directory) as checkpoint:
+        return _exact_format(checkpoint, config, dtype)
+
+
+def _exact_format(checkpoint: Checkpoint, config: ModelConfig, dtype: str) -> str:
+    if dtype != "float32" or ops.on_gpu():
+        return dtype
     infos = [checkpoint.tensors.get(matrix.name) for matrix in matrices(config, checkpoint.layout)]
     return "float32" if any(info is None or info.dtype == "F32" for info in infos) else "bfloat16"
 

@@ -76,9 +76,10 @@ struct Pairs {
 };
 #endif
 
-// With scales the sums are of this slice alone, and are added to `acc` times the scales.
+// With scales the sums are of this slice alone, and are added to `acc` times the scales. Not inlined: several in one function
+// share its registers out among them.
 template <class Math, int ROWS, int LINES, bool SCALED>
-void gemm_rows(const char* a, int64_t stride, const char* panel, int64_t depth, typename Math::Sum* acc, bool first,
+__attribute__((noinline)) void gemm_rows(const char* a, int64_t stride, const char* panel, int64_t depth, typename Math::Sum* acc, bool first,
                const char* ahead, const bf16* scales) {
   for (int64_t column = 0; column < PANEL; column += COLUMNS) {
     typename Math::Vector c[ROWS][GEMM_VECTORS];

@@ -32,7 +32,7 @@ def checkpoint(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def make_load(directory: Path, **changes: int) -> Load:
+def make_load(directory: Path, **changes: Any) -> Load:
     values: dict[str, Any] = {"rank": 0, "world_size": 1, "block_size": 16, "num_blocks": 8, "kv_cache_bytes": 0}
     values |= {"max_num_seqs": 4, "host_cache_bytes": 0, "max_model_len": 64, "num_threads": 1, "parent": os.getpid()}
     values |= changes
@@ -98,15 +98,26 @@ async def test_a_cache_beyond_all_memory_is_one_sentence(checkpoint: Path) -> No
 
 async def test_weights_beyond_the_memory_are_refused_before_they_are_read(checkpoint: Path) -> None:
     (checkpoint / "model.safetensors").write_bytes(b"never looked at")
-    size = weight_bytes(read_config(checkpoint), 1, "float32")
-    available = size - 1
-    with anyio.fail_after(60), pytest.raises(RankError, match=r"in float32.* give --quantization wint8 .* or more mem"):
+    available = weight_bytes(read_config(checkpoint), 1, "w8a8") - 1
+    with anyio.fail_after(60), pytest.raises(RankError, match=r"in w8a8.* give --quantization wint4 .* or more memory"):
+        async with open_executor(
+            make_load(checkpoint, quantization="w8a8", host_bytes=available), lambda loading: None
+        ):
+            pass
+
+
+async def test_weights_of_bfloat16_need_no_more_memory_in_float32(checkpoint: Path) -> None:
+    available = weight_bytes(read_config(checkpoint), 1, "bfloat16") - 1
+    with (
+        anyio.fail_after(60),
+        pytest.raises(RankError, match=r"in bfloat16.* give --quantization wint8 .* or --quantization wint4"),
+    ):
         async with open_executor(make_load(checkpoint, host_bytes=available), lambda loading: None):
             pass
 
 
 async def test_the_cache_takes_half_of_what_the_weights_leave(checkpoint: Path) -> None:
-    weights = weight_bytes(read_config(checkpoint), 1, "float32")
+    weights = weight_bytes(read_config(checkpoint), 1, "bfloat16")
     block = 2 * 2 * 2 * 16 * 16 * 4  # keys and values, layers, heads, tokens, dimensions, bytes
     memory = {"num_blocks": 0, "host_cache_bytes": 20 * block, "host_bytes": weights + 10 * block}
     with anyio.fail_after(60):
