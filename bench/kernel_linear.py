@@ -15,7 +15,7 @@ from bench.floors import Case, Floors
 from bench.machine import CACHE_BYTES, fastest
 from bench.onednn import Unavailable
 from fdserve import ops
-from fdserve.ops.weights import FORMATS, PackedWeight
+from fdserve.ops.weights import PackedWeight
 
 SHAPES = {"qkv": (1024, 2560), "o": (2048, 1024), "up_gate": (1024, 6144), "down": (3072, 1024), "head": (1024, 103424)}
 """(K, N) of ERNIE-4.5-0.3B"""
@@ -28,14 +28,9 @@ BESIDE = {"float32": "float32", "bfloat16": "bfloat16", "wint8": "bfloat16", "wi
 be no slower than at many rows. Its int8 product is without the rounding of activations, which ours includes."""
 
 
-def formats() -> list[str]:
-    """Those that this processor computes in."""
-    return [name for name in FORMATS if name != "bfloat16" or ops.compute_dtype() == name]
-
-
 def pack(source: npt.NDArray[np.uint16], name: str, *, in_out: bool = False) -> PackedWeight:
     """A weight [N, K] ([K, N] when `in_out`) of bfloat16 bits in a format."""
-    dtype = name if name in ("float32", "bfloat16") else ops.compute_dtype()
+    dtype = name if name == "float32" else ops.compute_dtype()
     return ops.pack_weight(source, dtype=dtype, in_out=in_out, quantization=None if name == dtype else name)
 
 

@@ -76,7 +76,7 @@ def _inputs(weights: Sequence[PackedWeight], rows: int) -> dict[int, Any]:
 
 
 def _load(directory: Path, name: str, rows: int) -> Load:
-    dtype = name if name in ("float32", "bfloat16") else ops.compute_dtype()
+    dtype = name if name == "float32" else ops.compute_dtype()
     return Load(
         directory=str(directory),
         device="cpu",

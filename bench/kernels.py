@@ -19,7 +19,7 @@ from pathlib import Path
 
 from bench.floors import HEADING, Case, Floors, measure_floors
 from bench.kernel_attention import attention_cases
-from bench.kernel_linear import ROWS, SHAPES, formats, linear_cases
+from bench.kernel_linear import ROWS, SHAPES, linear_cases
 from bench.kernel_moe import moe_cases
 from bench.kernel_pack import pack_cases
 from bench.kernel_rows import element_cases, sampler_cases
@@ -27,6 +27,8 @@ from bench.kernel_step import step_cases
 from bench.machine import describe
 from bench.random_checkpoint import SHAPES as CHECKPOINTS
 from fdserve import ops
+from fdserve.ops.library import ISAS, force_isa
+from fdserve.ops.weights import FORMATS
 
 FAMILIES = ("linear", "attention", "moe", "sample", "elements", "pack", "step")
 
@@ -57,19 +59,28 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("families", nargs="*", metavar="FAMILY", help=f"of {', '.join(FAMILIES)}; default: all")
     parser.add_argument("--dtypes", nargs="+", choices=("bfloat16", "float32"), help="default: the processor's best")
-    default = [name for name in formats() if name != "float32" or ops.compute_dtype() == name]
     parser.add_argument(
-        "--formats", nargs="+", choices=formats(), default=default, help="of linear's, moe's, pack's and step's weights"
+        "--formats",
+        nargs="+",
+        choices=FORMATS,
+        help="of linear's, moe's, pack's and step's weights; default: what is computed in, and integers",
     )
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES), help="of linear")
     parser.add_argument("--rows", nargs="+", type=int, default=list(ROWS), help="of linear and moe")
     parser.add_argument("--shape", choices=list(CHECKPOINTS), default="0.3B", help="of step's model")
+    parser.add_argument("--isa", choices=ISAS, help="compute with this instruction set; default: the processor's best")
     parser.add_argument("--threads", type=int, default=0, help="default: as many as the process may run on cores")
     parser.add_argument("--budget", type=float, default=0.5, metavar="SECONDS", help="for each call of a case")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
     options = parser.parse_args(argv)
     if unknown := set(options.families) - set(FAMILIES):
         parser.error(f"no such family: {', '.join(sorted(unknown))}")
+    if options.isa:
+        try:
+            force_isa(options.isa)
+        except ValueError as error:
+            parser.error(str(error))
+    options.formats = options.formats or [ops.compute_dtype(), *FORMATS[2:]]
     if options.threads:
         ops.set_num_threads(options.threads)
     floors, told = measure_floors(options.budget)

@@ -17,6 +17,8 @@ from bench.machine import fastest, memory_reads, read_bandwidth
 from bench.onednn import OneDNN, Unavailable
 from bench.scheduler import Loaded, measure
 from fdserve import ops
+from fdserve.ops.library import force_isa
+from fdserve.ops.weights import FORMATS
 
 FLOORS = Floors(bandwidth=1e10, onednn=None, peak=1e12, budget=0.001)
 
@@ -46,7 +48,7 @@ def test_onednn_multiplies() -> None:
         calls[0]()
 
 
-@pytest.mark.parametrize("name", kernel_linear.formats())
+@pytest.mark.parametrize("name", FORMATS)
 def test_linear_cases(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(kernel_linear.SHAPES, "small", (64, 128))
     monkeypatch.setattr(kernel_linear, "CACHE_BYTES", 1 << 16)
@@ -126,7 +128,7 @@ def test_a_step_of_experts_reads_those_that_rows_go_to(monkeypatch: pytest.Monke
     assert case.kernel == f"step {name}"
     attention, dense, experts = 768 * (10 * 128 + 768), 3 * 768 * 2304, 3 * 768 * 384
     matrices = 103424 * 768 + 8 * attention + dense + 7 * (4 + 2) * experts
-    assert sizes == [matrices * (2 if name == "bfloat16" else 4)]
+    assert sizes == [matrices * 2]  # weights of bfloat16 stay so in float32
 
 
 def test_the_kernels_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -143,6 +145,16 @@ def test_the_kernels_command(capsys: pytest.CaptureFixture[str], tmp_path: Path)
     assert case["case"] == "o 2048 -> 1024, 1 rows"
     with pytest.raises(SystemExit):
         main(["kernels", "fly"])
+
+
+def test_kernels_of_another_processor(capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        arguments = ["kernels", "linear", "--shapes", "o", "--rows", "1", "--formats", "bfloat16", "--budget", "0.01"]
+        assert main([*arguments, "--isa", "baseline"]) == 0
+        assert ops.compute_dtype() == "float32"
+    finally:
+        force_isa(None)
+    assert "linear bfloat16" in capsys.readouterr().out
 
 
 def test_the_collectives_command(capfd: pytest.CaptureFixture[str]) -> None:
