@@ -5,7 +5,8 @@
 // a dot product takes a pair of keys. Tiling: 6 rows by 64 keys (scores), then 6 rows by 64 dimensions (values): the rows
 // of a group of heads share every load. A row's arithmetic is the same in any company: each score is one chain over the
 // dimensions, each value one chain over the keys, and keys a row may not see weigh exactly 0.
-// While one tile is computed the next is fetched. Scales of a cache of bytes join the scores and the weights. Floor: memory for a decode (the cache is read once), dot products for a prefill.
+// While one tile is computed the next is fetched. Scales of a cache of bytes join the scores and the weights. Floor: memory
+// for a decode (the cache is read once), dot products for a prefill.
 
 namespace fdserve {
 namespace FD_ISA {

@@ -1,9 +1,10 @@
 // A few rows times a panel: acc[rows][64] += a[rows][depth] . panel[depth][64].
 //
 // Layout: panel [K][64] float, [K/2][64][2] bf16 or [K/4][64][4] bytes (a dot-product instruction takes 4 bytes of k); 256
-// bytes a step of depth, and a word of a row of `a`, or two where floats are multiplied by bf16. Tiling: up to 6 rows by 4 vectors of 16 (24 accumulators of 32
-// registers; 6 by 2 vectors where there are 16 registers); the panel slice is read once per 6 rows. Every output element
-// is one chain of multiply-adds over k, so it does not depend on how many rows are computed together.
+// bytes a step of depth, and a word of a row of `a`, or two where floats are multiplied by bf16. Tiling: up to 6 rows by 4
+// vectors of 16 (24 accumulators of 32 registers; 6 by 2 vectors where there are 16 registers); the panel slice is read once
+// per 6 rows. Every output element is one chain of multiply-adds over k, so it does not depend on how many rows are computed
+// together.
 // k is cut into slices of a panel that stay in cache while the rows pass over it; the sums are stored and loaded back
 // exactly between slices. Floor: memory up to ~24 rows, then 2 multiply-adds a cycle. To reach both, all passes over a
 // slice share out the fetching of what follows in memory; a single pass fetches a little ahead of itself, or the next slice
@@ -79,8 +80,8 @@ struct Pairs {
 // With scales the sums are of this slice alone, and are added to `acc` times the scales. Not inlined: several in one function
 // share its registers out among them.
 template <class Math, int ROWS, int LINES, bool SCALED>
-__attribute__((noinline)) void gemm_rows(const char* a, int64_t stride, const char* panel, int64_t depth, typename Math::Sum* acc, bool first,
-               const char* ahead, const bf16* scales) {
+__attribute__((noinline)) void gemm_rows(const char* a, int64_t stride, const char* panel, int64_t depth,
+                                         typename Math::Sum* acc, bool first, const char* ahead, const bf16* scales) {
   for (int64_t column = 0; column < PANEL; column += COLUMNS) {
     typename Math::Vector c[ROWS][GEMM_VECTORS];
     for (int r = 0; r < ROWS; ++r)

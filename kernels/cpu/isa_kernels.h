@@ -6,7 +6,8 @@ namespace FD_ISA {
 template <class E>
 constexpr RowKernels make_row_kernels() {
 #ifdef FD_AMX
-  return {2 * TILE_ROWS, to_tiles, nullptr, tile_gemm<TilePairs>, tile_gemm_groups, to_digits, tile_gemm<TileQuads>, to_bytes<E>,
+  return {2 * TILE_ROWS,    to_tiles,  nullptr,              tile_gemm<TilePairs>,
+          tile_gemm_groups, to_digits, tile_gemm<TileQuads>, to_bytes<E>,
 #elif defined(FD_BF16)
   return {GEMM_ROWS, nullptr, nullptr, gemm<Pairs>, gemm_groups<E>, to_digits, gemm_bytes, to_bytes<E>,
 #else
