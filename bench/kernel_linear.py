@@ -31,7 +31,7 @@ be no slower than at many rows. Its int8 product is without the rounding of acti
 def pack(source: npt.NDArray[np.uint16], name: str, *, in_out: bool = False) -> PackedWeight:
     """A weight [N, K] ([K, N] when `in_out`) of bfloat16 bits in a format."""
     dtype = name if name == "float32" else ops.compute_dtype()
-    return ops.pack_weight(source, dtype=dtype, in_out=in_out, quantization=None if name == dtype else name)
+    return ops.pack_weight(source, dtype=dtype, in_out=in_out, quantization=name)
 
 
 def linear_cases(

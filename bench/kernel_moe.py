@@ -64,6 +64,5 @@ def _format_cases(floors: Floors, name: str, rows: Sequence[int], hidden: int, i
 def _pack(weight: npt.NDArray[np.uint16], name: str) -> ops.PackedExperts:
     """EXPERTS times the same matrix [N, K] of bfloat16 bits in a format."""
     dtype = name if name == "float32" else ops.compute_dtype()
-    quantization = None if name == dtype else name
     same = itertools.repeat(weight, EXPERTS)
-    return ops.pack_experts(same, num_experts=EXPERTS, dtype=dtype, in_out=False, quantization=quantization)
+    return ops.pack_experts(same, num_experts=EXPERTS, dtype=dtype, in_out=False, quantization=name)

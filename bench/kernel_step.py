@@ -10,7 +10,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import paddle
 
 from bench.floors import Case
@@ -132,19 +131,16 @@ def _no_masks() -> Masks:
 
 def _weights(runner: Runner) -> list[PackedWeight]:
     """Weights in the shapes and formats of the model's, in the order in which a step reads them."""
-    config, dtype = runner.config, runner.dtype
-
-    def pack(source: npt.NDArray[np.uint16], format: str) -> PackedWeight:
-        return ops.pack_weight(source, dtype=dtype, in_out=False, quantization=None if format == dtype else format)
-
+    config = runner.config
+    pack = partial(ops.pack_weight, dtype=runner.dtype, in_out=False)
     heads = config.num_heads * config.head_dim
     qkv = heads + 2 * config.num_kv_heads * config.head_dim
     layer = [(config.hidden_size, qkv), (heads, config.hidden_size)]
     layer += [(config.hidden_size, 2 * config.intermediate_size), (config.intermediate_size, config.hidden_size)]
     sources = {(k, n): np.full((n, k), 0x3F80, np.uint16) for k, n in layer}
-    weights = [pack(sources[shape], runner.format) for _ in range(config.num_layers) for shape in layer]
+    weights = [pack(sources[shape], quantization=runner.format) for _ in range(config.num_layers) for shape in layer]
     head = np.full((config.vocab_size, config.hidden_size), 0x3F80, np.uint16)
-    return [*weights, pack(head, "wint8" if runner.format == "w8a8" else runner.format)]
+    return [*weights, pack(head, quantization="wint8" if runner.format == "w8a8" else runner.format)]
 
 
 def _multiply(inputs: dict[int, Any], weights: Sequence[PackedWeight]) -> None:

@@ -78,10 +78,10 @@ def weight_format(directory: Path, config: ModelConfig, dtype: str, quantization
     """The format, of `fdserve.ops.weights.FORMATS`, in which `load_model` stores the matrices of a checkpoint.
 
     Without quantization that is `dtype`, but on a CPU those of bfloat16 stay so where float32 is computed: exact, and
-    half the memory. Only for that are headers read: raises StartupError for a broken checkpoint.
+    half the memory. Raises StartupError for a broken checkpoint, whose headers are read without quantization.
     """
-    if quantization is not None or dtype != "float32":
-        return quantization or dtype
+    if quantization is not None:
+        return quantization
     with Checkpoint(directory) as checkpoint:
         return _exact_format(checkpoint, config, dtype)
 
@@ -107,7 +107,7 @@ class _Reader:
         self._checkpoint = checkpoint
         self.layout = checkpoint.layout
         self.dtype = dtype
-        self._quantization = None if format == dtype else format
+        self._format = format
         self._progress = progress
         infos = checkpoint.tensors
         self._left = {
@@ -134,15 +134,15 @@ class _Reader:
 
     def matrix(self, parts: list[Part], inputs: range) -> PackedWeight:
         """The parts' output features, one part after the other, over the input features `inputs`."""
-        return self._matrix(parts, inputs, self.layout.in_out, self._quantization)
+        return self._matrix(parts, inputs, self.layout.in_out, self._format)
 
     def vocabulary(self, part: Part, inputs: range, *, in_out: bool) -> PackedWeight:
         """As `matrix`. Activations are never rounded before logits: with few rows only the weights' bytes count."""
-        return self._matrix([part], inputs, in_out, "wint8" if self._quantization == "w8a8" else self._quantization)
+        return self._matrix([part], inputs, in_out, "wint8" if self._format == "w8a8" else self._format)
 
-    def _matrix(self, parts: list[Part], inputs: range, in_out: bool, quantization: str | None) -> PackedWeight:
+    def _matrix(self, parts: list[Part], inputs: range, in_out: bool, format: str) -> PackedWeight:
         slices = next(self._slices([parts], inputs, in_out))
-        packed = ops.pack_weight(slices, dtype=self.dtype, in_out=in_out, quantization=quantization)
+        packed = ops.pack_weight(slices, dtype=self.dtype, in_out=in_out, quantization=format)
         self._finish([part.name for part in parts])
         return packed
 
@@ -160,7 +160,7 @@ class _Reader:
             num_experts=len(experts),
             dtype=self.dtype,
             in_out=in_out,
-            quantization=self._quantization,
+            quantization=self._format,
         )
 
     def _slices(self, matrices: list[list[Part]], inputs: range, in_out: bool) -> Iterator[list[Array]]:

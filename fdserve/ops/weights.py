@@ -79,7 +79,7 @@ def pack_weight(
         dtype: what to compute in, D.
         in_out: whether the input features come first.
         quantization: "wint8", "wint4" or (not for an embedding) "w8a8", see FORMATS, or on a CPU "bfloat16", which
-            loses nothing of bfloat16 bits; None stores `dtype`.
+            loses nothing of bfloat16 bits; `dtype` or None stores that.
 
     Raises:
         ValueError: another shape, dtype or quantization.
@@ -146,7 +146,7 @@ def _parts(weight: Array | Sequence[Array]) -> Sequence[Array]:
 def _format(dtype: str, quantization: str | None) -> str:
     if dtype not in ("bfloat16", "float16" if on_gpu() else "float32"):
         raise ValueError(f"cannot compute in {dtype}")
-    if quantization is not None and quantization not in FORMATS[2 if on_gpu() else 1 :]:
+    if quantization not in (None, dtype, *FORMATS[2 if on_gpu() else 1 :]):
         raise ValueError(f"cannot store weights as {quantization}")
     return quantization or dtype
 

@@ -9,7 +9,16 @@ from typing import Any
 
 import pytest
 
-from bench import collectives, kernel_attention, kernel_linear, kernel_moe, kernel_pack, kernel_rows, kernel_step
+from bench import (
+    collectives,
+    kernel_attention,
+    kernel_linear,
+    kernel_moe,
+    kernel_pack,
+    kernel_rows,
+    kernel_step,
+    kernels,
+)
 from bench.__main__ import main
 from bench.floors import Case, Floors
 from bench.frontend import Measurement, summary
@@ -155,6 +164,16 @@ def test_kernels_of_another_processor(capsys: pytest.CaptureFixture[str]) -> Non
     finally:
         force_isa(None)
     assert "linear bfloat16" in capsys.readouterr().out
+
+
+def test_kernels_of_a_better_processor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(isa: str) -> None:
+        raise ValueError(f"this CPU has no {isa}")
+
+    monkeypatch.setattr(kernels, "force_isa", refuse)
+    with pytest.raises(SystemExit):
+        main(["kernels", "linear", "--isa", "amx"])
+    assert "this CPU has no amx" in capsys.readouterr().err
 
 
 def test_the_collectives_command(capfd: pytest.CaptureFixture[str]) -> None:
