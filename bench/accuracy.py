@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import paddle
 
 from fdserve.demo.data import documents
 from fdserve.models.config import read_config
@@ -52,13 +51,11 @@ class Model:
         rows = [len(ids) - 1] if last else range(len(ids))
         batch = ForwardBatch(
             token_ids=_int32(ids),
-            rope=paddle.to_tensor(self._model.rope_table(np.arange(context, context + len(ids), dtype=np.int32))),
+            rope=self._model.rope_table(np.arange(context, context + len(ids), dtype=np.int32)),
             query_starts=_int32([0, len(ids)]),
             context_lens=_int32([context]),
-            block_tables=paddle.to_tensor(self._table),
+            block_tables=self._table,
             sample_rows=_int32(rows),
-            max_query_len=len(ids),
-            longest=context + len(ids),
         )
         answer: Floats = self._model.forward(batch, self._caches).numpy()
         return answer
@@ -71,8 +68,8 @@ class Model:
         return tokens
 
 
-def _int32(values: Sequence[int]) -> paddle.Tensor:
-    return paddle.to_tensor(np.asarray(values, np.int32))
+def _int32(values: Sequence[int]) -> npt.NDArray[np.int32]:
+    return np.asarray(values, np.int32)
 
 
 def texts(directory: Path, count: int, longest: int) -> list[list[int]]:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from fdserve import ops
 from fdserve.models.config import ModelConfig
 from fdserve.models.ernie4_5_moe import MoeMlp
-from fdserve.models.layers import Attention, ForwardBatch, KvCaches, Mlp, Rope, Vocabulary
+from fdserve.models.layers import Attention, BatchTensors, ForwardBatch, KvCaches, Mlp, Rope, Vocabulary
 
 if TYPE_CHECKING:
     from paddle import Tensor
@@ -44,13 +44,18 @@ class Ernie4_5:
         self._decoder = self._whole_decoder(norm)
 
     def _whole_decoder(self, norm: Tensor) -> ops.Decoder | None:
-        """All blocks as one operator, where it can sum over the ranks between them."""
-        ranks = self._vocabulary.ranks
+        """All of it as one operator, where that can sum over the ranks by itself."""
+        vocabulary = self._vocabulary
+        ranks = vocabulary.ranks
         if ops.on_gpu() or (ranks.world_size > 1 and ranks.shared is None):
             return None
         return ops.Decoder(
             [_block(layer) for layer in self._layers],
             norm,
+            table=vocabulary.table,
+            head=vocabulary.head,
+            first_id=vocabulary.start,
+            vocab_size=self.config.vocab_size,
             num_heads=self._layers[0].attention.num_heads,
             num_kv_heads=self._num_kv_heads,
             head_dim=self.config.head_dim,
@@ -79,36 +84,34 @@ class Ernie4_5:
         Returns:
             The logits of `batch.sample_rows`, float32 [R, this rank's part of vocab_size].
         """
-        import paddle
-
-        if batch.sample_rows.shape[0] == 0:
-            self.hidden(batch, caches)
-            return paddle.empty([0, self._vocabulary.head.out_features], "float32")
-        return self.logits(self.hidden(batch, caches))
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """The logits of R > 0 rows that `hidden` gave, float32 [R, this rank's part of vocab_size]."""
-        import paddle
-
-        with paddle.no_grad():
-            return self._vocabulary.logits(hidden)
+        if self._decoder is not None:
+            return self._decoder(*batch, caches.layers, caches.block_size, logits=True)
+        return self.forward_tensors(batch.tensors(), caches)
 
     def hidden(self, batch: ForwardBatch, caches: KvCaches) -> Tensor:
         """`forward` up to the head: the last hidden states of `batch.sample_rows`, [R, H] D."""
+        if self._decoder is not None:
+            return self._decoder(*batch, caches.layers, caches.block_size, logits=False)
+        return self._hidden(batch.tensors(), caches)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The logits of R > 0 rows that `hidden` gave, float32 [R, this rank's part of vocab_size]."""
+        return self._vocabulary.logits(hidden)
+
+    def forward_tensors(self, batch: BatchTensors, caches: KvCaches) -> Tensor:
+        """`forward`, operator by operator: the way of GPUs, which can record it."""
         import paddle
 
-        with paddle.no_grad():
-            x = self._vocabulary.embed(batch.token_ids)
-            if self._decoder is None:
-                return self._blocks(x, batch, caches)
-            sequences = batch.block_tables, batch.query_starts, batch.context_lens
-            return self._decoder(x, batch.rope, *sequences, batch.sample_rows, caches.layers, caches.block_size)
+        hidden = self._hidden(batch, caches)
+        if batch.sample_rows.shape[0] == 0:
+            return paddle.empty([0, self._vocabulary.head.out_features], "float32")
+        return self.logits(hidden)
 
-    def _blocks(self, residual: Tensor, batch: ForwardBatch, caches: KvCaches) -> Tensor:
-        """The blocks operator by operator, and the final norm."""
+    def _hidden(self, batch: BatchTensors, caches: KvCaches) -> Tensor:
         import paddle
 
         eps = self.config.rms_norm_eps
+        residual = self._vocabulary.embed(batch.token_ids)
         x = ops.rms_norm(residual, self._layers[0].input_norm, eps)
         for number, (layer, next_norm) in enumerate(zip(self._layers, self._next_norms, strict=True)):
             x = layer.attention(x, batch, caches, number)

@@ -7,7 +7,7 @@ rank computes alone is summed by `all_reduce` behind each block.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -21,19 +21,36 @@ if TYPE_CHECKING:
     from fdserve.ops import PackedWeight
 
 
-@dataclass
-class ForwardBatch:
-    """What one step computes: T new tokens of S sequences, and the R of them whose logits are wanted.
+Ints = npt.NDArray[np.int32]
 
-    The tensors are int32, but for `rope`.
-    """
 
-    token_ids: Tensor  # [T], in [0, vocab_size)
-    rope: Tensor  # [T, head_dim] float32: see `Rope.table`
-    query_starts: Tensor  # [S + 1], the tokens of sequence s are query_starts[s] to query_starts[s + 1]
-    context_lens: Tensor  # [S], tokens of each sequence that are in the cache already
-    block_tables: Tensor  # [S, B]
-    sample_rows: Tensor  # [R], indices into the T tokens; may be empty
+class ForwardBatch(NamedTuple):
+    """What one step computes: T new tokens of S sequences, and the R of them whose logits are wanted."""
+
+    token_ids: Ints  # [T], in [0, vocab_size)
+    rope: npt.NDArray[np.float32]  # [T, head_dim]: see `Rope.table`
+    query_starts: Ints  # [S + 1], the tokens of sequence s are query_starts[s] to query_starts[s + 1]
+    context_lens: Ints  # [S], tokens of each sequence that are in the cache already
+    block_tables: Ints  # [S, B]
+    sample_rows: Ints  # [R], indices into the T tokens; may be empty
+
+    def tensors(self) -> BatchTensors:
+        """The same on the device."""
+        query_lens = np.diff(self.query_starts)
+        longest = int((self.context_lens + query_lens).max())
+        tensors = dict(zip(self._fields, map(ops.to_tensor, self), strict=True))
+        return BatchTensors(**tensors, max_query_len=int(query_lens.max()), longest=longest)
+
+
+class BatchTensors(NamedTuple):
+    """A `ForwardBatch` where the operators can take it one by one."""
+
+    token_ids: Tensor
+    rope: Tensor
+    query_starts: Tensor
+    context_lens: Tensor
+    block_tables: Tensor
+    sample_rows: Tensor
     max_query_len: int  # the most tokens that the step computes of a sequence
     longest: int  # the most tokens of a sequence, the step's included
 
@@ -78,7 +95,7 @@ class Attention:
     head_dim: int
     all_reduce: Collective
 
-    def __call__(self, x: Tensor, batch: ForwardBatch, caches: KvCaches, layer: int) -> Tensor:
+    def __call__(self, x: Tensor, batch: BatchTensors, caches: KvCaches, layer: int) -> Tensor:
         """x [T, H] -> [T, H]; stores the tokens' keys and values in the layer's cache."""
         keys, values = caches.layers[layer]
         heads = ops.attention(

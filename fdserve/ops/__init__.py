@@ -29,7 +29,7 @@ from fdserve.ops.library import (
 )
 from fdserve.ops.paged_attention import attention, kv_bytes_per_token, kv_cache_shape, new_kv_cache
 from fdserve.ops.sampling import sample
-from fdserve.ops.tensors import own_place, send, to_tensor
+from fdserve.ops.tensors import HeldTensor, own_place, send, to_tensor
 from fdserve.ops.weights import PackedExperts, PackedWeight, as_float32, pack_experts, pack_weight
 
 __all__ = [
@@ -37,6 +37,7 @@ __all__ = [
     "Decoder",
     "Experts",
     "Gathering",
+    "HeldTensor",
     "KernelsMissing",
     "PackedExperts",
     "PackedWeight",

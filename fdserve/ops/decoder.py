@@ -1,4 +1,4 @@
-"""All blocks of a model in one call: see kernels/cpu/decoder.cc."""
+"""A whole model in one call: see kernels/cpu/decoder.cc."""
 
 from __future__ import annotations
 
@@ -6,13 +6,20 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
+
 from fdserve.ops.collectives import ALONE, SharedMemory, or_gone
 from fdserve.ops.experts import Experts
 from fdserve.ops.library import run
+from fdserve.ops.tensors import Staging
 from fdserve.ops.weights import PackedWeight
 
 if TYPE_CHECKING:
     from paddle import Tensor
+
+Ints = npt.NDArray[np.int32]
+Caches = Sequence[tuple["Tensor", "Tensor"]]
 
 
 class Block(NamedTuple):
@@ -31,10 +38,12 @@ class Block(NamedTuple):
 
 
 class Decoder:
-    """x + attention(norm(x)), then x + mlp(norm(x)), for each block; then the final norm.
+    """The embedding, x + attention(norm(x)) and x + mlp(norm(x)) for each block, the final norm and the head.
 
-    The same bits as the operators one by one. What is fixed is put together once, because a step is short. Ranks that
-    have a part of each matrix (`num_heads` and `num_kv_heads` are this rank's) add up through what they share.
+    The same bits as the operators one by one. Addresses and sizes of the weights are put together once, for the caches
+    of the first call, and again when a call brings other caches, because a step is short. Ranks that have a part of
+    each matrix (`num_heads` and `num_kv_heads` are this rank's, `table` and `head` have the ids from `first_id` on) add
+    up through what they share.
     """
 
     def __init__(
@@ -42,12 +51,17 @@ class Decoder:
         blocks: Sequence[Block],
         norm: Tensor,
         *,
+        table: PackedWeight,
+        head: PackedWeight,
+        first_id: int,
+        vocab_size: int,
         num_heads: int,
         num_kv_heads: int,
         head_dim: int,
         eps: float,
         shared: SharedMemory | None = None,
     ) -> None:
+        self._vocabulary = (table, head)
         self._norm = norm
         self._input_norms = [block.input_norm for block in blocks]
         self._qkv = [block.qkv.data for block in blocks]
@@ -58,37 +72,59 @@ class Decoder:
         experts = [block.experts for block in blocks]
         self._experts_inner = [0 if each is None else each.down.in_features for each in experts]
         self._routing = next(((each.top_k, each.norm_min) for each in experts if each), (0, 0.0))
+        self._ids = (table.out_features, first_id, vocab_size)
         self._format = blocks[0].qkv.code
         self._heads = (num_heads, num_kv_heads, head_dim)
         self._eps = eps
         self._shared = shared  # kept, as the operator is only told where it is
         self._ranks = shared.attributes if shared else ALONE
         self._run = partial(or_gone, run) if shared else run
+        self._inputs = Staging()
+        self._caches: Caches = ()
+        self._note: Tensor | None = None
 
     def __call__(
         self,
-        x: Tensor,
-        rope: Tensor,
-        block_tables: Tensor,
-        query_starts: Tensor,
-        context_lens: Tensor,
-        sample_rows: Tensor,
-        caches: Sequence[tuple[Tensor, Tensor]],
+        token_ids: Ints,
+        rope: npt.NDArray[np.float32],
+        query_starts: Ints,
+        context_lens: Ints,
+        block_tables: Ints,
+        sample_rows: Ints,
+        caches: Caches,
         block_size: int,
+        *,
+        logits: bool,
     ) -> Tensor:
-        """What `sample_rows` (int32 [R], R <= T) of x [T, H] D become: [R, H] D.
+        """What `sample_rows` [R <= T] of the tokens `token_ids` [T] become: their logits, float32 [R, this rank's ids],
+        or without `logits` [R, H] D.
 
-        `caches` has the (keys, values) of each block, changed in place; all else is as for `fdserve.ops.attention`.
+        `caches` has the (keys, values) of each block, whose tensors are changed in place: another list is looked at
+        anew, the same one, with the same `block_size`, is not. All else is as for `fdserve.ops.attention`, as arrays.
         Raises RankError where a peer is gone.
         """
-        results = self._run(
-            "decoder",
-            x, rope, block_tables, query_starts, context_lens, sample_rows, self._norm, self._input_norms, self._qkv,
-            self._o, [keys for keys, _ in caches], [values for _, values in caches], self._post_norms, self._mlps,
-            self._format, *self._heads, block_size, self._inner, self._experts_inner, *self._routing, self._eps,
-            *self._ranks,
-        )  # fmt: skip
-        result: Tensor = results[0]
+        if self._note is None or caches is not self._caches:
+            self._note, self._caches = self._take_note(caches, block_size), caches
+        # In the operator's order.
+        inputs = self._inputs.fill(
+            (rope.view(np.int32), token_ids, query_starts, context_lens, sample_rows, block_tables)
+        )
+        sizes = len(token_ids), len(context_lens), block_tables.shape[1], len(sample_rows)
+        result: Tensor = self._run("decoder", self._note, inputs, *sizes, logits, *self._ranks)[0]
+        return result
+
+    def _take_note(self, caches: Caches, block_size: int) -> Tensor:
+        """Where everything is. It is no copy: `self` keeps the weights and caches."""
+        table, head = self._vocabulary
+        keys, values = zip(*caches, strict=True)
+        every = [self._input_norms, self._qkv, self._o, list(keys), list(values), self._post_norms, self._mlps]
+        if not all(tensor.is_contiguous() for tensors in every for tensor in tensors):
+            raise ValueError("decoder: the weights and caches must be contiguous")  # or Paddle would pass on copies
+        result: Tensor = run(
+            "decoder_note",
+            table.data, head.data, self._norm, *every, table.code, head.code, *self._ids, self._format, *self._heads,
+            block_size, self._inner, self._experts_inner, *self._routing, self._eps,
+        )[0]  # fmt: skip
         return result
 
 

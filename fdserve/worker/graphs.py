@@ -22,7 +22,7 @@ from paddle import Tensor
 
 from fdserve import ops
 from fdserve.models.ernie4_5 import Ernie4_5
-from fdserve.models.layers import ForwardBatch, KvCaches
+from fdserve.models.layers import BatchTensors, KvCaches
 from fdserve.worker.batch import Batch
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -68,7 +68,7 @@ class _Inputs:
         self._block_tables[:, 0] = spare_block
         self._held = ops.to_tensor(self._host)
         token_ids, context_lens, block_tables, rope = _parts(self._held, shapes)
-        self.held = ForwardBatch(
+        self.held = BatchTensors(
             token_ids=token_ids,
             rope=rope.view("float32"),
             query_starts=ops.to_tensor(np.arange(size + 1, dtype=np.int32)),
@@ -108,7 +108,7 @@ class DecodeGraphs:
         self._steps: dict[int, tuple[_Inputs, Tensor, Callable[[], None]]] = {}
         for size in SIZES[: bisect_left(SIZES, max_num_seqs) + 1]:
             inputs = _Inputs(size, max_model_len, caches.block_size, model.config.head_dim, spare_block)
-            self._steps[size] = inputs, *record(partial(model.forward, inputs.held, caches))
+            self._steps[size] = inputs, *record(partial(model.forward_tensors, inputs.held, caches))
 
     def logits(self, batch: Batch) -> Tensor | None:
         """The logits float32 [R, V] of a step that computes one token of each sequence and samples after each; None

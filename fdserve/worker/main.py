@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import signal
 import socket
@@ -100,6 +101,10 @@ def _serve(connection: Connection) -> None:
     from fdserve.worker.runner import Runner
 
     runner = Runner(load, lambda what, done, total: connection.send(Loading(what, done, total)))
+    # Modules have more than a hundred thousand objects: no step should wait for the collector to look through them,
+    # nor through the runner, which stays as long.
+    gc.collect()
+    gc.freeze()
     connection.send(runner.ready)
     while (plan := connection.receive()) is not None:
         if not isinstance(plan, Plan):

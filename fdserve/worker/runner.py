@@ -13,7 +13,6 @@ from fdserve import ops
 from fdserve.errors import StartupError
 from fdserve.executor.wire import Load, Masks, Plan, Ready, StepResult
 from fdserve.models.config import ModelConfig, read_config
-from fdserve.models.ernie4_5 import Ernie4_5
 from fdserve.models.layers import ForwardBatch
 from fdserve.models.loader import load_model, weight_format
 from fdserve.models.parallel import identity
@@ -24,7 +23,7 @@ from fdserve.worker.graphs import DecodeGraphs, record_cuda_graph
 from fdserve.worker.group import gpu_number
 from fdserve.worker.memory import cache_blocks, check_weights
 from fdserve.worker.prompt import PromptLogprobs, prompt_logprobs
-from fdserve.worker.rows import Rows
+from fdserve.worker.rows import Ints, Rows
 from fdserve.worker.sampler import Sampled, Sampler
 
 if TYPE_CHECKING:
@@ -105,10 +104,16 @@ class Runner:
         if logits is not None:
             return logits, None
         count = len(batch.sample_rows)
-        hidden = self.model.hidden(_forward_batch(self.model, batch), self.caches)
-        if count:
-            logits = self.model.logits(hidden if len(hidden) == count else hidden[:count])
-        return logits, self._prompt_logprobs(batch, hidden[count:]) if len(batch.prompt_indices) else None
+        if not len(batch.prompt_indices):
+            logits = self.model.forward(self._forward_batch(batch, batch.sample_indices), self.caches)
+            return logits if count else None, None
+        wanted = np.concatenate([batch.sample_indices, batch.prompt_indices])
+        hidden = self.model.hidden(self._forward_batch(batch, wanted), self.caches)
+        return self.model.logits(hidden[:count]) if count else None, self._prompt_logprobs(batch, hidden[count:])
+
+    def _forward_batch(self, batch: Batch, wanted: Ints) -> ForwardBatch:
+        rope = self.model.rope_table(batch.positions)
+        return ForwardBatch(batch.token_ids, rope, batch.query_starts, batch.context_lens, batch.block_tables, wanted)
 
     def _sample(self, batch: Batch, logits: Tensor, masks: dict[int, bytes]) -> Sampled:
         sampled = self._sampler.sample(batch.sample_rows, batch.sample_lens, logits, masks)
@@ -120,23 +125,6 @@ class Runner:
     def _prompt_logprobs(self, batch: Batch, hidden: Tensor) -> PromptLogprobs:
         targets, num_top = batch.prompt_targets, batch.prompt_num_top
         return prompt_logprobs(hidden, self.model.logits, targets, num_top, self.config.vocab_size, self._sample_op)
-
-
-def _forward_batch(model: Ernie4_5, batch: Batch) -> ForwardBatch:
-    wanted = batch.sample_indices
-    if len(batch.prompt_indices):
-        wanted = np.concatenate([wanted, batch.prompt_indices])
-    query_lens = np.diff(batch.query_starts)
-    return ForwardBatch(
-        token_ids=ops.to_tensor(batch.token_ids),
-        rope=ops.to_tensor(model.rope_table(batch.positions)),
-        query_starts=ops.to_tensor(batch.query_starts),
-        context_lens=ops.to_tensor(batch.context_lens),
-        block_tables=ops.to_tensor(batch.block_tables),
-        sample_rows=ops.to_tensor(wanted),
-        max_query_len=int(query_lens.max()),
-        longest=int((batch.context_lens + query_lens).max()),
-    )
 
 
 def _result(step: int, sampled: Sampled | None, prompt: PromptLogprobs | None, seconds: float) -> StepResult:

@@ -46,18 +46,19 @@ class Sampled:
 class _Fixed:
     """What `ops.sample` takes of R rows that stays the same while they run, put together once."""
 
-    row_ids: Ints
+    rows: bytes
+    """Which rows these are."""
     num_begun: int
     """`Rows.num_begun` when it was put together."""
     floats: Tensor
     num_prompt: Tensor
     logprob_modes: Tensor
-    int_params: npt.NDArray[np.int64]
-    """[R, 4] without the places of the samples"""
+    int_params: ops.HeldTensor
+    """[R, 4] int64, of which the positions and the forced ids are written anew in each step"""
     prompts: Ints
     """[R], `num_prompt` as an array"""
-    limited: npt.NDArray[np.bool_]
-    """[R]"""
+    limited: npt.NDArray[np.bool_] | None
+    """[R], the rows that have limits; None if there is none"""
     penalized: npt.NDArray[np.bool_] | None
     """[R], the rows that need their tokens so far; None if there is none"""
     num_top: int
@@ -88,14 +89,13 @@ class Sampler:
         on its own logits and its row's parameters, mask and tokens alone.
         """
         fixed, rows = self._fixed_of(row_ids), self._rows
-        int_params = fixed.int_params.copy()
-        int_params[:, 2] = lens - fixed.prompts
-        limits = _limits(rows, row_ids, lens, masks, self._vocab_size, fixed.limited, int_params)
+        np.subtract(lens, fixed.prompts, out=fixed.int_params.array[:, 2])
+        limits = _limits(rows, row_ids, lens, masks, self._vocab_size, fixed)
         past, past_offsets = _history(rows, row_ids, lens, fixed.penalized)
         token_ids, logprobs, top_ids, top_logprobs = self._sample_op(
             logits,
             fixed.floats,
-            ops.to_tensor(int_params),
+            fixed.int_params(),
             past,
             past_offsets,
             fixed.num_prompt,
@@ -117,25 +117,30 @@ class Sampler:
     def _fixed_of(self, row_ids: Ints) -> _Fixed:
         """As for the last step, if the rows are the same: most steps sample the rows of the one before."""
         fixed, rows = self._fixed, self._rows
-        if fixed is None or fixed.num_begun != rows.num_begun or not np.array_equal(fixed.row_ids, row_ids):
+        key = row_ids.tobytes()
+        if fixed is None or fixed.num_begun != rows.num_begun or fixed.rows != key:
             int_params = np.full((len(row_ids), 4), NO_FORCED_ID, np.int64)
             int_params[:, :2] = rows.int_params[row_ids]
-            penalized, num_top = rows.needs_history[row_ids], int(rows.num_top[row_ids].max())
+            num_top = int(rows.num_top[row_ids].max())
             greedy = rows.float_params[row_ids, 0] < GREEDY_TEMPERATURE
             fixed = self._fixed = _Fixed(
-                row_ids=row_ids,
+                rows=key,
                 num_begun=rows.num_begun,
                 floats=ops.to_tensor(rows.float_params[row_ids]),
                 num_prompt=ops.to_tensor(rows.num_prompt[row_ids]),
                 logprob_modes=ops.to_tensor(rows.logprob_modes[row_ids]),
-                int_params=int_params,
+                int_params=ops.HeldTensor(int_params),
                 prompts=rows.num_prompt[row_ids],
-                limited=rows.is_limited[row_ids],
-                penalized=penalized if penalized.any() else None,
+                limited=_any(rows.is_limited[row_ids]),
+                penalized=_any(rows.needs_history[row_ids]),
                 num_top=num_top,
                 all_greedy=num_top < 0 and bool(greedy.all()),
             )
         return fixed
+
+
+def _any(flags: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_] | None:
+    return flags if flags.any() else None
 
 
 @dataclass(frozen=True)
@@ -155,13 +160,14 @@ def _limits(
     lens: Ints,
     masks: Mapping[int, bytes],
     vocab_size: int,
-    limited: npt.NDArray[np.bool_],
-    int_params: npt.NDArray[np.int64],
+    fixed: _Fixed,
 ) -> _Limits:
-    """What the limits of the `limited` rows say now, and the masks; forced ids are put into `int_params`."""
+    """What the rows' limits say now, and the masks; forced ids are put into `fixed.int_params`."""
+    limited = fixed.limited
     if masks:
-        limited = limited | np.isin(row_ids, list(masks))
-    if not limited.any():
+        masked = np.isin(row_ids, list(masks))
+        limited = masked if limited is None else limited | masked
+    if limited is None:
         return _Limits(*_nothing(len(row_ids)))
     bias_ids, bias_values = [_EMPTY] * len(row_ids), [np.zeros(0, np.float32)]
     words: list[Ints] = []
@@ -172,7 +178,7 @@ def _limits(
         limits = rows.limits[row]
         if limits is not None:
             output = rows.tokens[row, rows.num_prompt[row] : lens[index]]
-            int_params[index, 3] = limits.forced_id(output)
+            fixed.int_params.array[index, 3] = limits.forced_id(output)
             # What a constraint forces are mostly the tags and line breaks of the model's layout, which no client sees.
             if mask is None or not leaves_one(mask):
                 mask = limits.mask(mask)

@@ -1,30 +1,15 @@
 // The operators as Paddle custom ops: checks, output tensors, and a call of the framework-free functions in kernels.h.
 // Only the bindings include Paddle's headers. Ops are called eagerly, so no shape inference is declared.
-#include <sys/mman.h>
-
 #include "bindings.h"
 
 namespace {
 
 using namespace fdserve::bindings;
 
-// For memory not yet touched: spares writing for the first time a page fault every 4 KiB.
-void ask_huge_pages(void* memory, int64_t bytes) {
-  constexpr uintptr_t HUGE_PAGE = 2 << 20;
-  const uintptr_t start = reinterpret_cast<uintptr_t>(memory);
-  const uintptr_t begin = (start + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
-  const uintptr_t end = (start + static_cast<uintptr_t>(bytes)) / HUGE_PAGE * HUGE_PAGE;
-  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-}
-
 std::vector<Tensor> linear(const Tensor& x, const Tensor& panels, int64_t format, int64_t n, int64_t k, bool to_float) {
   require(x.dims().size() == 2 && x.dims()[1] == k, "linear: x must be [T, in_features]");
   const Matrix weight = matrix_of(panels, format, n, k, x.dtype());
-  Tensor out = make({x.dims()[0], n}, to_float ? DataType::FLOAT32 : x.dtype());
-  // Beyond this size malloc takes fresh memory each time: logits of many rows.
-  constexpr int64_t FRESH_BYTES = 32 << 20;
-  const int64_t bytes = out.numel() * fdserve::size_of(dtype_of(out));
-  if (bytes > FRESH_BYTES) ask_huge_pages(out.data(), bytes);
+  Tensor out = make_large({x.dims()[0], n}, to_float ? DataType::FLOAT32 : x.dtype());
   if (out.numel() > 0) fdserve::linear(x.data(), x.dims()[0], dtype_of(x), weight, out.data(), dtype_of(out));
   return {out};
 }
@@ -36,7 +21,7 @@ std::vector<Tensor> embedding(const Tensor& ids, const Tensor& panels, int64_t f
   require(format != static_cast<int64_t>(Format::kW8a8), "embedding: a table cannot be w8a8");
   Tensor out = make({ids.numel(), hidden}, to_bfloat16 ? DataType::BFLOAT16 : DataType::FLOAT32);
   const Matrix table = matrix_of(panels, format, vocab, hidden, out.dtype());
-  if (out.numel() > 0) fdserve::embedding(id, ids.numel(), table, dtype_of(out), out.data());
+  if (out.numel() > 0) fdserve::embedding(id, ids.numel(), 0, table, dtype_of(out), out.data());
   return {out};
 }
 

@@ -1,6 +1,8 @@
 // What the bindings_*.cc and bindings.cc share. Only they include Paddle's headers.
 #pragma once
 
+#include <sys/mman.h>
+
 #include <new>
 #include <stdexcept>
 #include <vector>
@@ -38,6 +40,21 @@ inline const void* data_of(const Tensor& x) { return x.numel() == 0 ? nullptr : 
 
 inline Tensor make(std::initializer_list<int64_t> shape, DataType dtype) {
   return paddle::empty(std::vector<int64_t>(shape), dtype, paddle::CPUPlace());
+}
+
+// The same for logits of many rows. From some size on malloc takes fresh memory each time, which would be a page fault
+// every 4 KiB: huge pages are asked for.
+inline Tensor make_large(std::initializer_list<int64_t> shape, DataType dtype) {
+  constexpr int64_t FRESH_BYTES = 32 << 20;
+  constexpr uintptr_t HUGE_PAGE = 2 << 20;
+  Tensor out = make(shape, dtype);
+  const int64_t bytes = out.numel() * static_cast<int64_t>(phi::SizeOf(dtype));
+  if (bytes <= FRESH_BYTES) return out;
+  const uintptr_t start = reinterpret_cast<uintptr_t>(out.data());
+  const uintptr_t begin = (start + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
+  const uintptr_t end = (start + static_cast<uintptr_t>(bytes)) / HUGE_PAGE * HUGE_PAGE;
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+  return out;
 }
 
 // A packed matrix, or one for each of `count` experts, for activations of `dtype`.

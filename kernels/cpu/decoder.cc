@@ -1,4 +1,4 @@
-// All blocks of a model in one call: for a few tokens, calling an operator costs as much as some of them compute.
+// A whole model in one call: for a few tokens, calling an operator costs as much as some of them compute.
 //
 // The operators are those of the other files, in the same order and on the same bits; where ranks have a part of each
 // matrix, their parts of a sum are added up between them. Floor: memory, the weights once.
@@ -44,6 +44,15 @@ bool add_up(const Shared* shared, char* x, int64_t size, Dtype dtype) {
   return shared == nullptr || all_reduce(*shared, x, size, dtype, x);
 }
 
+AttentionCall layer_attention(const DecoderCall& call, const DecoderLayer& layer, const char* qkv, char* out) {
+  AttentionCall attend = call.model->attention;
+  attend.tokens = call.tokens, attend.sequences = call.sequences, attend.blocks_per_sequence = call.blocks_per_sequence;
+  attend.qkv = qkv, attend.k_cache = layer.k_cache, attend.v_cache = layer.v_cache, attend.rope = call.rope;
+  attend.block_tables = call.block_tables, attend.query_starts = call.query_starts, attend.context_lens = call.context_lens;
+  attend.out = out;
+  return attend;
+}
+
 // Where an MLP puts rows in between: both halves of its first product, what swiglu makes of them, an answer of its own.
 struct MlpRoom {
   char *both, *activated, *shared;
@@ -62,23 +71,23 @@ void mlp(const DecoderLayer& layer, const char* x, int64_t rows, Dtype dtype, co
 }  // namespace
 
 bool decoder(const DecoderCall& call) {
-  const Dtype dtype = call.attention.dtype;
-  const DecoderLayer* layers = call.layers;
-  const int64_t hidden = call.hidden, row = hidden * size_of(dtype), heads = layers[0].o.k;
-  int64_t rows = call.attention.tokens, inner = 0;
-  for (int64_t l = 0; l < call.count; ++l) inner = std::max(inner, layers[l].down.k);
+  const DecoderModel& model = *call.model;
+  const Dtype dtype = model.attention.dtype;
+  const DecoderLayer* layers = model.layers;
+  const int64_t hidden = model.hidden, row = hidden * size_of(dtype), heads = layers[0].o.k;
+  int64_t rows = call.tokens, inner = 0;
+  for (int64_t l = 0; l < model.count; ++l) inner = std::max(inner, layers[l].down.k);
   const Buffers buffers(rows, dtype, {hidden, hidden, hidden, layers[0].qkv.n, heads, 2 * inner, inner, hidden});
   char *residual = buffers[0], *x = buffers[1], *answer = buffers[2], *qkv = buffers[3], *attended = buffers[4];
   const MlpRoom room = {buffers[5], buffers[6], buffers[7]};
-  std::memcpy(residual, call.x, static_cast<size_t>(rows * row));
-  rms_norm(residual, nullptr, layers[0].input_norm, call.eps, rows, hidden, dtype, x, nullptr);
-  for (int64_t l = 0; l < call.count; ++l) {
+  embedding(call.ids, rows, model.first_id, model.table, dtype, residual);
+  if (!add_up(call.shared, residual, rows * hidden, dtype)) return false;
+  rms_norm(residual, nullptr, layers[0].input_norm, model.eps, rows, hidden, dtype, x, nullptr);
+  for (int64_t l = 0; l < model.count; ++l) {
     const DecoderLayer& layer = layers[l];
-    const bool last = l + 1 == call.count;
+    const bool last = l + 1 == model.count;
     linear(x, rows, dtype, layer.qkv, qkv, dtype);
-    AttentionCall attend = call.attention;
-    attend.qkv = qkv, attend.k_cache = layer.k_cache, attend.v_cache = layer.v_cache, attend.out = attended;
-    attention(attend);
+    attention(layer_attention(call, layer, qkv, attended));
     if (last) {
       // No token looks at another any more: only the rows asked for go on.
       if (call.samples == 0) return true;
@@ -88,12 +97,13 @@ bool decoder(const DecoderCall& call) {
     }
     linear(attended, rows, dtype, layer.o, answer, dtype);
     if (!add_up(call.shared, answer, rows * hidden, dtype)) return false;
-    rms_norm(answer, residual, layer.post_norm, call.eps, rows, hidden, dtype, x, residual);
+    rms_norm(answer, residual, layer.post_norm, model.eps, rows, hidden, dtype, x, residual);
     mlp(layer, x, rows, dtype, room, answer);
     if (!add_up(call.shared, answer, rows * hidden, dtype)) return false;
-    rms_norm(answer, residual, last ? call.norm : layers[l + 1].input_norm, call.eps, rows, hidden, dtype,
-             last ? static_cast<char*>(call.out) : x, residual);
+    rms_norm(answer, residual, last ? model.norm : layers[l + 1].input_norm, model.eps, rows, hidden, dtype,
+             last && !call.logits ? static_cast<char*>(call.out) : x, residual);
   }
+  if (call.logits) linear(x, rows, dtype, model.head, call.out, Dtype::kFloat32);
   return true;
 }
 

@@ -230,8 +230,8 @@ void pack(void* panels, const void* weight, int64_t n, int64_t k, int64_t stride
 
 // out[T][N] (out_dtype) = x[T][K] (dtype) times the packed matrix.
 void linear(const void* x, int64_t tokens, Dtype dtype, const Matrix& weight, void* out, Dtype out_dtype);
-// out[T][K] (dtype) = rows ids[T] of the packed matrix [N][K].
-void embedding(const int32_t* ids, int64_t tokens, const Matrix& table, Dtype dtype, void* out);
+// out[T][K] (dtype) = rows ids[T] - first_id of the packed matrix [N][K], zeros where it has no such row.
+void embedding(const int32_t* ids, int64_t tokens, int64_t first_id, const Matrix& table, Dtype dtype, void* out);
 void rms_norm(const void* x, const void* residual, const void* weight, float eps, int64_t tokens, int64_t size,
               Dtype dtype, void* out, void* total);
 void swiglu(const void* x, int64_t tokens, int64_t size, Dtype dtype, void* out);
@@ -278,16 +278,25 @@ struct DecoderLayer {
 
 struct Shared;
 
-struct DecoderCall {
-  AttentionCall attention;  // but for qkv, caches and out, which are each layer's own
+// A model, or a rank's part of it.
+struct DecoderModel {
+  AttentionCall attention;  // what is the same in every call and layer; the caches are the first layer's
+  int64_t count, hidden, vocab_size;
   const DecoderLayer* layers;
-  int64_t count, hidden;
+  Matrix table, head;  // the embedding and the output head of ids from first_id on
+  int64_t first_id;
   const void* norm;
   float eps;
-  const void* x;  // [T][hidden]
-  const int32_t* sample_rows;
-  int64_t samples;
-  void* out;  // [samples][hidden]
+};
+
+struct DecoderCall {
+  const DecoderModel* model;
+  const int32_t* ids;  // [T]
+  int64_t tokens, sequences, blocks_per_sequence, samples;
+  const float* rope;
+  const int32_t *block_tables, *query_starts, *context_lens, *sample_rows;
+  bool logits;           // whether to multiply by the head
+  void* out;             // [samples][hidden], or in float [samples][head.n]
   const Shared* shared;  // of ranks that have a part of each matrix, see collectives.h; null: all of it is here
 };
 // False if a peer is gone.

@@ -156,22 +156,24 @@ void gather_integers(const Matrix& table, int64_t id, E* out) {
 }
 
 template <class E>
-void embed(const int32_t* ids, int64_t tokens, const Matrix& table, E* out) {
+void embed(const int32_t* ids, int64_t tokens, int64_t first_id, const Matrix& table, E* out) {
   parallel((tokens + 7) / 8, [&](int64_t chunk) {
     for (int64_t t = chunk * 8; t < std::min(tokens, chunk * 8 + 8); ++t) {
+      const int64_t id = ids[t] - first_id;
       E* row = out + t * table.k;
-      if (is_weight_only(table.format)) gather_integers(table, ids[t], row);
-      else if (table.format == Format::kBfloat16) gather<bf16>(table, ids[t], row);
-      else gather<float>(table, ids[t], row);
+      if (id < 0 || id >= table.n) std::fill_n(row, table.k, E{});
+      else if (is_weight_only(table.format)) gather_integers(table, id, row);
+      else if (table.format == Format::kBfloat16) gather<bf16>(table, id, row);
+      else gather<float>(table, id, row);
     }
   });
 }
 
 }  // namespace
 
-void embedding(const int32_t* ids, int64_t tokens, const Matrix& table, Dtype dtype, void* out) {
-  if (dtype == Dtype::kBfloat16) embed(ids, tokens, table, static_cast<bf16*>(out));
-  else embed(ids, tokens, table, static_cast<float*>(out));
+void embedding(const int32_t* ids, int64_t tokens, int64_t first_id, const Matrix& table, Dtype dtype, void* out) {
+  if (dtype == Dtype::kBfloat16) embed(ids, tokens, first_id, table, static_cast<bf16*>(out));
+  else embed(ids, tokens, first_id, table, static_cast<float*>(out));
 }
 
 }  // namespace fdserve

@@ -13,7 +13,7 @@ import paddle
 
 from fdserve.models.config import read_config
 from fdserve.models.ernie4_5 import Ernie4_5
-from fdserve.models.layers import ForwardBatch
+from fdserve.models.layers import ForwardBatch, Ints
 from fdserve.models.loader import load_model
 
 BLOCK_SIZE = 16
@@ -44,13 +44,11 @@ class Stepper:
         positions = [np.arange(start, start + count) for start, count in zip(contexts, counts, strict=True)]
         batch = ForwardBatch(
             token_ids=int32([token for chunk in chunks for token in chunk.tokens]),
-            rope=paddle.to_tensor(self.model.rope_table(np.concatenate(positions).astype(np.int32))),
+            rope=self.model.rope_table(np.concatenate(positions).astype(np.int32)),
             query_starts=int32(np.cumsum([0, *counts])),
             context_lens=int32(contexts),
             block_tables=int32(self.tables[[chunk.sequence for chunk in chunks]]),
             sample_rows=int32(range(sum(counts)) if rows is None else rows),
-            max_query_len=max(counts),
-            longest=max(start + count for start, count in zip(contexts, counts, strict=True)),
         )
         for chunk, count in zip(chunks, counts, strict=True):
             self.lengths[chunk.sequence] += count
@@ -66,8 +64,8 @@ class Stepper:
         return tokens
 
 
-def int32(values: Any) -> Any:
-    return paddle.to_tensor(np.asarray(values, np.int32))
+def int32(values: Any) -> Ints:
+    return np.asarray(values, np.int32)
 
 
 def load(directory: Path, dtype: str, **options: Any) -> Ernie4_5:

@@ -36,7 +36,6 @@ for quantization in {quantizations!r}:
 
 UNTIL_LOST = """
 from pathlib import Path
-from types import SimpleNamespace
 from fdserve.errors import RankError
 from fdserve.models.config import read_config
 from fdserve.models.loader import load_model
@@ -49,8 +48,6 @@ stepper.step([Chunk(0, [3, 4])])
 print("ready", flush=True)
 if rank == 1:
     time.sleep(3600)
-# Past the embedding, whose sum is its own operator's.
-model._vocabulary = SimpleNamespace(embed=lambda ids: paddle.zeros([len(ids), model.config.hidden_size]))
 try:
     stepper.step([Chunk(0, [5])])
 except RankError as error:

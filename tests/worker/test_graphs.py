@@ -12,7 +12,7 @@ import pytest
 
 from fdserve import ops
 from fdserve.models.config import read_config
-from fdserve.models.layers import ForwardBatch, KvCaches
+from fdserve.models.layers import BatchTensors, KvCaches
 from fdserve.models.loader import load_model
 from fdserve.worker.batch import Batch
 from fdserve.worker.graphs import DecodeGraphs, record_cuda_graph
@@ -110,11 +110,11 @@ def test_other_steps_are_left_to_others(stepper: Stepper) -> None:
 
 
 def test_a_step_is_one_copy_to_where_the_inputs_are(stepper: Stepper, monkeypatch: pytest.MonkeyPatch) -> None:
-    inputs: list[ForwardBatch] = []
+    inputs: list[BatchTensors] = []
     copies: list[paddle.Tensor] = []
-    forward, send = stepper.model.forward, ops.send
+    forward, send = stepper.model.forward_tensors, ops.send
 
-    def noted_forward(batch: ForwardBatch, caches: KvCaches) -> paddle.Tensor:
+    def noted_forward(batch: BatchTensors, caches: KvCaches) -> paddle.Tensor:
         inputs.append(batch)
         return forward(batch, caches)
 
@@ -122,7 +122,7 @@ def test_a_step_is_one_copy_to_where_the_inputs_are(stepper: Stepper, monkeypatc
         copies.append(to)
         send(values, to)
 
-    monkeypatch.setattr(stepper.model, "forward", noted_forward)
+    monkeypatch.setattr(stepper.model, "forward_tensors", noted_forward)
     monkeypatch.setattr(ops, "send", noted_send)
     sizes = {"max_num_seqs": 2, "max_model_len": 65, "spare_block": 4 * BLOCKS_PER_SEQUENCE}
     graphs = DecodeGraphs(stepper.model, stepper.caches, record=Recorder(), **sizes)
