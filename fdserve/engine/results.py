@@ -18,7 +18,7 @@ class Sampled:
     __slots__ = ("_prompt", "_sampled", "counts", "seconds", "token_ids")
 
     def __init__(self, result: StepResult) -> None:
-        self.token_ids = array("i", result.token_ids)
+        self.token_ids = array("i", result.token_ids).tolist()
         """Negative where there is no token: see `StepResult.token_ids`."""
         self.counts = array("i", result.counts)
         """Tokens of each row that sampled; empty where that is one each."""
@@ -64,27 +64,29 @@ def take_tokens(sequence: Sequence, sampled: Sampled, first: int, count: int) ->
     Where `count` is 0 the sequence has nothing to generate, and is at its end. The delta says whether and why the
     sequence ends; ending it is left to the caller.
     """
-    token_ids: list[int] = []
+    token_ids = sampled.token_ids[first : first + count]
     delta = TokenDelta(token_ids, cached_tokens=sequence.cached_tokens)
     if count == 0:
         delta.finish_reason = "length"
-    for index in range(first, first + count):
-        token = sampled.token_ids[index]
+    taken = 0
+    for token in token_ids:
         if token < 0:
             delta.finish_reason = "error"
             delta.error = _no_token_error(token)
             break
-        token_ids.append(token)
+        taken += 1
         reason = sequence.ends_with(token)
         if reason is not None:
             delta.finish_reason = reason
             delta.stop_token_id = token if reason == "stop" else None
             break
+    if taken < count:
+        del token_ids[taken:]
     if sequence.prompt_logprobs is not None and (token_ids or count == 0):
         delta.prompt_logprobs, sequence.prompt_logprobs = sequence.prompt_logprobs, None
     num_top = sequence.request.params.logprobs
     if num_top is not None:
-        delta.logprobs = [sampled.logprobs_at(index, num_top) for index in range(first, first + len(token_ids))] or None
+        delta.logprobs = [sampled.logprobs_at(index, num_top) for index in range(first, first + taken)] or None
     return delta
 
 

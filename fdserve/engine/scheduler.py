@@ -189,15 +189,18 @@ class Scheduler:
                 prompt_index += prompt_count
             if sequence.finish_reason is None and complete:
                 delta = take_tokens(sequence, sampled, index, count)
-                generated += len(delta.token_ids)
-                if len(delta.token_ids) > 1:
-                    self._note_accepted(sequence, len(delta.token_ids) - 1)
+                taken = len(delta.token_ids)
+                generated += taken
+                if taken > 1:
+                    self._note_accepted(sequence, taken - 1)
                 if delta.finish_reason is not None:
                     self.finish(sequence, delta.finish_reason)
                 elif len(sequence.tokens) % self.block_size == 0:
                     sequence.name_blocks(self.pool, self.block_size)  # if it was computed before it was known
                 outputs.append((sequence, delta))
             index += count
+        if index != len(sampled.token_ids):
+            raise ValueError(f"a step gave {len(sampled.token_ids)} tokens, and {index} were due")
         self.stats.generated_tokens += generated
         return outputs
 
@@ -226,11 +229,11 @@ class Scheduler:
     def _schedule_decodes(self, budget: int) -> tuple[int, bool]:
         """Returns the budget left, and whether a sequence was preempted."""
         preempted = False
-        for sequence in [sequence for sequence in self.running if sequence.decodes]:
+        for sequence in self.running.copy():
             if budget == 0:
                 break
-            if sequence.row < 0:
-                continue  # preempted for a sequence before it
+            if sequence.row < 0 or not sequence.decodes:
+                continue  # preempted for a sequence before it, or a prefill
             if sequence.num_computed == len(sequence.blocks) * self.block_size:
                 while (blocks := self.pool.allocate(1)) is None:
                     preempted = True
@@ -279,6 +282,8 @@ class Scheduler:
 
     def _schedule_prefills(self, budget: int) -> int:
         """Returns the budget left."""
+        if len(self._planned) == len(self.running):
+            return budget  # all of them decode: no planned one was preempted, as these are the first in order
         for sequence in self.running:
             if sequence.remaining <= 1 or (sequence.remaining > budget and not self.enable_chunked_prefill):
                 continue
@@ -350,15 +355,16 @@ class Scheduler:
         if sequence.prompt_logprobs is not None:
             last = sequence.num_prompt - 1  # no prompt token follows it
             prompt_count = max(0, min(last, sequence.num_computed + count) - sequence.num_computed)
-        sequence.num_computed += count
-        complete = sequence.remaining == 0
+        computed = sequence.num_computed = sequence.num_computed + count
+        complete = computed == len(sequence.tokens) + sequence.expected
         samples = complete and sequence.generates
-        sequence.expected += samples
+        if samples:
+            sequence.expected += 1
         self._planned.append((sequence, complete, samples, prompt_count))
         if samples and sequence.constrained:
             plan.masked_rows.append(sequence.row)
             self.masked.append(sequence)
-        if sequence.num_computed >= (sequence.num_registered + 1) * self.block_size:
+        if computed >= (sequence.num_registered + 1) * self.block_size:
             sequence.name_blocks(self.pool, self.block_size)
 
     def _note_accepted(self, sequence: Sequence, count: int) -> None:

@@ -92,7 +92,7 @@ def test_comparing_and_plotting(url: str, step_log: Path, capsys: pytest.Capture
     path.write_text(json.dumps(results[-1]))
 
     def tokens_told() -> int:
-        steps = read_steps(step_log)
+        steps = read_steps(step_log) if step_log.stat().st_size else []
         if not steps or steps[-1].ended < results[-1]["begin_time"]:
             return 0
         return sum(step.prefill_tokens + step.decode_tokens for step in steps_of_run(steps, results[-1]))
