@@ -8,6 +8,7 @@ import sys
 from collections.abc import Awaitable, Callable
 
 import anyio
+from anyio import to_thread
 
 from fdserve.api.routes import routes
 from fdserve.api.unserved import hints
@@ -25,6 +26,9 @@ Build = Callable[[Config], Awaitable[Server]]
 SWITCH_SECONDS = 0.0005
 """How long a thread that runs Python keeps the event loop waiting, a tenth of Python's own choice: the loop waits
 several times a token, and grammars, long prompts and large answers are made in threads."""
+
+TRACES_SECONDS = 2.0
+"""For the collector to take the last traces when the server stops."""
 
 
 class App:
@@ -91,6 +95,8 @@ class App:
             await send({"type": "lifespan.startup.complete"})
             await receive()
             self.stop_engine()
+        if server.tracing is not None:
+            await to_thread.run_sync(server.tracing.close, TRACES_SECONDS)
         await send({"type": "lifespan.shutdown.complete"})
 
     async def _start(self) -> Server:
@@ -112,6 +118,7 @@ class App:
             max_concurrency=config.max_concurrency,
             max_request_bytes=config.max_request_bytes,
             observe=server.metrics.observe_request,
+            trace=server.tracing.note if server.tracing else None,
         )
         return server
 

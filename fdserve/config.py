@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -14,6 +15,7 @@ from fdserve.errors import StartupError
 
 BLOCK_MULTIPLE = 16
 """The attention kernels take blocks of a multiple of this many tokens."""
+_URL = re.compile(r"https?://[^/\s]\S*")
 
 
 def _setting(
@@ -116,6 +118,9 @@ class Config:
         300.0, "SECONDS", "a step that takes longer counts as a hung rank", low=0.1, high=86400
     )
     step_log: str = _setting("", "FILE", "where to log every step of the engine, as lines of JSON; empty for nowhere")
+    otlp_traces_endpoint: str = _setting(
+        "", "URL", "OpenTelemetry collector for a trace of each request, such as http://127.0.0.1:4318/v1/traces"
+    )
     log_level: str = _setting(
         "info", "LEVEL", "debug, info, warning or error", choices=("debug", "info", "warning", "error")
     )
@@ -133,6 +138,8 @@ class Config:
             raise StartupError("kv_cache_memory and num_gpu_blocks_override both size the KV cache: give only one.")
         if self.kv_cache_memory:
             parse_bytes("kv_cache_memory", self.kv_cache_memory)
+        if self.otlp_traces_endpoint and not _URL.fullmatch(self.otlp_traces_endpoint):
+            raise StartupError("otlp_traces_endpoint is no URL: it must begin with http:// or https:// and a host.")
         if self.speculative_config:
             parse_speculative(self.speculative_config)
         if self.max_model_len:

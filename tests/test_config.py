@@ -82,6 +82,7 @@ def test_every_setting_has_a_flag_a_variable_a_key_and_help(tmp_path: Path, caps
             "log_level": "debug",
         },
         **{"max_request_bytes": "4096", "block_size": "16"},
+        "otlp_traces_endpoint": "http://127.0.0.1:4318/v1/traces",
         "speculative_config": '{"method": "ngram", "num_speculative_tokens": 4}',
     }
     for field in dataclasses.fields(Config):

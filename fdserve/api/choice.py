@@ -82,6 +82,10 @@ class Choice:
         """For `thinking` and `continued` see `TextStream`."""
         self.index = index
         self.prompt = request.prompt
+        self.params = request.params
+        self.finish_reason: FinishReason | None = None
+        self.submitted = self.first_token = self.last_token = 0.0
+        """`time.monotonic()` when the engine was asked, and when tokens came; 0 until then."""
         self.thinking = thinking
         self.continued = continued
         self.generated = 0
@@ -94,13 +98,17 @@ class Choice:
         self._text = text
         self._generation: Generation | None = None
         self._cancelled = False
-        self._last_token = 0.0
         self._logprob_sum = 0.0
 
     @property
     def reasoning_tokens(self) -> int:
         """How many of the generated tokens were reasoning."""
         return self._text.reasoning_tokens
+
+    @property
+    def started(self) -> float:
+        """`time.monotonic()` when its first step was planned, 0 until then."""
+        return 0.0 if self._generation is None else self._generation.started
 
     @property
     def mean_logprob(self) -> float:
@@ -110,6 +118,8 @@ class Choice:
     def submit(self) -> Generation:
         """Hand the request to the engine. Raises Overloaded or Unavailable."""
         self._generation = self._server.engine.submit(self._request)
+        self.submitted = time.monotonic()
+        self._http.outputs.append(self)
         return self._generation
 
     def cancel(self) -> None:
@@ -168,7 +178,7 @@ class Choice:
             self._finish(piece, "stop", text.stop_matched)
         elif delta.finish_reason is not None:
             reason: FinishReason = "stop" if delta.finish_reason == "stop" else "length"
-            eos = delta.stop_token_id in self._request.params.eos_token_ids
+            eos = delta.stop_token_id in self.params.eos_token_ids
             self._finish(piece, reason, None if eos else delta.stop_token_id)
 
     def _take_logprobs(self, entries: list[tuple[int, TokenLogprobs]], shown: int, piece: Piece) -> None:
@@ -186,17 +196,19 @@ class Choice:
         if rest.stop_matched is not None:
             reason, stop_reason = "stop", rest.stop_matched
         piece.finish_reason = "tool_calls" if reason == "stop" and self._text.complete_calls else reason
+        self.finish_reason = piece.finish_reason
         self.stop_reason = stop_reason
 
     def _observe(self, tokens: int, finish_reason: str | None) -> None:
         metrics = self._server.metrics
         now = time.monotonic()
         if tokens:
-            if not self._last_token:
+            if not self.first_token:
+                self.first_token = now
                 metrics.first_token.observe(now - self._http.started)
             else:
-                metrics.inter_token.observe((now - self._last_token) / tokens)
-            self._last_token = now
+                metrics.inter_token.observe((now - self.last_token) / tokens)
+            self.last_token = now
         if finish_reason is not None:
             metrics.whole.observe(now - self._http.started)
 

@@ -39,7 +39,8 @@ class Dispatcher:
     """Answers HTTP requests by the router's handlers.
 
     `answering` counts the requests on counted routes that are being answered: those whose bodies have come. `observe`
-    is told the path of the route ("other" where there is none) and the status of every request.
+    is told the path of the route ("other" where there is none) and the status of every request, `trace` the request,
+    path and status of those on counted routes.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class Dispatcher:
         max_concurrency: int,
         max_request_bytes: int,
         observe: Callable[[str, int], None],
+        trace: Callable[[Request, str, int], None] | None = None,
     ) -> None:
         self._active = 0
         self.answering = 0
@@ -58,6 +60,7 @@ class Dispatcher:
         self._max_concurrency = max_concurrency
         self._max_request_bytes = max_request_bytes
         self._observe = observe
+        self._trace = trace
         self._turnstile = anyio.Lock()
         self._reading: set[Request] = set()
 
@@ -75,11 +78,10 @@ class Dispatcher:
         reply = Reply(send, request.id, request.http_version)
         form = self._router.error_form(request.path)
         reply.headers += [(name, request.id.encode("ascii")) for name in form.id_headers]
-        endpoint = "other"
+        route: Route | None = None
         try:
             try:
                 route, request.path_parameters = self._router.match(request.method, request.path)
-                endpoint = route.name
                 self._authorize(route, request)
                 if request.ambiguous:
                     raise InvalidRequest("A body has a content-length or a transfer-encoding.", code="invalid_http")
@@ -109,8 +111,11 @@ class Dispatcher:
             raise
         finally:
             status = CLIENT_CLOSED if request.disconnected or reply.status is None else reply.status
-            self._observe(endpoint, status)
+            self._observe(route.name if route else "other", status)
             _log_access(scope, request, reply, status)
+            if self._trace is not None and route is not None and route.counted:
+                _told(self._trace, request, route.name, status)
+            request.outputs.clear()  # which hold the request
 
     def _authorize(self, route: Route, request: Request) -> None:
         if route.public or not self._api_keys:
@@ -152,6 +157,13 @@ class Dispatcher:
             yield
         finally:
             self.answering -= route.counted
+
+
+def _told(trace: Callable[[Request, str, int], None], request: Request, endpoint: str, status: int) -> None:
+    try:
+        trace(request, endpoint, status)
+    except Exception:
+        log.exception("request %s cannot be traced", request.id)
 
 
 async def _answer(route: Route, request: Request, reply: Reply) -> None:

@@ -7,7 +7,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import anyio
 import msgspec
@@ -41,7 +41,8 @@ class Request:
     `id` is the client's X-Request-Id where that is fit to be echoed and logged, else a new one. `started` is
     `time.monotonic()` at arrival. `path_parameters` are those of the route. `body` is what was read, until it is taken,
     and `body_size` its length. The token counts, and as `failure` the code of the error that ended the request, are for
-    the access log; whoever knows them sets them.
+    the access log, and `outputs` for traces (`server.tracing.Output`, until the request is over); whoever knows them
+    sets them.
     """
 
     def __init__(self, scope: Scope, receive: Receive) -> None:
@@ -60,6 +61,7 @@ class Request:
         self.prompt_tokens: int | None = None
         self.completion_tokens: int | None = None
         self.failure: str | None = None
+        self.outputs: list[Any] = []
         self._receive = receive
         self._reading = anyio.CancelScope()
 

@@ -21,6 +21,7 @@ from fdserve.models.config import GenerationDefaults, ModelConfig, read_generati
 from fdserve.server.metrics import Metrics
 from fdserve.server.response_store import ResponseStore
 from fdserve.server.running_requests import RunningRequests
+from fdserve.server.tracing import Tracing, tracing_of
 from fdserve.text.grammar import GrammarCompiler
 from fdserve.text.reasoning import ReasoningFormat, resolve_reasoning
 from fdserve.text.template import ChatTemplate, load_template
@@ -55,6 +56,7 @@ class Server:
     metrics: Metrics
     model_name: str
     model_names: frozenset[str]
+    tracing: Tracing | None = None
     created: int = field(default_factory=lambda: int(time.time()))
     tokenizing: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(TOKENIZING_THREADS))
     encoding: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(ENCODING_THREADS))
@@ -117,6 +119,7 @@ async def build(config: Config) -> Server:
         metrics=Metrics(engine.stats),
         model_name=name,
         model_names=accepted_names(name, config.model),
+        tracing=tracing_of(config, name),
     )
 
 

@@ -18,6 +18,7 @@ from fdserve.errors import InternalError, Overloaded, StartupError, Unavailable
 from fdserve.models.config import GenerationDefaults, ModelConfig
 from fdserve.server.metrics import Metrics
 from fdserve.server.server import Server, accepted_names
+from fdserve.server.tracing import tracing_of
 from fdserve.text.reasoning import resolve_reasoning
 from fdserve.text.template import ChatTemplate
 from fdserve.text.tools import resolve_tools
@@ -254,6 +255,7 @@ def make_server(
 ) -> Server:
     """A server over a fake engine; the parsers of `config` work, "" meaning none."""
     tokenizer = ByteTokenizer()
+    name = config.served_model_name or "fake-model"
     return Server(
         config=config,
         engine=cast(Engine, engine),
@@ -264,8 +266,9 @@ def make_server(
         tools=resolve_tools(config.tool_call_parser or "none", tokenizer, template),
         defaults=defaults or GenerationDefaults(),
         metrics=Metrics(engine.stats),
-        model_name=config.served_model_name or "fake-model",
-        model_names=accepted_names(config.served_model_name or "fake-model", config.model or "owner/fake-model"),
+        model_name=name,
+        model_names=accepted_names(name, config.model or "owner/fake-model"),
+        tracing=tracing_of(config, name),
     )
 
 

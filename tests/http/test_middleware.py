@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import anyio
@@ -7,10 +8,12 @@ import anyio.lowlevel
 import msgspec
 import pytest
 
+from fdserve.api.choice import Choice
 from fdserve.api.fields import read_request
 from fdserve.config import Config
 from fdserve.errors import Unavailable
 from fdserve.http.middleware import LONG_BODY_BYTES
+from fdserve.http.request import Request
 from tests.http.client import Client, serving
 from tests.http.fake_engine import FakeEngine, broken, endless, say, silent
 
@@ -282,3 +285,18 @@ async def test_many_requests_at_once() -> None:
                 tasks.start_soon(one, client, index % 2 == 0)
     assert statuses == [200] * 100
     assert not engine.cancelled
+
+
+async def test_what_is_over_is_no_garbage() -> None:
+    """Prompts would wait for Python's collector, which is in no hurry."""
+    async with serving() as client:
+        gc.collect()
+        gc.disable()
+        try:
+            for _ in range(3):
+                await client.chat(n=2)
+                await client.chat(stream=True)
+            left = [found for found in gc.get_objects() if isinstance(found, (Choice, Request))]
+        finally:
+            gc.enable()
+    assert not left
