@@ -14,10 +14,9 @@ namespace fdserve {
 namespace FD_ISA {
 
 constexpr int64_t VALUE_STEP = 32;  // keys in a tile of values
-constexpr int64_t VALUE_STEPS = KEY_PART / VALUE_STEP, PART_GROUPS = KEY_PART / KEY_GROUP, TILE_GROUPS = KEY_TILE / KEY_GROUP;
-// Of a row of scores and of weights, a line longer: rows a power of two apart take each other's place in the cache.
-constexpr int64_t SCORES = KEY_PART + LINE / 4, WEIGHTS = KEY_PART + LINE / 2;
-constexpr int64_t STRIP_ROWS = 4 * TILE_ROWS;  // whose scores and weights share the second-level cache with the part
+constexpr int64_t VALUE_STEPS = KEY_PART / VALUE_STEP;
+constexpr int64_t WEIGHTS = KEY_PART + LINE / 2;  // of a row, a line longer, as of scores
+static_assert(STRIP_ROWS % (2 * TILE_ROWS) == 0);
 
 // Nothing else is to be done between tiles that are in the cache, and these take 5 % longer with a single gap.
 FD_INLINE void gap() {

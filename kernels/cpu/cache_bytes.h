@@ -2,9 +2,10 @@
 //
 // Layout of 16 keys of one head, with head_dim rounded up to H, a multiple of 16: [H/4][16 keys][4 dimensions], then the 16
 // scales in float. Of 16 values: 4 quads of keys, each [H][4 keys] and then its 4 scales, so that quads are equally far
-// apart from one group to the next. Both are what products of bytes take in (amx_attend_bytes.h); elsewhere they unfold to
-// what attend.h multiplies, bf16 (byte_pairs.h) or float. Integers of this size are exact in either, so only the rounding
-// when a token is stored loses anything: scores and weights are multiplied by the scales in float.
+// apart from one group to the next. Both are what products of bytes take in (attend_bytes.h). Where there are none, or
+// head_dim is no multiple of 64, they unfold to what attend.h multiplies, bf16 (byte_pairs.h) or float. Integers of this
+// size are exact in either, and only the rounding when a token is stored loses anything there: scores and weights are
+// multiplied by the scales in float.
 // Floor: memory; a tile is unfolded once for all rows that see it.
 
 namespace fdserve {

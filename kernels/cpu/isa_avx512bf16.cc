@@ -18,4 +18,7 @@
 #include "cache_bytes.h"
 #include "attend.h"
 #include "attend_part.h"
+#include "part_softmax.h"
+#include "attend_bytes.h"
+#include "vector_attend_bytes.h"
 #include "isa_kernels.h"

@@ -17,6 +17,8 @@ constexpr RowKernels make_row_kernels() {
           store_value<E>,  store_bytes_of<E, false>, store_bytes_of<E, true>,
 #ifdef FD_AMX
           tile_attend};
+#elif defined(FD_BF16)
+          vector_attend};
 #else
           attend<E>};
 #endif

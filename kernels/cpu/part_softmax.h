@@ -1,9 +1,15 @@
-// A row of scores to the weights of a part's keys, for amx_attend.h: one pass for the largest, one for the exponentials.
+// A row of scores to the weights of a part's keys, for attention that has a whole part's scores before it takes the values:
+// one pass for the largest, one for the exponentials.
 //
 // The arithmetic of a key does not depend on which others are seen. Floor: eight instructions for 16 exponentials.
 
 namespace fdserve {
 namespace FD_ISA {
+
+constexpr int64_t PART_GROUPS = KEY_PART / KEY_GROUP, TILE_GROUPS = KEY_TILE / KEY_GROUP;
+// Of a row of scores, a line longer: rows a power of two apart take each other's place in the cache.
+constexpr int64_t SCORES = KEY_PART + LINE / 4;
+constexpr int64_t STRIP_ROWS = 64;  // whose scores and weights share the second-level cache with the part
 
 // 2^x for x <= 0 within 3e-6, which disappears when weights are rounded to bf16: of what is above the integer below, the
 // polynomial of degree 4 with 1 at 0 and the smallest error. 0 where that is under 2^-126, NaN for NaN.

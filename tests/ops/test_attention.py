@@ -278,6 +278,17 @@ def test_a_cache_of_bytes_is_off_by_rounding_alone(dtype: str) -> None:
     assert np.sqrt(np.square(error).mean()) < 0.02 * spread
 
 
+def test_the_largest_sums_over_a_cache_of_bytes(dtype: str) -> None:
+    """Weights all alike, and values all as large as bytes are."""
+    model = Model(8, 1, 128, 64, 9, dtype, "int8")
+    rows = np.zeros((520, model.width), np.float32)
+    rows[:, -model.head_dim :] = np.where(np.arange(model.head_dim) % 3, 2.0, -2.0)
+    (answer,) = model.run([rows], [0], [list(range(9))])
+    np.testing.assert_allclose(
+        answer, np.tile(rows[:, -model.head_dim :], 8), rtol=1e-2 if dtype == "bfloat16" else 1e-5
+    )
+
+
 def test_cache_sizes() -> None:
     k, v = ops.new_kv_cache(3, 2, 32, 20, "int8")
     assert (k.size + v.size) / (3 * 32) == ops.kv_bytes_per_token(2, 20, "int8")
