@@ -10,7 +10,7 @@ import msgspec
 from fdserve.api.tool_use import ToolUse
 from fdserve.errors import InvalidRequest
 from fdserve.protocol.generation import GenerationRequest
-from fdserve.protocol.structured import ResponseFormat
+from fdserve.protocol.structured import ResponseFormat, StructuredOutputs
 from fdserve.server.server import Server
 from fdserve.text.grammar import Grammar
 from fdserve.text.grammar_rules import MAX_SOURCE
@@ -78,11 +78,28 @@ def _forms(request: GenerationRequest, field: str) -> Iterator[Spec]:
         "guided_grammar": request.guided_grammar,
         "structural_tag": request.structural_tag,
     }
-    if (newer := request.structured_outputs) is not None:
-        guided |= {f"structured_outputs.{name}": getattr(newer, name) for name in newer.__struct_fields__}
     for param, value in guided.items():
-        if value not in (None, "", []):
+        if value is not None:
             yield from _guided(param, value)
+    if request.structured_outputs is not None:
+        yield from _guided(*_structured_output(request.structured_outputs))
+
+
+def _structured_output(newer: StructuredOutputs) -> tuple[str, Any]:
+    """The one field that is given, as a path, and its value. Raises InvalidRequest for none and for several.
+
+    A name that is none of the fields is ignored like everywhere; alone it would leave the output as free as without.
+    """
+    names = newer.__struct_fields__
+    given = [name for name in names if getattr(newer, name) is not None]
+    if not given:
+        message = f"structured_outputs needs one of {', '.join(names[:-1])} and {names[-1]}."
+        raise InvalidRequest(message, param="structured_outputs")
+    paths = [f"structured_outputs.{name}" for name in given]
+    if len(given) > 1:
+        message = f"{paths[0]} and {paths[1]} both say what the output must look like: give one of them."
+        raise InvalidRequest(message, param=paths[1])
+    return paths[0], getattr(newer, given[0])
 
 
 def _guided(param: str, value: Any) -> Iterator[Spec]:

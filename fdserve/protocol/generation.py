@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta, UnsetType
 
-from fdserve.protocol.structured import ResponseFormat, StructuredOutputs
+from fdserve.protocol.structured import Options, ResponseFormat, Schema, Source, StructuredOutputs, Tags
 
 Count = Annotated[int, Meta(ge=0)]
 Positive = Annotated[int, Meta(ge=1)]
@@ -68,11 +68,11 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
     # What the output must look like; at most one of these, and of a response_format other than text.
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
-    guided_json: str | dict[str, Any] | bool | None = None
-    guided_regex: str | None = None
-    guided_choice: list[str | int | float | bool] | None = None
-    guided_grammar: str | None = None
-    structural_tag: str | dict[str, Any] | None = None
+    guided_json: Schema | None = None
+    guided_regex: Source | None = None
+    guided_choice: Options | None = None
+    guided_grammar: Source | None = None
+    structural_tag: Tags | None = None
     # What else to tell.
     prompt_logprobs: TopLogprobs | None = None
     temp_scaled_logprobs: bool | None = None

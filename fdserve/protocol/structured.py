@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
+from msgspec import Meta
+
+# None is empty: an empty form would be one that lets everything come.
+Source = Annotated[str, Meta(min_length=1)]
+Options = Annotated[list[str | int | float | bool], Meta(min_length=1)]
+Schema = Source | dict[str, Any] | bool
+Tags = Source | dict[str, Any]
 
 
 class JsonSchemaFormat(msgspec.Struct, kw_only=True):
@@ -29,9 +36,9 @@ class ResponseFormat(msgspec.Struct, kw_only=True):
 class StructuredOutputs(msgspec.Struct, kw_only=True):
     """Exactly one of these; they are what the `guided_…` fields are."""
 
-    json: str | dict[str, Any] | bool | None = None
-    regex: str | None = None
-    choice: list[str | int | float | bool] | None = None
-    grammar: str | None = None
+    json: Schema | None = None
+    regex: Source | None = None
+    choice: Options | None = None
+    grammar: Source | None = None
     json_object: bool | None = None
-    structural_tag: str | dict[str, Any] | None = None
+    structural_tag: Tags | None = None

@@ -4,6 +4,7 @@ import json
 import time
 from typing import Any
 
+import jsonschema
 import pytest
 
 from fdserve.api.structured import output_form
@@ -28,7 +29,7 @@ CONFIG = Config(tool_call_parser="hermes")
     [
         ({}, None),
         ({"response_format": ResponseFormat(type="text")}, None),
-        ({"guided_regex": "", "guided_choice": [], "structured_outputs": StructuredOutputs()}, None),
+        ({"structured_outputs": StructuredOutputs(json_object=False)}, None),
         ({"response_format": ResponseFormat(type="json_object")}, JsonSchema(None, False, "response_format")),
         (
             {"response_format": ResponseFormat(type="json_schema", json_schema=JsonSchemaFormat(schema=SCHEMA))},
@@ -67,6 +68,9 @@ def test_forms(fields: dict[str, Any], form: Spec | None) -> None:
         ({"guided_json": SCHEMA, "guided_regex": "a"}, "guided_regex"),
         ({"guided_json": SCHEMA, "response_format": ResponseFormat(type="json_object")}, "guided_json"),
         ({"structured_outputs": StructuredOutputs(regex="a", choice=["a"])}, "structured_outputs.choice"),
+        ({"structured_outputs": StructuredOutputs(regex="a", json_object=False)}, "structured_outputs.json_object"),
+        ({"structured_outputs": StructuredOutputs(regex="a"), "guided_regex": "a"}, "structured_outputs.regex"),
+        ({"structured_outputs": StructuredOutputs()}, "structured_outputs"),
         ({"response_format": ResponseFormat(type="json_schema")}, "response_format.json_schema"),
         ({"guided_json": "{"}, "guided_json"),
         ({"guided_json": "[1]"}, "guided_json"),
@@ -78,6 +82,51 @@ def test_what_is_no_form(fields: dict[str, Any], param: str) -> None:
     with pytest.raises(InvalidRequest) as error:
         output_form(CompletionRequest(**fields))
     assert error.value.param == param
+
+
+EMPTY: list[tuple[dict[str, Any], str]] = [
+    ({"guided_json": ""}, "guided_json"),
+    ({"guided_regex": ""}, "guided_regex"),
+    ({"guided_choice": []}, "guided_choice"),
+    ({"guided_grammar": ""}, "guided_grammar"),
+    ({"structural_tag": ""}, "structural_tag"),
+    ({"structured_outputs": {"json": ""}}, "structured_outputs.json"),
+    ({"structured_outputs": {"regex": ""}}, "structured_outputs.regex"),
+    ({"structured_outputs": {"choice": []}}, "structured_outputs.choice"),
+    ({"structured_outputs": {"grammar": ""}}, "structured_outputs.grammar"),
+    ({"structured_outputs": {"structural_tag": ""}}, "structured_outputs.structural_tag"),
+    ({"chat_template_kwargs": {"guided_choice": []}}, "guided_choice"),
+]
+NOTHING_KNOWN: list[dict[str, Any]] = [{}, {"foo": 1}, {"json_schema": SCHEMA}, {"regex": None, "choice": None}]
+
+
+@pytest.mark.anyio
+async def test_a_form_that_says_nothing_is_refused() -> None:
+    async with serving(FakeEngine(say("x"))) as client:
+        cases = EMPTY + [({"structured_outputs": given}, "structured_outputs") for given in NOTHING_KNOWN]
+        for fields, param in cases:
+            responses = [await client.chat(**fields)]
+            if "chat_template_kwargs" not in fields:
+                responses.append(await client.complete(**fields))
+            for response in responses:
+                assert (response.status, response.error["param"]) == (400, param), (fields, response.body)
+                assert response.error["code"] == "invalid_value"
+        wanted = "structured_outputs needs one of json, regex, choice, grammar, json_object and structural_tag."
+        assert response.error["message"] == wanted
+        assert not client.engine.requests
+        given = {"regex": "x", "json": None, "disable_any_whitespace": True}
+        assert (await client.chat(structured_outputs=given)).status == 200
+
+
+@pytest.mark.anyio
+async def test_the_description_knows_that_forms_are_not_empty() -> None:
+    async with serving() as client:
+        components = (await client.get("/openapi.json")).json()["components"]
+    schema = {"$ref": "#/components/schemas/ChatRequest", "components": components}
+    validator = jsonschema.Draft202012Validator(schema)
+    assert validator.is_valid({"guided_choice": ["a"], "guided_json": {}, "structured_outputs": {"regex": "a"}})
+    for fields, _ in EMPTY[:-1]:
+        assert not validator.is_valid(fields), fields
 
 
 def test_json_in_a_string_is_bounded_before_it_becomes_objects() -> None:
