@@ -28,10 +28,11 @@ class ToolUse(NamedTuple):
 def tool_use(request: ChatRequest) -> ToolUse | None:
     """The tools that the prompt shows and the answer may call; None where there are none.
 
-    Raises InvalidRequest where the choice names no tool that there is.
+    Raises InvalidRequest where the choice names no tool that there is, or belongs to the form that has no tools here.
     """
     if request.functions and request.tools:
         raise InvalidRequest("functions is the older form of tools: give one of them.", param="functions")
+    _check_pair(request)
     tools, param = list(request.tools or ()), "tool_choice"
     choice: ToolChoice | FunctionName | None = request.tool_choice
     if request.functions:
@@ -58,6 +59,21 @@ def tool_use(request: ChatRequest) -> ToolUse | None:
         return None
     parallel = request.parallel_tool_calls is not False and not request.functions
     return ToolUse(tools, mode, parallel, param)
+
+
+def _check_pair(request: ChatRequest) -> None:
+    """Raise InvalidRequest for a choice in the form that the tools do not have, unless it says what holds anyway."""
+    if request.functions:
+        if request.tool_choice not in (None, request.function_call or "auto"):
+            message = "tool_choice belongs to tools: with functions, send function_call."
+            raise InvalidRequest(message, param="tool_choice")
+    elif request.tools:
+        if request.function_call not in (None, request.tool_choice or "auto"):
+            message = "function_call belongs to functions: with tools, send tool_choice."
+            raise InvalidRequest(message, param="function_call")
+    elif isinstance(request.function_call, FunctionName):
+        message = "function_call is only allowed when functions are specified."
+        raise InvalidRequest(message, param="function_call")
 
 
 def check_tools(request: ChatRequest, server: Server) -> None:

@@ -201,6 +201,8 @@ BAD_CHAT: list[tuple[dict[str, Any], str]] = [
     ({"functions": [{}]}, "functions[0].name"),
     ({"functions": [{"name": "f"}], "tools": [TOOL]}, "functions"),
     ({"functions": [{"name": "f"}], "function_call": {"name": "g"}}, "function_call"),
+    ({"function_call": {"name": "f"}}, "function_call"),
+    ({"functions": [], "function_call": {"name": "f"}}, "function_call"),
     ({"modalities": ["text", "audio"]}, "modalities"),
     ({"audio": {"voice": "x"}}, "audio"),
     ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs.messages"),

@@ -17,7 +17,7 @@ from tests.http.fake_engine import FakeEngine, follow, ids, say
 pytestmark = pytest.mark.anyio
 
 CONFIG = Config(tool_call_parser="hermes", enable_logprob=True)
-TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+TOOL: dict[str, Any] = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
 CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": [2, "é"]}}\n</tool_call>'
 ARGUMENTS = '{"a": 1, "b": [2, "é"]}'
 
@@ -141,6 +141,43 @@ async def test_functions_are_the_older_form() -> None:
         assert [part["name"] for part in parts if "name" in part] == ["add"]
         assert "".join(part["arguments"] for part in parts) == ARGUMENTS
         assert events[-1]["choices"][0]["finish_reason"] == "function_call"
+
+
+FUNCTION = TOOL["function"]
+NAMED = {"type": "function", "function": {"name": "add"}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "instead"),
+    [
+        ({"tools": [TOOL], "function_call": {"name": "add"}}, "function_call", "tool_choice"),
+        ({"tools": [TOOL], "function_call": "none"}, "function_call", "tool_choice"),
+        ({"tools": [TOOL], "function_call": "auto", "tool_choice": "required"}, "function_call", "tool_choice"),
+        ({"functions": [FUNCTION], "tool_choice": NAMED}, "tool_choice", "function_call"),
+        ({"functions": [FUNCTION], "tool_choice": "required"}, "tool_choice", "function_call"),
+        ({"functions": [FUNCTION], "tool_choice": "none"}, "tool_choice", "function_call"),
+    ],
+)
+async def test_a_choice_in_the_other_form_is_refused(fields: dict[str, Any], param: str, instead: str) -> None:
+    async with serving(FakeEngine(say("x")), CONFIG) as client:
+        response = await client.chat(**fields)
+        assert (response.status, response.error["param"]) == (400, param), response.body
+        assert response.error["message"].endswith(f"send {instead}.")
+        assert not client.engine.requests
+
+
+async def test_a_choice_in_the_other_form_may_say_what_holds_anyway() -> None:
+    several: list[dict[str, Any]] = [
+        {"tools": [TOOL], "function_call": "auto"},
+        {"tools": [TOOL], "function_call": "none", "tool_choice": "none"},
+        {"functions": [FUNCTION], "tool_choice": "auto"},
+        {"functions": [FUNCTION], "tool_choice": "none", "function_call": "none"},
+        {"function_call": "auto"},
+        {"function_call": "none", "functions": []},
+    ]
+    async with serving(FakeEngine(say("x")), CONFIG) as client:
+        for fields in several:
+            await answer(client, **fields)
 
 
 CONVERSATION = [
