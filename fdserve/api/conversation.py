@@ -80,8 +80,6 @@ def _call(call: PastToolCall) -> dict[str, Any]:
 
 
 def _function(function: CalledFunction) -> dict[str, Any]:
-    if function.arguments is None:
-        return {"name": function.name}
     return {"name": function.name, "arguments": _arguments(function.arguments)}
 
 

@@ -129,7 +129,8 @@ def chat_messages(items: Sequence[InputItem]) -> list[ChatMessage]:
             text = _text(item.content or item.summary, f"{path}.content")
             _assistant_turn(messages, fresh=True).reasoning_content = text or None
         elif kind == "function_call":
-            function = CalledFunction(name=_given(item.name, f"{path}.name"), arguments=item.arguments)
+            name, arguments = _given(item.name, f"{path}.name"), _given(item.arguments, f"{path}.arguments")
+            function = CalledFunction(name=name, arguments=arguments)
             call = PastToolCall(id=_given(item.call_id, f"{path}.call_id"), type="function", function=function)
             turn = _assistant_turn(messages)
             if turn.tool_calls is None:

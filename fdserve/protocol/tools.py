@@ -48,11 +48,11 @@ class AllowedTools(msgspec.Struct, kw_only=True, tag_field="type", tag="allowed_
 ToolChoice = Literal["none", "auto", "required"] | NamedTool | AllowedTools
 
 
-class CalledFunction(msgspec.Struct, kw_only=True, omit_defaults=True):
+class CalledFunction(msgspec.Struct, kw_only=True):
     """In a conversation. `arguments` is JSON text for OpenAI; the object itself is taken as well."""
 
     name: str
-    arguments: str | dict[str, Any] | None = None
+    arguments: str | dict[str, Any]
 
 
 class PastToolCall(msgspec.Struct, kw_only=True):

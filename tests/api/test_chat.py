@@ -136,7 +136,7 @@ async def test_what_the_template_gets() -> None:
         "{{ tools | length if tools else 'no' }} tools, {{ style }}, {{ enable_thinking is defined }} "
         "{{ enable_thinking }}, {{ add_generation_prompt }}, {{ messages[0].tool_calls[0].function.name }}"
     )
-    call = {"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
     async with serving(template=template) as client:
         fields: dict[str, Any] = {
             "messages": [call],

@@ -147,6 +147,8 @@ def test_tool_choice(choice: Any, expected: Any) -> None:
         ({"input": [{"role": "user", "content": "x"}, {"type": "web_search_call", "id": "x"}]}, "input[1].type"),
         ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0].type"),
         ({"input": [{"type": "function_call", "call_id": "c"}]}, "input[0].name"),
+        ({"input": [{"type": "function_call", "call_id": "c", "name": "f"}]}, "input[0].arguments"),
+        ({"input": [{**CALL, "arguments": None}]}, "input[0].arguments"),
         ({"input": [{"type": "function_call_output", "output": "x"}]}, "input[0].call_id"),
         ({"input": [{**OUTPUT, "output": [{"type": "input_image"}]}]}, "input[0].output[0]"),
         ({"background": True}, "background"),

@@ -210,6 +210,25 @@ async def test_past_calls(arguments: Any, shown: str) -> None:
         assert bytes(client.engine.requests[0].prompt).decode() == f"c add {shown}, c=3"
 
 
+@pytest.mark.parametrize(
+    ("function", "code"),
+    [({"name": "add"}, "missing_required_parameter"), ({"name": "add", "arguments": None}, "invalid_value")],
+)
+async def test_past_calls_need_their_arguments(function: dict[str, Any], code: str) -> None:
+    """Templates write them as JSON, and fail where there are none."""
+    user = {"role": "user", "content": "1+2?"}
+    call = {"id": "c", "type": "function", "function": function}
+    async with serving(FakeEngine(say("x")), CONFIG, template="{{ messages[1].tool_calls[0] | tojson }}") as client:
+        for field, value, path in (
+            ("tool_calls", [call], "messages[1].tool_calls[0].function.arguments"),
+            ("function_call", function, "messages[1].function_call.arguments"),
+        ):
+            response = await client.chat(messages=[user, {"role": "assistant", "content": None, field: value}])
+            assert (response.status, response.error["param"], response.error["code"]) == (400, path, code)
+            assert f"'{path}'" in response.error["message"]
+        assert not client.engine.requests
+
+
 async def test_past_function_calls() -> None:
     template = (
         "{% for m in messages %}{{ m.role }} {{ m.name }}"
