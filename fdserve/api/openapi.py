@@ -121,6 +121,8 @@ class Description:
         yield from _ANY_ERRORS
         if route.body is not None:
             yield from _BODY_ERRORS
+        if route.checked:
+            yield errors.InvalidRequest
         if has_parameters:
             yield errors.NotFound
         if route.counted:

@@ -51,6 +51,8 @@ from fdserve.server.server import Server
 
 _ITEMS = msgspec.json.Decoder(list[InputItem])
 _ITEM = msgspec.json.Decoder(InputItem)
+# What OpenAI's clients may ask of a stored response. With any of it they wait for another answer than they would get.
+_QUERY = ("stream", "starting_after", "include")
 
 
 async def create_response(server: Server, http: Request, reply: Reply) -> None:
@@ -74,7 +76,8 @@ async def create_response(server: Server, http: Request, reply: Reply) -> None:
 
 
 async def retrieve_response(server: Server, http: Request, reply: Reply) -> None:
-    """A stored response as it was sent."""
+    """A stored response as it was sent. Raises InvalidRequest where the query asks for anything else."""
+    _check_query(http)
     id = http.path_parameters["id"]
     stored = server.responses.get(id)
     if stored is None:
@@ -88,6 +91,14 @@ async def delete_response(server: Server, http: Request, reply: Reply) -> None:
     if not server.responses.delete(id):
         raise _unknown(id)
     await reply.json(DeletedResponse(id=id))
+
+
+def _check_query(http: Request) -> None:
+    for field, value in http.query:
+        name = field.partition("[")[0]  # a list's is include[]
+        if name in _QUERY and (name, value.lower()) != ("stream", "false"):
+            message = f"{name} is not supported here: a stored response comes whole, as it was sent."
+            raise InvalidRequest(message, param=name, code="unsupported_parameter")
 
 
 def _unknown(id: str) -> NotFound:

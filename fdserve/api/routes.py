@@ -84,7 +84,7 @@ def routes(server: Server) -> list[Route]:
             answer=Response,
             events=ResponseStreamEvent,
         ),
-        Route("GET", "/v1/responses/{id}", to(retrieve_response), answer=Response),
+        Route("GET", "/v1/responses/{id}", to(retrieve_response), answer=Response, checked=True),
         Route("DELETE", "/v1/responses/{id}", to(delete_response), answer=DeletedResponse),
         Route(
             "POST",

@@ -8,6 +8,7 @@ import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
+from urllib.parse import parse_qsl
 
 import anyio
 import msgspec
@@ -62,8 +63,14 @@ class Request:
         self.completion_tokens: int | None = None
         self.failure: str | None = None
         self.outputs: list[Any] = []
+        self._query: bytes = scope.get("query_string", b"")
         self._receive = receive
         self._reading = anyio.CancelScope()
+
+    @property
+    def query(self) -> list[tuple[str, str]]:
+        """The names and values of the query, in order; a name without a value has ""."""
+        return parse_qsl(self._query.decode("latin-1"), keep_blank_values=True)
 
     @property
     def ambiguous(self) -> bool:

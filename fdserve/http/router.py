@@ -33,7 +33,8 @@ class Route:
     `admit` raises the ServerError with which all requests are refused now, before their bodies are read.
     `body`, `answer` and `events` are the types of the JSON body that is read, of the answer with status 200 and of the
     events of a stream: structs, unions of structs, or None where there is no JSON. A body is refused where its media
-    type says that it is something else. `errors` is the form of the answer to a request that fails.
+    type says that it is something else. `checked` says that a request without a body may be refused, too, for its
+    query. `errors` is the form of the answer to a request that fails.
     """
 
     method: str
@@ -45,6 +46,7 @@ class Route:
     body: Any = None
     answer: Any = None
     events: Any = None
+    checked: bool = False
     errors: ErrorForm = OPENAI
 
     @property

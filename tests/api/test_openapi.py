@@ -58,6 +58,9 @@ async def test_every_operation_says_what_it_does() -> None:
         assert {"200", "500", "503"} <= operation["responses"].keys()
         if "requestBody" in operation:
             assert {"400", "408", "413", "415"} <= operation["responses"].keys()
+    stored = whole["paths"]["/v1/responses/{id}"]
+    assert "400" in stored["get"]["responses"]
+    assert "400" not in stored["delete"]["responses"]
 
 
 async def test_the_servers_answers_follow_it() -> None:

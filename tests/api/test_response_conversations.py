@@ -56,6 +56,34 @@ async def test_stored_responses_can_be_had_and_deleted() -> None:
         }
 
 
+@pytest.mark.parametrize(
+    ("query", "param"),
+    [
+        ("stream=true", "stream"),
+        ("stream=True&starting_after=3", "stream"),
+        ("starting_after=3&stream=true", "starting_after"),
+        ("include=message.output_text.logprobs", "include"),
+        ("include[]=message.output_text.logprobs", "include"),
+        ("include%5B%5D=reasoning.encrypted_content", "include"),
+    ],
+)
+async def test_a_stored_response_comes_in_no_other_form(query: str, param: str) -> None:
+    async with serving(config=config()) as client:
+        path = f"/v1/responses/{whole(await respond(client))['id']}"
+        response = await client.get(f"{path}?{query}")
+        assert (response.status, response.error["param"]) == (400, param)
+        assert response.error["code"] == "unsupported_parameter"
+        assert response.error["message"].startswith(f"{param} is not supported here")
+        assert (await client.request("DELETE", f"{path}?{query}")).status == 200
+
+
+async def test_a_query_that_asks_for_nothing_else() -> None:
+    async with serving(config=config()) as client:
+        first = whole(await respond(client))
+        for query in ("", "stream=false", "include_obfuscation=false", "unknown", "&&="):
+            assert whole(await client.get(f"/v1/responses/{first['id']}?{query}")) == first
+
+
 async def test_items_by_reference() -> None:
     async with serving(FakeEngine(say(THINKS)), config()) as client:
         first = whole(await respond(client, "one"))

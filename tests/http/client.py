@@ -108,8 +108,9 @@ class Client:
     ) -> Response:
         """Do one request. `leave_after` disconnects after that many body parts of the response; 0: at once.
 
-        A list as `body` is sent in parts.
+        A list as `body` is sent in parts. What follows a question mark in the path is the query.
         """
+        path, _, query = path.partition("?")
         parts = body if isinstance(body, list) else [body]
         response = Response()
         waiting = [{"type": "http.request", "body": p, "more_body": i + 1 < len(parts)} for i, p in enumerate(parts)]
@@ -144,6 +145,7 @@ class Client:
             "method": method,
             "path": path,
             "raw_path": quote(path).encode(),
+            "query_string": query.encode(),
             "headers": [(k.replace("_", "-").encode(), v.encode()) for k, v in (headers or {}).items()],
         }
         with anyio.fail_after(TIMEOUT):

@@ -93,6 +93,26 @@ def test_a_long_value_is_cut(value: str) -> None:
     assert len(error.value.message) < 400
 
 
+@pytest.mark.parametrize(
+    ("text", "query"),
+    [
+        (b"", []),
+        (b"a=1&b&a=", [("a", "1"), ("b", ""), ("a", "")]),
+        (b"a%5B%5D=%C3%A9+x", [("a[]", "é x")]),
+        (b"\xff=%ff", [("ÿ", "\ufffd")]),
+        (b"&&", []),
+    ],
+)
+@pytest.mark.anyio
+async def test_queries(text: bytes, query: list[tuple[str, str]]) -> None:
+    scope = {"type": "http", "method": "GET", "path": "/", "headers": [], "query_string": text}
+
+    async def receive() -> Message:
+        return {"type": "http.disconnect"}
+
+    assert Request(scope, receive).query == query
+
+
 @pytest.mark.anyio
 async def test_a_body_in_many_parts() -> None:
     async with serving() as client:
