@@ -11,7 +11,7 @@ import anyio
 from anyio import to_thread
 
 from fdserve.api.routes import routes
-from fdserve.api.unserved import hints
+from fdserve.api.unserved import hints, unserved
 from fdserve.config import Config
 from fdserve.errors import StartupError
 from fdserve.http.asgi import Receive, Scope, Send
@@ -113,7 +113,7 @@ class App:
         server = await self._build(config)
         table = routes(server)
         self._dispatcher = Dispatcher(
-            Router(table, hints({route.path for route in table})),
+            Router(table, hints({route.path for route in table}), unserved),
             api_keys=config.api_keys,
             max_concurrency=config.max_concurrency,
             max_request_bytes=config.max_request_bytes,

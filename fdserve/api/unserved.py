@@ -36,6 +36,30 @@ _ELSEWHERE = {
     "reward": "Rewards are",
 }
 
+# Paths below those that are served, after /v1 -> what to say of them.
+_BELOW = [
+    (re.compile(path, re.DOTALL), said)
+    for path, said in (
+        (
+            "/responses/input_tokens",
+            "Counting a response's tokens is not served here: POST /v1/chat/completions/render counts those of a chat.",
+        ),
+        (
+            "/responses/compact",
+            'Compaction is not served here: truncation "auto", at /v1/responses, leaves out the oldest turns.',
+        ),
+        (
+            "/responses/[^/]+/cancel",
+            "There are no background responses: POST /v1/requests/{id}/cancel ends one that is being answered.",
+        ),
+        (
+            "/responses/[^/]+/input_items",
+            "The items of a response's input are not served here: GET /v1/responses/{id} has those of its output.",
+        ),
+        ("/messages/batches(/.*)?", "The batch API is not served here: this server generates text, at /v1/messages."),
+    )
+]
+
 
 def hints(paths: Collection[str]) -> Callable[[str], str]:
     """A function from an unknown path to a sentence that helps. `paths` are those that the server has."""
@@ -45,6 +69,8 @@ def hints(paths: Collection[str]) -> Callable[[str], str]:
         bare = _bare(path)
         if bare in known and known[bare] != path:
             return f"Did you mean {known[bare]}?"
+        if (said := unserved(path)) is not None:
+            return said
         what = _ELSEWHERE.get(bare.partition("/")[2].partition("/")[0])
         if what is not None:
             return f"{what} not served here: this server generates text, at /v1/chat/completions."
@@ -53,6 +79,15 @@ def hints(paths: Collection[str]) -> Callable[[str], str]:
         return f"Did you mean {known[max(ends, key=len)]}?" if ends else "GET /openapi.json lists all that there are."
 
     return hint
+
+
+def unserved(path: str) -> str | None:
+    """A sentence about a path that OpenAI or Anthropic have below one of this server's; None for any other.
+
+    Such a path may be a known one here, with another method: it reads like a response's.
+    """
+    bare = _bare(path)
+    return next((said for pattern, said in _BELOW if pattern.fullmatch(bare)), None)
 
 
 def _bare(path: str) -> str:

@@ -24,6 +24,10 @@ def _admit_all() -> None:
     pass
 
 
+def _no_hint(path: str) -> str | None:
+    return None
+
+
 @dataclass(frozen=True)
 class Route:
     """A handler, how requests reach it, and what goes in and out, for the description of the API.
@@ -58,12 +62,17 @@ class Route:
 class Router:
     """A fixed set of routes. GET routes answer HEAD too, and every path answers OPTIONS with its methods.
 
-    `hint` may say more about a path that is unknown.
+    `hint` may say more about a path that is unknown, and `unserved` about one that has not the method.
     """
 
-    def __init__(self, routes: Iterable[Route], hint: Callable[[str], str | None] = lambda path: None) -> None:
+    def __init__(
+        self,
+        routes: Iterable[Route],
+        hint: Callable[[str], str | None] = _no_hint,
+        unserved: Callable[[str], str | None] = _no_hint,
+    ) -> None:
         self._paths: dict[str, dict[str, Route]] = {}
-        self._hint = hint
+        self._hint, self._unserved = hint, unserved
         for route in routes:
             methods = self._paths.setdefault(route.path, {})
             methods[route.method] = route
@@ -88,7 +97,9 @@ class Router:
         route = methods.get(method)
         if route is None:
             allow = ", ".join(methods)
-            raise MethodNotAllowed(f"{path[:200]} takes {allow}, not {method[:200]}.", allow=allow)
+            hint = self._unserved(path)
+            message = f"{path[:200]} takes {allow}, not {method[:200]}.{f' {hint}' if hint else ''}"
+            raise MethodNotAllowed(message, allow=allow)
         return route, parameters
 
     def error_form(self, path: str) -> ErrorForm:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from fdserve.api.unserved import hints
+from fdserve.api.unserved import hints, unserved
 from tests.http.client import serving
 
 PATHS = {"/v1/chat/completions", "/v1/models", "/v1/models/{model:path}", "/health", "/tokenize", "/v1/tokenize"}
@@ -53,3 +53,27 @@ async def test_what_is_served_elsewhere() -> None:
                 assert (response.status, response.error["code"]) == (404, "unknown_url")
                 assert what in response.error["message"]
                 assert response.error["type"] == "invalid_request_error"
+
+
+@pytest.mark.anyio
+async def test_what_is_served_below_a_path_elsewhere() -> None:
+    async with serving() as client:
+        for method, path, status, what in (
+            ("POST", "/v1/responses/input_tokens", 405, "Counting a response's tokens is not served here"),
+            ("POST", "/v1/responses/input_tokens/", 404, "Counting a response's tokens is not served here"),
+            ("POST", "/v1/responses/compact", 405, "Compaction is not served here"),
+            ("POST", "/v1/responses/resp_1/cancel", 404, "POST /v1/requests/{id}/cancel ends one"),
+            ("GET", "/v1/responses/resp_1/input_items", 404, "The items of a response's input are not served here"),
+            ("POST", "/v1/responses/resp_1", 405, "takes GET, HEAD, DELETE, OPTIONS, not POST."),
+            ("GET", "/v1/responses/compact", 404, "Response with id 'compact' not found."),
+            ("POST", "/v1/messages/batches", 404, "The batch API is not served here"),
+            ("GET", "/v1/messages/batches/batch_1/results", 404, "The batch API is not served here"),
+        ):
+            response = await client.request(method, path)
+            assert response.status == status, path
+            assert what in response.json()["error"]["message"], path
+
+
+@pytest.mark.parametrize("path", ["/v1/responses", "/v1/responses/resp_1", "/v1/messages", "/v1/responses/a/b/cancel"])
+def test_nothing_is_said_of_what_is_served(path: str) -> None:
+    assert unserved(path) is None

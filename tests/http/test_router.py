@@ -67,6 +67,14 @@ def test_a_hint() -> None:
         router.match("GET", "/other")
 
 
+def test_a_hint_about_a_method() -> None:
+    router = Router(ROUTES, unserved=lambda path: "Try less." if path == "/things" else None)
+    with pytest.raises(MethodNotAllowed, match=r"^/things takes GET, HEAD, POST, OPTIONS, not PUT\. Try less\.$"):
+        router.match("PUT", "/things")
+    with pytest.raises(NotFound, match=r"^Unknown path '/other'\.$"):
+        router.match("PUT", "/other")
+
+
 def test_the_form_of_errors_is_that_of_the_nearest_path_above() -> None:
     router = Router([Route("POST", "/talk", handler, errors=ANTHROPIC), *ROUTES])
     for path in ("/talk", "/talk/more", "/talk//" + "x/" * 1000):
