@@ -26,6 +26,10 @@ _PREFIX = "FDSERVE_"
 # What Kubernetes sets in every container for a service whose name begins with "fdserve".
 _OF_A_SERVICE = re.compile(r"(.+_)?(SERVICE_HOST|SERVICE_PORT(_.+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)")
 _SERVICE_ADDRESS = re.compile(r"(tcp|udp|sctp)://.+")
+# What stands between a setting and its value where they were meant as one word, and what YAML's errors quote.
+_JOINT = re.compile(r"[=:\s]")
+_QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""")
+_NO_VALUE = re.compile(r"""(['"])(.|<[a-z ]+>)\1""")
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 _BOOLEANS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
 
@@ -71,10 +75,18 @@ def _convert(field: dataclasses.Field[Any], value: object, origin: str) -> Any:
                 return float(value)
         except ValueError:
             pass
+    if _is_secret(field):
+        several = ', several keys as "k1,k2"' if "," in field.metadata["metavar"] else ""
+        raise StartupError(f"{origin} is no text: write it in quotes{several}.")
     expected = {"int": "an integer", "float": "a number", "bool": "true or false", "str": "text"}[str(kind)]
     if field.metadata["metavar"] == "BYTES":
         expected = "a number of bytes such as 4096, 512M or 4G"
     raise StartupError(f"{origin} is {value!r:.200}: expected {expected}.")
+
+
+def _is_secret(field: dataclasses.Field[Any]) -> bool:
+    """Whether no error may show its value."""
+    return not field.repr
 
 
 def _read_variables(fields: Fields, environ: Mapping[str, str]) -> dict[str, Any]:
@@ -100,16 +112,22 @@ def _read_variables(fields: Fields, environ: Mapping[str, str]) -> dict[str, Any
 class _Loader(yaml.SafeLoader):
     """Raises StartupError for a key that stands twice, be it once with hyphens, where YAML takes the later one.
 
+    The keys of what is no setting by itself are not shown: they may be those of clients, in wrong brackets.
+
     What is a number in octal or sexagesimal to YAML, 0123 or 12:30, stays the text that it is: a key or a name, mostly.
     """
 
+    _root: yaml.MappingNode | None = None
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        self._root = self._root or node  # which comes first
         seen = set()
         for key, _ in node.value:
             name = key.value.replace("-", "_") if isinstance(key, yaml.ScalarNode) else None
             if name is not None and name in seen:
                 where = f"in {self.name}, line {key.start_mark.line + 1}"
-                raise StartupError(f"{where}, the setting {key.value} stands for the second time.")
+                what = f"the setting {key.value}" if node is self._root else "a key"
+                raise StartupError(f"{where}, {what} stands for the second time.")
             seen.add(name)
         return super().construct_mapping(node, deep)
 
@@ -129,9 +147,12 @@ def _read_file(fields: Fields, path: Path) -> dict[str, Any]:
         content = loader.get_single_data()
     except OSError as error:
         raise StartupError(f"the configuration file {path} cannot be read: {error.strerror}.") from None
+    except (KeyError, AttributeError):  # PyYAML's, of what is no boolean or date and is tagged as one
+        raise StartupError(
+            f"the configuration file {path} is not valid YAML: a value is not what its tag says."
+        ) from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # besides YAML's own, those of dates and integers
-        problem = " ".join(str(error).split())
-        raise StartupError(f"the configuration file {path} is not valid YAML: {problem}.") from None
+        raise StartupError(f"the configuration file {path} is not valid YAML: {_flaw(error)}.") from None
     if content is None:
         return {}
     if not isinstance(content, dict):
@@ -140,28 +161,59 @@ def _read_file(fields: Fields, path: Path) -> dict[str, Any]:
     for key, value in content.items():
         name = str(key).replace("-", "_")
         if name not in fields:
+            if (begin := _JOINT.split(str(key))[0]).replace("-", "_") in fields:
+                raise StartupError(f"in {path}, {begin} must be followed by a colon and a space.")
             raise _unknown(f"in {path}, the setting", str(key), fields)
         if value is not None:
             values[name] = _convert(fields[name], value, f"{key} in {path}")
     return values
 
 
+def _flaw(error: Exception) -> str:
+    """What the error says, without the line that it shows and the texts that it quotes: they may be secrets."""
+    if isinstance(error, UnicodeDecodeError):
+        return f"it is not UTF-8 (byte {error.start})"
+    text, where = str(error), ""
+    if isinstance(error, yaml.MarkedYAMLError):
+        text = " ".join([part for part in (error.context, error.problem) if part])
+        if error.problem_mark is not None:
+            where = f" (line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1})"
+    text = _QUOTED.sub(lambda quoted: quoted[0] if _NO_VALUE.fullmatch(quoted[0]) else "…", text)
+    return " ".join(text.split()) + where
+
+
 def _read_flags(fields: Fields, argv: Sequence[str]) -> dict[str, Any]:
     parser = _parser(fields)
     known, rest = parser.parse_known_args(list(argv))
     if rest:
-        flag = rest[0].split("=")[0]
+        if _follows_secret(fields, argv, rest[0]):
+            raise StartupError("a word behind a secret belongs to no flag: quote what holds spaces.")
+        flag = _JOINT.split(rest[0])[0]
         if not flag.startswith("-"):
-            raise StartupError(f"{flag!r} belongs to no flag: settings are written as --name value.")
+            raise StartupError(f"{rest[0]!r:.200} belongs to no flag: settings are written as --name value.")
+        if flag.lstrip("-") in parser.flags and flag.startswith("--"):
+            raise StartupError(f"{flag} and its value must be two words, or joined by =.")
         raise _unknown("the flag", flag, parser.flags, "--")
     for name, text in vars(known).items():
         # Of a variable that is not set, mostly: a server open to everybody is not what was meant.
-        if not text and name in fields and not fields[name].repr:
+        if not text and name in fields and _is_secret(fields[name]):
             raise StartupError(f"--{name.replace('_', '-')} is empty: leave it out where none is wanted.")
     return {
         name: text if name == "config" else _convert(fields[name], text, "--" + name.replace("_", "-"))
         for name, text in vars(known).items()
     }
+
+
+def _follows_secret(fields: Fields, argv: Sequence[str], word: str) -> bool:
+    """Whether the word stands behind a secret's flag, before the next one: as the second of several keys, say."""
+    secret = False
+    for given in argv:
+        if secret and given == word and not given.startswith("--"):
+            return True
+        if given.startswith("--") and given != "--":
+            name = given[2:].split("=")[0].replace("-", "_")
+            secret = name in fields and _is_secret(fields[name])
+    return False
 
 
 def _unknown(what: str, given: str, known: Iterable[str], prefix: str = "") -> StartupError:

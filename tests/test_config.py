@@ -112,6 +112,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["-port", "1"], {}, "the flag -port is unknown: did you mean --port?"),
         (["--max-model", "5"], {}, "the flag --max-model is unknown"),  # no abbreviations
         (["model"], {}, "'model' belongs to no flag"),
+        (["--port 1"], {}, "--port and its value must be two words, or joined by =."),
         (["--port"], {}, "argument --port: expected one argument."),
         (["--port", "http"], {}, "--port is 'http': expected an integer."),
         (["--port", "1.5"], {}, "--port is '1.5': expected an integer."),
@@ -209,9 +210,16 @@ def test_bad_settings_stop_the_start(argv: list[str], environ: dict[str, str], m
         ("max-num-seqs: 1\nport: 1\nmax_num_seqs: 2", "line 3, the setting max_num_seqs stands for the second time."),
         ("port: 1\n\nport: 1", "line 3, the setting port stands for the second time."),
         ("port:\nport: 1", "line 2, the setting port stands for the second time."),
-        ("speculative_config: {method: ngram, method: x}", "line 1, the setting method stands for the second time."),
+        ("speculative_config: {method: ngram, method: x}", "line 1, a key stands for the second time."),
         ("port: 2024-13-45", "is not valid YAML: month must be in 1..12."),
         ("port: " + "9" * 5000, "is not valid YAML: Exceeds the limit"),
+        ("api_key: [k1, k2]", 'is no text: write it in quotes, several keys as "k1,k2".'),
+        ("cluster_secret: [k1]", "is no text: write it in quotes."),
+        ("a: b: c", "is not valid YAML: mapping values are not allowed here (line 1, column 5)."),
+        ("port: @x", "found character '@' that cannot start any token (line 1, column 7)."),
+        ("port: [1", "expected ',' or ']', but got '<stream end>' (line 1, column 9)."),
+        ("enable_logprob: !!bool maybe", "is not valid YAML: a value is not what its tag says."),
+        ("{port:1}", "port must be followed by a colon and a space."),
         ("[" * 3000, "is not valid YAML: maximum recursion depth exceeded"),
     ],
 )
@@ -272,3 +280,56 @@ def test_keys_are_split_and_never_shown() -> None:
     assert config.api_keys == ("alpha", "beta")
     assert "alpha" not in repr(config)
     assert Config().api_keys == ()
+
+
+@pytest.mark.parametrize("name", ["api_key", "cluster_secret"])
+@pytest.mark.parametrize(
+    "value",
+    [
+        " [sk-hidden, sk-other]",
+        " {sk-hidden: 1}",
+        " {sk-hidden: 1, sk-hidden: 2}",
+        " [{sk-hidden: 1, sk-hidden: 2}]",
+        " @sk-hidden",
+        " *sk-hidden",
+        " !sk-hidden x",
+        " !sk-hidden!x x",
+        " !!int sk-hidden",
+        " !!float sk-hidden",
+        " !!bool sk-hidden",
+        " !!timestamp sk-hidden",
+        " sk-hidden: x",
+        ' "sk-hidden',
+        " 'sk-hidden' 'sk-other'",
+        ' "\\q sk-hidden"',
+        "sk-hidden\nport: 1",
+    ],
+)
+def test_no_error_of_a_file_shows_a_secret(tmp_path: Path, name: str, value: str) -> None:
+    file = tmp_path / "settings.yaml"
+    for content in (f"{name}:{value}\n", f"{{{name}:{value}}}\n"):
+        file.write_text(content)
+        with pytest.raises(StartupError) as error:
+            Config.load(["--config", str(file)], {})
+        assert "hidden" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--api-key", "k1", "sk-hidden"],
+        ["--api-key=k1", "--", "sk-hidden"],
+        ["--cluster-secret", "k1", "-sk-hidden"],
+        ["--api-key sk-hidden"],
+        ["--api-key:sk-hidden"],
+        ["--api-keys=sk-hidden"],
+        ["--api-keys", "sk-hidden"],
+        ["--api-key", "-sk-hidden"],
+        ["--api-key", "sk-hidden,,k2"],
+        ["--api-key", "sk-hidden\udcff"],
+    ],
+)
+def test_no_error_of_the_command_line_shows_a_secret(argv: list[str]) -> None:
+    with pytest.raises(StartupError) as error:
+        Config.load(argv, {})
+    assert "hidden" not in str(error.value)
