@@ -38,8 +38,8 @@ FORCE_AFTER_SECONDS = 5.0
 def main(argv: Sequence[str] | None = None, build: Build = build) -> int:
     """Serve until a signal says otherwise; return the exit status.
 
-    SIGTERM and SIGINT let running requests finish, for `graceful_timeout` seconds; a second one ends at once. Where a
-    launcher started several processes, those but the first run a rank for the first.
+    SIGTERM, SIGINT and SIGHUP let running requests finish, for `graceful_timeout` seconds; a second SIGTERM or SIGINT
+    ends at once. Where a launcher started several processes, those but the first run a rank for the first.
     """
     try:
         config = Config.load(sys.argv[1:] if argv is None else argv, os.environ)
@@ -161,9 +161,12 @@ class _Launcher:
         self._stopping.set()
 
     async def _watch_signals(self, nursery: trio.Nursery) -> None:
-        with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-            first = True
+        first = True
+        with trio.open_signal_receiver(*_stop_signals()) as signals:
             async for number in signals:
+                # A terminal that is closed, and systemd after its SIGTERM, send SIGHUPs that are no one's impatience.
+                if number == signal.SIGHUP and not first:
+                    continue
                 if not first or not self._app.started.is_set():
                     _exit(128 + number, "stopped at once")
                 first = False
@@ -185,6 +188,12 @@ class _Launcher:
         # A client that stopped reading blocks its connection, and no deadline reaches it there.
         await trio.sleep(FORCE_AFTER_SECONDS)
         _exit(self._status, "stopped without waiting for clients that do not read")
+
+
+def _stop_signals() -> list[signal.Signals]:
+    """What ends the server: SIGHUP, too, of a terminal that is closed, unless nohup has it ignored."""
+    ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return [signal.SIGINT, signal.SIGTERM, *([] if ignored else [signal.SIGHUP])]
 
 
 def _exit(status: int, message: str) -> None:

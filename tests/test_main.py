@@ -29,7 +29,7 @@ def test_start_and_stop() -> None:
         assert "Traceback" not in "".join(server.output)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_running_requests_finish(number: signal.Signals) -> None:
     with ServerProcess(*FAKE) as server:
         server.listening().wait_line("ready")
@@ -118,6 +118,33 @@ def test_a_second_signal_ends_at_once() -> None:
         server.stop()
         assert server.wait() == 128 + signal.SIGTERM
         sock.close()
+
+
+def test_a_hangup_is_no_second_signal() -> None:
+    with ServerProcess(*FAKE) as server:
+        server.listening().wait_line("ready")
+        sock = server.open("slow", stream=True)
+        read_until(sock, b'"text":"0')
+        server.stop()
+        server.wait_line("stopping")
+        for _ in range(2):
+            server.stop(signal.SIGHUP)
+            time.sleep(0.1)
+        assert b'"finish_reason":"stop"' in read_until(sock, b"data: [DONE]\n\n")
+        sock.close()
+        assert server.wait() == 0
+
+
+def test_a_hangup_that_is_ignored_stays_ignored() -> None:
+    command = [sys.executable, *FAKE]
+    nohup = f"import os, signal; signal.signal(signal.SIGHUP, signal.SIG_IGN); os.execv({command[0]!r}, {command!r})"
+    with ServerProcess("-c", nohup) as server:
+        server.listening().wait_line("ready")
+        server.stop(signal.SIGHUP)
+        time.sleep(0.2)
+        assert server.get("/health")[0] == 200
+        server.stop()
+        assert server.wait() == 0
 
 
 def test_announcements_that_cannot_be_written_end_nothing() -> None:
