@@ -35,7 +35,8 @@ class PromptServer(TCPServer):
     Hypercorn's own goes on waiting for the keep-alive timeout after the client has closed an idle connection, and
     holds its file descriptor as long. It does not notice a client that leaves after it has sent something behind its
     request. It lets all other tasks run twice in every send, which is most of what a token costs when hundreds are
-    streamed at a time. And what it fails on, such as a path in HTTP/2 that is not ASCII, ends the whole process.
+    streamed at a time. It closes a connection while others send, and these fail. And what it fails on, such as a path
+    in HTTP/2 that is not ASCII, ends the whole process.
     """
 
     _client_is_gone = False
@@ -72,6 +73,21 @@ class PromptServer(TCPServer):
             event = RawData(data=event.data[sent:])
         if not (self._client_is_gone and isinstance(event, Updated) and event.idle):
             await super().protocol_send(event)
+
+    async def _close(self) -> None:
+        """Close the connection, with its end behind the last send.
+
+        The end is sent like data, and trio lets nobody send meanwhile: an application that answered a client that is
+        just found gone would fail. A send that waits for a reader is not waited for.
+        """
+        if self.send_lock.locked():
+            await self.stream.aclose()
+            return
+        self.send_lock.acquire_nowait()
+        try:
+            await super()._close()
+        finally:
+            self.send_lock.release()
 
 
 class _ClientGone(Exception):

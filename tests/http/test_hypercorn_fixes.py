@@ -218,3 +218,41 @@ def test_sending_to_a_client_that_is_gone() -> None:
         assert [type(event) for event in closed] == [Closed] * 4
 
     trio.run(main)
+
+
+def test_sending_while_the_connection_is_closed() -> None:
+    """Hypercorn finds the client gone while the application answers; trio lets either go first."""
+
+    async def main() -> None:
+        for _ in range(100):
+            server, client = await connection()
+            server.protocol = Ignoring()  # type: ignore[assignment]
+            await client.aclose()
+            async with trio.open_nursery() as nursery:
+                for event in (Closed(), RawData(b"data"), RawData(b"data"), Closed()):
+                    nursery.start_soon(server.protocol_send, event)
+            assert not server.send_lock.locked()
+            assert server.stream.socket.fileno() == -1
+
+    trio.run(main)
+
+
+def test_closing_does_not_wait_for_a_reader() -> None:
+    async def main() -> None:
+        server, _client = await connection()
+        server.protocol = Ignoring()  # type: ignore[assignment]
+        with trio.fail_after(5):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(server.protocol_send, RawData(b"x" * 10_000_000))
+                await trio.testing.wait_all_tasks_blocked()
+                await server.protocol_send(Closed())
+        assert not server.send_lock.locked()
+
+    trio.run(main)
+
+
+class Ignoring:
+    """A protocol that is told of what happens."""
+
+    async def handle(self, event: object) -> None:
+        pass
