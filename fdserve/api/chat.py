@@ -35,7 +35,7 @@ async def chat_completions(server: Server, http: Request, reply: Reply) -> None:
     """Generate the answer to a conversation. Cancelling it cancels the generation."""
     request = read_request(http.take_body(), ChatRequest)
     choices = await prepare_chat(request, server, http)
-    id = response_id("chatcmpl-", request)
+    id = http.response_id = response_id("chatcmpl-", request)
     with running(server, http, (id, request.request_id), choices):
         answer = ChatAnswer(id, request, server, http, choices)
         if request.stream:

@@ -39,7 +39,7 @@ async def completions(server: Server, http: Request, reply: Reply) -> None:
     _check_best_of(request)
     prompts = await off_loop_if_long(server.tokenizing, http.body_size, lambda: _prompts(request, server))
     choices = await _choices(request, server, http, prompts)
-    id = response_id("cmpl-", request)
+    id = http.response_id = response_id("cmpl-", request)
     with running(server, http, (id, request.request_id), choices):
         answer = CompletionAnswer(id, request, server, http, choices, per_prompt=candidates(request))
         if request.stream:

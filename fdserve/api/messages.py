@@ -32,7 +32,7 @@ async def create_message(server: Server, http: Request, reply: Reply) -> None:
     """Generate the answer to a conversation. Cancelling it cancels the generation."""
     request = read_request(http.take_body(), MessagesRequest)
     choices = await prepare_chat(chat_request(request), server, http, form_field="output_config.format")
-    id = response_id("msg_", request)
+    id = http.response_id = response_id("msg_", request)
     with running(server, http, (id, request.request_id), choices):
         answer = _Answer(id, request, server, http, choices[0])
         if request.stream:

@@ -65,7 +65,7 @@ async def create_response(server: Server, http: Request, reply: Reply) -> None:
         if request.truncation == "auto":
             await drop_oldest_turns(chat, server, http)
         choices = await prepare_chat(chat, server, http, form_field="text.format")
-    id = f"resp_{uuid.uuid4().hex}"
+    id = http.response_id = f"resp_{uuid.uuid4().hex}"
     # Whoever knows a response's id can read it, so that is none that a client may choose.
     with running(server, http, (id, request.request_id), choices):
         answer = _Answer(id, request, server, http, choices[0], [*history, *own])

@@ -42,14 +42,15 @@ class Request:
     `id` is the client's X-Request-Id where that is fit to be echoed and logged, else a new one. `started` is
     `time.monotonic()` at arrival. `path_parameters` are those of the route. `body` is what was read, until it is taken,
     and `body_size` its length. The token counts, and as `failure` the code of the error that ended the request, are for
-    the access log, and `outputs` for traces (`server.tracing.Output`, until the request is over); whoever knows them
-    sets them.
+    the access log, and `outputs` (`server.tracing.Output`, until the request is over) and `response_id`, the id in the
+    answer, for traces; whoever knows them sets them.
     """
 
     def __init__(self, scope: Scope, receive: Receive) -> None:
         self.started = time.monotonic()
         self.method: str = scope["method"]
         self.path = _path(scope)
+        self.scheme: str = scope.get("scheme", "http")
         self.http_version: str = scope.get("http_version", "1.1")
         self.path_parameters: dict[str, str] = {}
         self.headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
@@ -64,6 +65,7 @@ class Request:
         self.failure: str | None = None
         self.outputs: list[Any] = []
         self._query: bytes = scope.get("query_string", b"")
+        self.response_id: str | None = None
         self._receive = receive
         self._reading = anyio.CancelScope()
 

@@ -114,6 +114,8 @@ class Tracing:
             "http.request.method": request.method,
             "http.route": endpoint,
             "http.response.status_code": status,
+            "url.path": request.path,
+            "url.scheme": request.scheme,
             "network.protocol.version": request.http_version,
             "fdserve.request.id": request.id,
         }
@@ -123,7 +125,11 @@ class Tracing:
             attributes["gen_ai.operation.name"] = _OPERATIONS[endpoint]
             attributes["gen_ai.provider.name"] = "fdserve"
             attributes["gen_ai.request.model"] = self._model
-        return attributes | _generated(request.outputs) if request.outputs else attributes
+        if request.outputs:
+            attributes |= _generated(request.outputs)
+            if request.response_id is not None:
+                attributes["gen_ai.response.id"] = request.response_id
+        return attributes
 
 
 def tracing_of(config: Config, model: str) -> Tracing | None:

@@ -121,11 +121,14 @@ async def test_a_chat_and_its_phases(collector: Collector) -> None:
         "http.request.method": "POST",
         "http.route": "/v1/chat/completions",
         "http.response.status_code": 200,
+        "url.path": "/v1/chat/completions",
+        "url.scheme": "http",
         "network.protocol.version": "1.1",
         "fdserve.request.id": "mine",
         "gen_ai.operation.name": "chat",
         "gen_ai.provider.name": "fdserve",
         "gen_ai.request.model": "fake-model",
+        "gen_ai.response.id": response.json()["id"],
         "gen_ai.request.choice.count": 1,
         "gen_ai.request.max_tokens": 50,
         "gen_ai.request.temperature": 0.5,
@@ -157,6 +160,32 @@ async def test_every_choice_has_its_phases(collector: Collector) -> None:
     assert attributes["gen_ai.operation.name"] == "text_completion"
     assert attributes["gen_ai.request.choice.count"] == 2
     assert attributes["gen_ai.response.finish_reasons"] == ["stop", "stop"]
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("/v1/completions", {"prompt": "Hi"}),
+        ("/v1/responses", {"input": "Hi"}),
+        ("/v1/messages", {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 50}),
+    ],
+)
+async def test_the_id_that_the_client_has(collector: Collector, path: str, fields: dict[str, Any]) -> None:
+    async with serving(config=collector.config) as client:
+        response = await client.post(path, {"model": "fake-model", **fields}, headers=headers())
+    told = _attributes(collector.spans[0].attributes)
+    assert told["gen_ai.response.id"] == response.json()["id"]
+    assert (told["url.path"], told["url.scheme"]) == (path, "http")
+
+
+async def test_what_never_came_to_the_model_has_no_id(collector: Collector) -> None:
+    engine = FakeEngine()
+    engine.max_requests = 0
+    async with serving(engine, collector.config) as client:
+        assert (await client.chat(headers=headers())).status == 429
+    told = _attributes(collector.spans[0].attributes)
+    assert told["url.path"] == "/v1/chat/completions"
+    assert "gen_ai.response.id" not in told
 
 
 async def test_prompts_are_counted_once_each(collector: Collector) -> None:
