@@ -105,6 +105,7 @@ def read_config(directory: Path) -> ModelConfig:
     hidden_size = fields.integer("hidden_size")
     num_heads = fields.integer("num_attention_heads")
     num_layers = fields.integer("num_hidden_layers")
+    vocab_size = fields.integer("vocab_size")
     config = ModelConfig(
         model_type=model_type,
         hidden_size=hidden_size,
@@ -113,13 +114,13 @@ def read_config(directory: Path) -> ModelConfig:
         num_heads=num_heads,
         num_kv_heads=fields.integer("num_key_value_heads", default=num_heads),
         head_dim=_head_dim(fields, hidden_size, num_heads),
-        vocab_size=fields.integer("vocab_size"),
+        vocab_size=vocab_size,
         max_position_embeddings=fields.integer("max_position_embeddings"),
         rms_norm_eps=fields.number("rms_norm_eps"),
         rope_theta=_rope_theta(fields),
         compression_ratio=fields.number("compression_ratio", default=1.0),
         tie_word_embeddings=fields.boolean("tie_word_embeddings", default=True),
-        eos_token_ids=_eos_token_ids(fields, _generation_fields(directory)),
+        eos_token_ids=_eos_token_ids(fields, _generation_fields(directory), vocab_size),
         bos_token_id=fields.token_id("bos_token_id"),
         pad_token_id=fields.token_id("pad_token_id"),
         dtype=_dtype(fields),
@@ -254,8 +255,12 @@ def _generation_fields(directory: Path) -> Fields | None:
     return Fields(path) if path.is_file() else None
 
 
-def _eos_token_ids(fields: Fields, generation: Fields | None) -> tuple[int, ...]:
-    ids = fields.token_ids("eos_token_id")
-    if generation is not None:
-        ids = ids + generation.token_ids("eos_token_id")
+def _eos_token_ids(fields: Fields, generation: Fields | None, vocab_size: int) -> tuple[int, ...]:
+    ids: list[int] = []
+    for file in (fields,) if generation is None else (fields, generation):
+        for token in file.token_ids("eos_token_id"):
+            # One that no step can sample ends no answer: the files are of another model, or miswritten.
+            if token >= vocab_size:
+                raise file.error(f"eos_token_id {token} is not in the vocabulary of {vocab_size} tokens")
+            ids.append(token)
     return tuple(dict.fromkeys(ids))

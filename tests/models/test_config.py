@@ -111,6 +111,13 @@ def test_eos_ids_are_merged_in_order(tmp_path: Path) -> None:
     assert read_config(tmp_path).eos_token_ids == (5, 2, 9)
 
 
+def test_an_eos_id_of_the_generation_config_outside_the_vocabulary(tmp_path: Path) -> None:
+    write_config(tmp_path, DENSE)
+    write_generation(tmp_path, {"eos_token_id": [39, 40]})
+    with pytest.raises(StartupError, match=r"generation_config\.json: eos_token_id 40 is not in the vocabulary of 40"):
+        read_config(tmp_path)
+
+
 def test_compression_ratio(tmp_path: Path) -> None:
     assert read_config(write_config(tmp_path, DENSE | {"compression_ratio": 2.5})).compression_ratio == 2.5
 
@@ -130,6 +137,8 @@ def test_compression_ratio(tmp_path: Path) -> None:
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings must be true or false, not 'yes'"),
         ({"eos_token_id": ["2"]}, r"eos_token_id must be a token id or a list of token ids, not \['2'\]"),
         ({"eos_token_id": -1}, "eos_token_id must be a token id or a list of token ids, not -1"),
+        ({"eos_token_id": 40}, "config.json: eos_token_id 40 is not in the vocabulary of 40 tokens"),
+        ({"eos_token_id": [2, 41]}, "config.json: eos_token_id 41 is not in the vocabulary of 40 tokens"),
         ({"model_type": "llama"}, "model_type 'llama' is not supported, only ernie4_5 and ernie4_5_moe are"),
         ({"model_type": "ernie4_5_moe_vl"}, "model_type 'ernie4_5_moe_vl' is not supported"),
         ({"model_type": ["ernie4_5"]}, "model_type .* is not supported"),
