@@ -143,6 +143,20 @@ def test_what_is_not_http(server: ServerProcess, data: bytes, status: int, code:
     assert (answer.status, answer.code, open) == (status, code, False)
 
 
+def test_http_1_0_is_served_and_streamed_until_the_connection_ends(server: ServerProcess) -> None:
+    data = post("/v1/completions", body=b'{"prompt": "Hi", "stream": true}').replace(b" HTTP/1.1", b" HTTP/1.0")
+    answer, open = send(server, data)
+    assert (answer.status, open) == (200, False)
+    assert "transfer-encoding" not in answer.headers
+    assert answer.body.endswith(b"data: [DONE]\n\n")
+
+
+@pytest.mark.parametrize(("encoding", "status"), [("identity", 200), ("gzip", 415), ("identity, gzip", 415)])
+def test_content_encodings(server: ServerProcess, encoding: str, status: int) -> None:
+    answer, open = send(server, post("/v1/completions", f"Content-Encoding: {encoding}"))
+    assert (answer.status, open) == (status, True)
+
+
 @pytest.mark.parametrize("path", [*PROBES, *BODIES, "/v1/requests/x/cancel"])
 def test_methods(server: ServerProcess, path: str) -> None:
     posts = path in BODIES or path.endswith("cancel")
