@@ -119,6 +119,7 @@ struct VectorProducts {
   struct Following : GroupStream {
     FD_MEMBER Following(const KeyPart& part, int64_t bytes, int64_t rows)
         : GroupStream(part.following, PART_GROUPS, bytes, passes_of(rows)) {}
+    // All of it is fetched beside products.
     FD_MEMBER int64_t rounds() const { return 0; }
     FD_MEMBER void fetch(int64_t) {}
   };
