@@ -143,6 +143,23 @@ async def send_error_response(self: H11Protocol, status: int) -> None:
     await self._send_h11_event(h11.EndOfMessage())
 
 
+_handle = H11Protocol.handle
+
+
+async def handle(self: H11Protocol, event: Event) -> None:
+    """Take what the client sent, without empty lines before a request, which RFC 9112 (2.2) has a server skip.
+
+    H11 refuses them. Old clients send one behind a body.
+    """
+    if isinstance(event, RawData) and isinstance(self.connection, h11.Connection):
+        begun, _ = self.connection.trailing_data
+        if self.connection.their_state in (h11.IDLE, h11.DONE) and not begun:
+            event = RawData(event.data.lstrip(b"\r\n"), event.address)
+            if not event.data:
+                return
+    await _handle(self, event)
+
+
 class _OncePerMinute(logging.Filter):
     """Of the connections that cannot be accepted for want of open files trio logs a traceback ten times a second."""
 
@@ -164,6 +181,7 @@ _once_per_minute = _OncePerMinute()
 def apply() -> None:
     """Have hypercorn use them, and trio below it."""
     logging.getLogger("trio.serve_listeners").addFilter(_once_per_minute)
+    H11Protocol.handle = handle  # type: ignore[method-assign]
     H11Protocol._send_error_response = send_error_response  # type: ignore[assignment, method-assign]
     # Where its `serve` looks the class up; the name is not one that the module exports.
     hypercorn.trio.run.TCPServer = PromptServer  # type: ignore[attr-defined]

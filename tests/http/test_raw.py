@@ -143,6 +143,21 @@ def test_what_is_not_http(server: ServerProcess, data: bytes, status: int, code:
     assert (answer.status, answer.code, open) == (status, code, False)
 
 
+def test_empty_lines_before_a_request(server: ServerProcess) -> None:
+    request = b"GET /version HTTP/1.1\r\nHost: x\r\n\r\n"
+    for lines in (b"\r\n", b"\n", b"\r\n\r\n\r\n"):
+        answer, open = send(server, lines + request)
+        assert (answer.status, open) == (200, True)
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as sock:
+        for part in (b"\r\n", request, b"\r\n", b"\r\n", request):  # behind an answer, too
+            sock.sendall(part)
+            if part == request:
+                data = b""
+                while not data.endswith(b"}"):
+                    data += sock.recv(65536)
+                assert data.startswith(b"HTTP/1.1 200")
+
+
 def test_http_1_0_is_served_and_streamed_until_the_connection_ends(server: ServerProcess) -> None:
     data = post("/v1/completions", body=b'{"prompt": "Hi", "stream": true}').replace(b" HTTP/1.1", b" HTTP/1.0")
     answer, open = send(server, data)
