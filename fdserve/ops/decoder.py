@@ -118,11 +118,12 @@ class Decoder:
         table, head = self._vocabulary
         keys, values = zip(*caches, strict=True)
         every = [self._input_norms, self._qkv, self._o, list(keys), list(values), self._post_norms, self._mlps]
-        if not all(tensor.is_contiguous() for tensors in every for tensor in tensors):
+        alone = [table.data, head.data, self._norm]
+        if not all(tensor.is_contiguous() for tensors in [alone, *every] for tensor in tensors):
             raise ValueError("decoder: the weights and caches must be contiguous")  # or Paddle would pass on copies
         result: Tensor = run(
             "decoder_note",
-            table.data, head.data, self._norm, *every, table.code, head.code, *self._ids, self._format, *self._heads,
+            *alone, *every, table.code, head.code, *self._ids, self._format, *self._heads,
             block_size, self._inner, self._experts_inner, *self._routing, self._eps,
         )[0]  # fmt: skip
         return result

@@ -33,6 +33,8 @@ from tests.models.stepping import Chunk, Stepper
         (lambda decoder: decoder._experts_inner.__setitem__(2, 128), "not of this size"),
         (lambda decoder: decoder._qkv.pop(), "one tensor a layer"),
         (lambda decoder: setattr(decoder, "_routing", (5, 0.0)), "between 1 and the number of experts"),
+        (lambda decoder: setattr(decoder, "_norm", paddle.ones([32, 2])[:, 0]), "contiguous"),
+        (lambda decoder: decoder._post_norms.__setitem__(1, paddle.ones([32, 2])[:, 0]), "contiguous"),
     ],
 )
 def test_layers_that_are_not_whole_are_refused(tmp_path: Path, spoil: Callable[[Any], object], complaint: str) -> None:
