@@ -144,3 +144,14 @@ def test_finish_reasons_tell_what_happened() -> None:
     run(scheduler, rank)
     assert (eos_on_last.finish_reason, length.finish_reason, context.finish_reason) == ("stop", "length", "length")
     assert len(context.tokens) == 64
+
+
+@pytest.mark.parametrize("tokens", [[], [5], [5, 6, 7]])
+def test_a_step_with_other_tokens_than_were_due(tokens: list[int]) -> None:
+    """A sequence without its token would run for ever: such ranks count as lost."""
+    scheduler = make_scheduler()
+    for name in "ab":
+        scheduler.add(make_request([1, 2, 3], name=name))
+    scheduler.schedule()
+    with pytest.raises(ValueError, match=f"a step gave {len(tokens)} tokens, and 2 were due"):
+        scheduler.update(Sampled(StepResult(1, array("i", tokens).tobytes())))
